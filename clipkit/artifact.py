@@ -1,0 +1,233 @@
+"""Artifact folders: a manifest that is written last, parts that are claimed and committed one by one.
+
+While a stage works, its folder holds ``.work/``: ``plan.json`` (what is being made, from what), a lock per part,
+a record per finished part, and files being written. Files reach their final name by `os.replace`, then the part's
+record is written, ``manifest.json`` comes after all parts, and ``.work/`` goes last. So a folder with a manifest is
+whole, a folder with a plan can be completed by running the same stage again, and anything else is not ours to touch.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from filelock import FileLock, Timeout
+
+from clipkit.errors import ClipkitError
+
+__all__ = [
+    "MODEL_FOLDER",
+    "Stage",
+    "atomic_write",
+    "digest",
+    "kind_of",
+    "read_json",
+    "read_manifest",
+    "relative_to_artifact",
+    "write_json",
+    "write_ledger",
+]
+
+VERSION = 1  # of the layout of every kind; a reader refuses what is newer than itself
+MANIFEST = "manifest.json"
+MODEL_FOLDER = "model"  # of a run and of a checkpoint: the weights with all that is needed to use them
+WORK = ".work"
+
+
+def digest(value: Any) -> str:
+    """A short hash of any JSON-able value, the same for equal values on every machine."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a file beside `path` and move it there when the block ends well; on any error nothing is left.
+
+    The data is flushed to the disk before the rename, so a power cut leaves the old file or the new one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with scratch.open(mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        scratch.replace(path)
+    except OSError as error:
+        raise ClipkitError(f"cannot write {path}: {error.strerror or error}; nothing of it was kept") from error
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` atomically as indented JSON."""
+    with atomic_write(path, "w") as handle:
+        json.dump(value, handle, indent=2, ensure_ascii=False)
+        handle.write("\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ClipkitError: where it is missing, unreadable or cut.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ClipkitError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ClipkitError(f"{path} is not valid JSON ({error}); it was cut or edited") from error
+
+
+def kind_of(folder: Path) -> str | None:
+    """The kind of a finished artifact (``shards``, ``run``, ``embeddings``, ``index``, ``report``), else None."""
+    path = folder / MANIFEST
+    return read_json(path).get("kind") if path.is_file() else None
+
+
+def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
+    """The manifest of a finished artifact of this kind.
+
+    Raises:
+        ClipkitError: where the folder is missing, unfinished, of another kind, or of a newer version.
+    """
+    if not folder.is_dir():
+        raise ClipkitError(f"no such folder: {folder}")
+    if not (folder / MANIFEST).is_file():
+        if (folder / WORK / "plan.json").is_file():
+            plan = read_json(folder / WORK / "plan.json")
+            raise ClipkitError(
+                f"{folder} is an unfinished {plan.get('kind')} artifact; run the command that makes it again to complete it"
+            )
+        raise ClipkitError(f"{folder} is no clipkit artifact: it has no {MANIFEST}")
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("kind") != kind:
+        raise ClipkitError(f"{folder} holds a {manifest.get('kind')} artifact, but {kind} is needed here")
+    if manifest.get("version", 0) > VERSION:
+        raise ClipkitError(
+            f"{folder} was written by a newer clipkit (layout {manifest['version']}, this one reads {VERSION}); update"
+        )
+    return manifest
+
+
+def relative_to_artifact(path: Path, folder: Path) -> str:
+    """`path` as seen from `folder`, so that both can be moved together."""
+    return os.path.relpath(path.resolve(), folder.resolve())
+
+
+def write_ledger(folder: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Write ``ledger.jsonl``, one line per input that was left out; no file where there is none."""
+    if lines:
+        with atomic_write(folder / "ledger.jsonl", "w") as handle:
+            handle.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+class Stage:
+    """One artifact being made: opened over an empty, unfinished or finished folder.
+
+    Args:
+        folder: where the artifact goes.
+        kind: what it is.
+        made_from: JSON-able description of everything the content depends on; the same description on an
+            unfinished folder continues it, on a finished one does nothing (`done` is true).
+        overwrite: remove an artifact of other content or kind first. A folder that is no artifact is never removed.
+
+    Raises:
+        ClipkitError: where the folder holds something else.
+    """
+
+    def __init__(self, folder: Path, kind: str, made_from: dict[str, Any], *, overwrite: bool = False):
+        self.folder = folder
+        self.kind = kind
+        self.made_from = made_from
+        self.work = folder / WORK
+        identity = digest({"kind": kind, "version": VERSION, "made_from": made_from})
+        self.done = False
+        self._clear_the_way(identity, overwrite)
+        if not self.done:
+            try:
+                (self.work / "parts").mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ClipkitError(f"cannot make {folder}: {error.strerror or error}") from error
+            plan = {"kind": kind, "version": VERSION, "identity": identity, "made_from": made_from}
+            if not (self.work / "plan.json").is_file():
+                write_json(self.work / "plan.json", plan)
+        self.identity = identity
+
+    def _clear_the_way(self, identity: str, overwrite: bool) -> None:
+        if self.folder.is_file():
+            raise ClipkitError(f"{self.folder} is a file; name a folder for the output")
+        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+            return
+        if (self.folder / MANIFEST).is_file():
+            present, state = read_json(self.folder / MANIFEST), "finished"
+        elif (self.work / "plan.json").is_file():
+            present, state = read_json(self.work / "plan.json"), "unfinished"
+        else:
+            # A kill between mkdir and the plan leaves only an empty .work/; that much is ours.
+            if {p.name for p in self.folder.iterdir()} == {WORK}:
+                return
+            raise ClipkitError(f"{self.folder} is not empty and holds no clipkit artifact; name another output folder")
+        if present.get("identity") == identity and not (overwrite and state == "finished"):
+            self.done = state == "finished"
+            if self.done:
+                shutil.rmtree(self.work, ignore_errors=True)  # a kill after the manifest left it behind
+            return
+        if not overwrite:
+            what = f"{self.folder} already holds {state} {present.get('kind')}"
+            why = "" if present.get("kind") != self.kind else " made from other input or settings"
+            raise ClipkitError(f"{what}{why}; name another output folder, or add --overwrite to replace it")
+        self._remove()
+
+    def _remove(self) -> None:
+        # The manifest goes first: a kill in the middle of this must not leave a folder that passes for whole.
+        self.work.mkdir(exist_ok=True)
+        write_json(self.work / "plan.json", {"kind": self.kind, "identity": "being removed"})
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+        for entry in self.folder.iterdir():
+            if entry != self.work:
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        shutil.rmtree(self.work)
+
+    def pending(self, names: Sequence[str]) -> Iterator[str]:
+        """Claim, one after another, the parts that nobody has finished; yields while holding the part's lock.
+
+        Several processes may iterate at once: each part goes to one of them, and a lock dies with its process.
+        """
+        for name in names:
+            if self._record(name).is_file():
+                continue
+            lock = FileLock(self.work / f"{name}.lock")
+            try:
+                with lock.acquire(timeout=0):
+                    if not self._record(name).is_file():
+                        yield name
+            except Timeout:
+                continue
+
+    def finish_part(self, name: str, record: dict[str, Any]) -> None:
+        """Say that every file of this part stands under its final name; `record` is kept for the manifest."""
+        write_json(self._record(name), record)
+
+    def records(self, names: Sequence[str]) -> list[dict[str, Any]] | None:
+        """The records of all the parts in order, or None while another process still works on one."""
+        paths = [self._record(name) for name in names]
+        return [read_json(p) for p in paths] if all(p.is_file() for p in paths) else None
+
+    def _record(self, name: str) -> Path:
+        return self.work / "parts" / f"{name}.json"
+
+    def commit(self, **facts: Any) -> dict[str, Any]:
+        """Write the manifest: from here on the artifact is whole. Returns it."""
+        manifest = {"kind": self.kind, "version": VERSION, **facts, "made_from": self.made_from}
+        manifest["identity"] = self.identity
+        write_json(self.folder / MANIFEST, manifest)
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.done = True
+        return manifest

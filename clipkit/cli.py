@@ -1,0 +1,209 @@
+"""The ``clipkit`` command: it lists the jobs beside it and runs the one that is named.
+
+A verb is a file in ``train/``, ``index/`` or ``eval/``; its first docstring line is its help. Finding and listing
+reads source text only, so ``clipkit --help`` imports nothing heavy. A job is an ordinary script: it may be copied,
+changed and run by itself with ``python``; `Job` below gives it the same errors and exit status there.
+
+Exit status: 0 all done; 1 done, with failures that were listed; 2 could not be done; 130 interrupted.
+"""
+
+import ast
+import os
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+import clipkit
+from clipkit.errors import ClipkitError, did_you_mean
+from clipkit.log import FORMATS
+
+__all__ = [
+    "Job",
+    "format_option",
+    "jobs",
+    "list_options",
+    "main",
+    "model_option",
+    "out_options",
+    "recipes",
+    "run_job",
+]
+
+FOLDERS = ("train", "index", "eval")
+
+
+def _job_folder(name: str) -> Path:
+    """The jobs' folder: inside the package when installed from a wheel, one level up in a checkout."""
+    here = Path(__file__).resolve().parent
+    return here / name if (here / name).is_dir() else here.parent / name
+
+
+def jobs() -> dict[str, Path]:
+    """Every verb and the file that does it, in the order of the folders."""
+    return {path.stem: path for name in FOLDERS for path in sorted(_job_folder(name).glob("[a-z]*.py"))}
+
+
+def recipes() -> dict[str, Path]:
+    """The training recipes that ship with the project, by name."""
+    return {path.stem: path for path in sorted(_job_folder("train").glob("*.yaml"))}
+
+
+def first_line(path: Path) -> str:
+    """The first docstring line of a Python file, read without importing it."""
+    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0].rstrip(".")
+
+
+class Job(click.Command):
+    """A click command that prints an error as one line and turns a returned number into the exit status."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        kwargs.setdefault("context_settings", {"help_option_names": ["-h", "--help"], "max_content_width": 100})
+        super().__init__(*args, **kwargs)
+        debug = click.Option(["--debug"], is_flag=True, expose_value=False, help="Show the traceback of an error.")
+        self.params.append(debug)
+
+    def main(self, args: list[str] | None = None, prog_name: str | None = None, **extra: Any) -> None:  # type: ignore[override]
+        """Run and exit, as `click.Command.main` does in its standalone mode."""
+        args = list(sys.argv[1:] if args is None else args)
+        verb = Path(sys.argv[0]).stem if prog_name is None else prog_name
+        sys.exit(
+            _report_errors(lambda: super(Job, self).main(args, verb, standalone_mode=False), verb, "--debug" in args)
+        )
+
+
+def _together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+# Options that several verbs share, so that they read and mean the same everywhere.
+model_option = click.option(
+    "--model", metavar="MODEL", help="A run or model folder, RUN@step-N, open_clip:NAME/TAG, or hf:ORG/NAME."
+)
+format_option = click.option(
+    "--format",
+    "fmt",
+    default="human",
+    show_default=True,
+    type=click.Choice(FORMATS),
+    help="How results are printed.",
+)
+list_options = _together(
+    click.option("--image-column", help="A list's column of image paths [default: by usual names, such as path]."),
+    click.option("--caption-column", help="A list's column of captions [default: by usual names, such as caption]."),
+    click.option(
+        "--image-root",
+        type=click.Path(path_type=Path),
+        help="Where a list's relative paths start [default: its folder].",
+    ),
+)
+
+
+def out_options(what: str) -> Callable[[Any], Any]:
+    """``--out`` for what a stage makes, and ``--overwrite``."""
+    return _together(
+        click.option("--out", required=True, type=click.Path(path_type=Path), help=f"Folder for {what}."),
+        click.option("--overwrite", is_flag=True, help="Replace another artifact that stands there."),
+    )
+
+
+def _report_errors(action: Any, name: str, debug: bool) -> int:
+    try:
+        status = action()
+        sys.stdout.flush()
+    except (ClipkitError, click.ClickException) as error:
+        if debug:
+            raise
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
+        return 2
+    except BrokenPipeError:
+        # Whoever read our results has seen enough (`| head`); the interpreter must not trip over it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (KeyboardInterrupt, click.Abort):
+        print(f"{name}: interrupted; run it again to go on", file=sys.stderr)  # noqa: T201
+        return 130
+    return status if isinstance(status, int) else 0
+
+
+def run_job(verb: str, args: list[str]) -> int:
+    """Run one verb in this process, as the command line would. Returns its exit status."""
+    before = sys.argv
+    sys.argv = [f"clipkit {verb}", *args]
+    try:
+        # run_path on a plain file leaves sys.path as it is, so a job's name can hide no library.
+        runpy.run_path(str(jobs()[verb]), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    finally:
+        sys.argv = before
+    return 0
+
+
+def _overview() -> str:
+    verbs = jobs()
+    lines = [f"clipkit {clipkit.__version__}: {(clipkit.__doc__ or '').partition(chr(10))[0]}", ""]
+    lines += ["usage: clipkit VERB [OPTIONS] ...      clipkit VERB --help tells more", ""]
+    for name in FOLDERS:
+        lines.append(f"{name}/")
+        lines += [
+            f"  {verb:<10} {first_line(path)}" for verb, path in verbs.items() if path.parent == _job_folder(name)
+        ]
+    lines += [
+        "the command itself",
+        f"  {'recipes':<10} {(_recipes.help or '').partition(chr(10))[0].rstrip('.')}",
+    ]
+    lines += ["", "exit status: 0 done, 1 done with failures that are listed, 2 could not be done"]
+    return "\n".join(lines)
+
+
+@click.command("recipes", cls=Job)
+@click.argument("name", required=False)
+@click.argument("to", required=False, type=click.Path(path_type=Path))
+def _recipes(name: str | None, to: Path | None) -> None:
+    """List the training recipes, show one, or copy one to own: clipkit recipes [NAME [TO]]."""
+    known = recipes()
+    if name is None:
+        for recipe, path in known.items():
+            comment = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+            click.echo(f"{recipe:<12} {comment}")
+        return
+    if name not in known:
+        raise ClipkitError(f"no recipe {name!r}; there are {', '.join(known)}{did_you_mean(name, known)}")
+    text = known[name].read_text(encoding="utf-8")
+    if to is None:
+        click.echo(text, nl=False)
+        return
+    if to.exists():
+        raise ClipkitError(f"{to} exists; name another file")
+    to.write_text(text, encoding="utf-8")
+    click.echo(f"wrote {to}; train with it: clipkit train {to} --set data.train=SHARDS --out RUN")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of the ``clipkit`` command."""
+    args = list(sys.argv[1:] if args is None else args)
+    if not args or args[0] in ("-h", "--help", "help"):
+        click.echo(_overview())
+        sys.exit(0)
+    if args[0] in ("-V", "--version"):
+        click.echo(f"clipkit {clipkit.__version__}")
+        sys.exit(0)
+    verb, rest = args[0], args[1:]
+    if verb == "recipes":
+        _recipes.main(rest, "clipkit recipes")
+    if verb not in jobs():
+        known = [*jobs(), "recipes"]
+        hint = did_you_mean(verb, known)
+        click.echo(f"clipkit: error: no verb {verb!r}{hint}; there are {', '.join(known)}", err=True)
+        sys.exit(2)
+    sys.exit(run_job(verb, rest))

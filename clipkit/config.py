@@ -1,0 +1,289 @@
+"""Settings of a training run: typed models, recipe files, ``--set`` overrides.
+
+Precedence: defaults < recipe YAML < ``--set a.b=c``, each later one over the earlier. Unknown keys are errors that
+name the nearest key. What a run resolved to stands in its folder as ``config.yaml`` and can be trained from again.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from clipkit.errors import ClipkitError, did_you_mean
+
+__all__ = [
+    "AugmentConfig",
+    "ModelConfig",
+    "TrainConfig",
+    "changed_keys",
+    "dump_yaml",
+    "explain_validation",
+    "load_config",
+    "load_yaml",
+]
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Settings(BaseModel):
+    """Base of every group of settings: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(Settings):
+    """An architecture in open_clip's terms, trained from scratch."""
+
+    embed_dim: Positive
+    """Dimension of the shared space."""
+    vision_cfg: dict[str, Any]
+    """open_clip's `CLIPVisionCfg`: layers, width, patch_size, image_size, ..., or a timm model's name."""
+    text_cfg: dict[str, Any]
+    """open_clip's `CLIPTextCfg`: context_length, width, heads, layers, ..."""
+    quick_gelu: bool = False
+    custom_text: bool = False
+    init_logit_scale: float | None = None
+    """Logarithm of the first factor on the similarities; ln(1/0.07) where not set."""
+    init_logit_bias: float | None = None
+    """Set it (SigLIP: -10) for the sigmoid loss."""
+
+
+class AugmentConfig(Settings):
+    """Random changes of training images, each a function of (seed, position) alone."""
+
+    shift: Share = 0.0
+    """Largest shift in each direction, as a share of the side; the border is repeated."""
+    scale: tuple[float, float] = (1.0, 1.0)
+    """Share of the image's area that a random crop keeps (torchvision's RandomResizedCrop, aspect kept)."""
+    flip: Share = 0.0
+    """Chance of a horizontal mirror image."""
+    brightness: Share = 0.0
+    contrast: Share = 0.0
+    saturation: Share = 0.0
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Strengths of torchvision's ColorJitter."""
+    grayscale: Share = 0.0
+    """Chance of losing the colours."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "AugmentConfig":
+        low, high = self.scale
+        if not 0 < low <= high <= 1:
+            raise ValueError("scale must be two shares of the area in order, such as [0.9, 1.0]")
+        return self
+
+
+class DataConfig(Settings):
+    """Where samples come from and how they are turned into batches."""
+
+    train: str | None = None
+    """Shards to train on: a folder, a tar, or a brace pattern."""
+    val: str | None = None
+    """Any source (list, folder with captions, shards) for retrieval while training."""
+    workers: Annotated[int, Field(ge=0)] = 1
+    """Loader processes per rank; 0 loads in the training process."""
+    augment: AugmentConfig = AugmentConfig()
+
+
+class OptimConfig(Settings):
+    """AdamW with decoupled decay (Loshchilov & Hutter 2019), linear warmup, cosine to `min_lr`."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    """Cut to a fifth of the run where the run is short."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """On matrices and kernels only: gains, biases, the scale and position embeddings are spared."""
+    betas: tuple[Share, Share] = (0.9, 0.98)
+    eps: Annotated[float, Field(gt=0)] = 1e-6
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+
+
+class LossConfig(Settings):
+    """The contrastive objective."""
+
+    kind: Literal["infonce", "sigmoid"] = "infonce"
+    multi_positive: bool = True
+    """Captions of one image, and identical captions, are not negatives of each other."""
+    max_logit_scale: Annotated[float, Field(gt=0)] = 100.0
+    """Upper clamp of the factor on the similarities (Radford et al. 2021)."""
+
+
+class CheckpointConfig(Settings):
+    every_steps: Positive = 1000
+    keep: Positive = 2
+    """How many of the last checkpoints stay."""
+
+
+class LogConfig(Settings):
+    every_steps: Positive = 10
+    val_every_steps: Positive | None = None
+    """Retrieval on `data.val`; only at the end where not set."""
+
+
+class TrainConfig(Settings):
+    """Everything that a training run is made of."""
+
+    model: str | ModelConfig
+    """An architecture, ``open_clip:NAME`` (random weights), or trained weights to start from (`clipkit.load_model`)."""
+    preprocess: dict[str, Any] = {}
+    """Fields of `clipkit.preprocess.Preprocess` to set differently from the model's own."""
+    data: DataConfig = DataConfig()
+    batch_size: Positive = 256
+    """Over all ranks together."""
+    steps: Positive | None = None
+    samples: Positive | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """`steps`, `samples` and `epochs` say the same thing; the one set last wins."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 where the device is fast at it."""
+    optim: OptimConfig = OptimConfig()
+    loss: LossConfig = LossConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainConfig":
+        given = [name for name in LENGTHS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} say the same thing; keep one")
+        return self
+
+    def total_steps(self, dataset_size: int) -> int:
+        """How many steps the run has, given how many samples an epoch has.
+
+        Raises:
+            ClipkitError: where no length is set.
+        """
+        if self.steps:
+            return self.steps
+        if self.samples:
+            return max(1, round(self.samples / self.batch_size))
+        if self.epochs:
+            return max(1, round(self.epochs * dataset_size / self.batch_size))
+        raise ClipkitError("the recipe sets no length; add --set steps=N (or samples=N, or epochs=N)")
+
+
+LENGTHS = ("steps", "samples", "epochs")
+# What may differ between a run and its resumption: the length, the logging, the cadence, the hands that load.
+CHANGEABLE = (*LENGTHS, "checkpoint", "log", "data.workers")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads ``1e-3`` as a string; here it is a number, as everybody means it."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)([eE][-+]?\d+)$"),
+    list("-+.0123456789"),
+)
+
+
+def load_yaml(text: str, where: str) -> Any:
+    """Parse YAML.
+
+    Raises:
+        ClipkitError: naming `where` and the line.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ClipkitError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def dump_yaml(config: BaseModel) -> str:
+    """The settings as YAML that `load_config` reads back to the same."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def load_config(recipe: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Resolve a recipe with overrides.
+
+    Args:
+        recipe: a YAML file.
+        overrides: strings ``a.b=value``; values are YAML, so ``[0.9, 1.0]``, ``1e-3`` and ``null`` mean what they say.
+
+    Raises:
+        ClipkitError: for a file that cannot be read, an unknown key (naming the nearest) or a wrong value.
+    """
+    try:
+        text = recipe.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ClipkitError(f"cannot read the recipe {recipe}: {error.strerror}") from error
+    values = load_yaml(text, str(recipe))
+    if not isinstance(values, dict):
+        raise ClipkitError(f"{recipe} is no recipe: it has no keys")
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise ClipkitError(explain_validation(error, TrainConfig)) from error
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise ClipkitError(f"--set takes KEY=VALUE, as in --set optim.lr=1e-3; got {override!r}")
+    if path[0] in LENGTHS:
+        for name in LENGTHS:
+            values.pop(name, None)
+    node = values
+    for part in path[:-1]:
+        child = node.get(part)
+        if not isinstance(child, dict):
+            child = {}
+        node[part] = child
+        node = child
+    node[path[-1]] = load_yaml(text, f"--set {override}")
+
+
+def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key that a settings model has."""
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                keys += known_keys(kind, f"{prefix}{name}.")
+    return keys
+
+
+def explain_validation(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
+    """One line for the first thing that is wrong, in the user's keys."""
+    # Of a union's complaints the deepest one is about the branch that the user meant.
+    problem = max(error.errors(), key=lambda e: (e["type"] == "extra_forbidden", len(e["loc"])))
+    # pydantic puts the union's branch into the location; the user never wrote that.
+    parts = [str(p) for p in problem["loc"] if p not in ("str", "ModelConfig")]
+    key = prefix + ".".join(parts)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key}{did_you_mean(key, known_keys(model, prefix))}"
+    if problem["type"] == "missing":
+        return f"{key} is not set"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = problem.get("input")
+    shown = "" if isinstance(given, Mapping) else f", got {given!r}"
+    return f"{key}: {message}{shown}" if key else message
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for name, child in value.items() for k, v in _flat(child, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def changed_keys(before: TrainConfig, after: TrainConfig, allowed: Iterable[str] = CHANGEABLE) -> list[str]:
+    """The keys in which two configurations differ, leaving out those that a resumption may change."""
+    old, new = _flat(before.model_dump(mode="json")), _flat(after.model_dump(mode="json"))
+    return sorted(
+        key
+        for key in old.keys() | new.keys()
+        if old.get(key) != new.get(key) and not any(key == a or key.startswith(f"{a}.") for a in allowed)
+    )

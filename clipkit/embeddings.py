@@ -1,0 +1,166 @@
+"""The embeddings artifact on disk: clip-retrieval's exchange layout, so embedding-reader and autofaiss read it.
+
+``img_emb/*.npy`` and ``text_emb/*.npy`` (float16, unit norm, source order) and ``metadata/*.parquet``. Captions have rows
+of their own in ``captions/*.parquet``, each with the id and the row of its image; with one caption per image the rows of
+both sides agree, as there.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clipkit.artifact import atomic_write, read_manifest
+from clipkit.errors import ClipkitError
+from clipkit.sources import Sample
+
+__all__ = ["Embedded", "Embeddings", "Side", "table_path", "vectors_path", "write_part"]
+
+Side = Literal["image", "text"]
+FOLDERS: dict[Side, str] = {"image": "img_emb", "text": "text_emb"}
+STEMS: dict[Side, str] = {"image": "img_emb", "text": "text_emb"}
+TABLES: dict[Side, str] = {"image": "metadata", "text": "captions"}
+
+
+@dataclass
+class Embedded:
+    """Embeddings of some samples, in source order, without those that could not be used."""
+
+    image: np.ndarray
+    """float32 ``[images, dim]``."""
+    text: np.ndarray
+    """float32 ``[captions, dim]``."""
+    samples: list[Sample]
+    """One per image row; the image bytes are dropped."""
+    captions: list[str]
+    """One per text row."""
+    image_of_text: np.ndarray
+    """int64 ``[captions]``: the image row that each caption belongs to."""
+    rows: list[int] = field(default_factory=list)
+    """The source row of each sample."""
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+    """Ledger lines of what could not be used: ``row``, ``key``, ``reason``."""
+
+
+def vectors_path(folder: Path, side: Side, name: str) -> Path:
+    return folder / FOLDERS[side] / f"{STEMS[side]}_{name}.npy"
+
+
+def table_path(folder: Path, side: Side, name: str) -> Path:
+    return folder / TABLES[side] / f"{TABLES[side]}_{name}.parquet"
+
+
+def write_part(out: Path, name: str, found: Embedded, sides: Sequence[Side]) -> None:
+    ids = [sample.id for sample in found.samples]
+    rows = [
+        {
+            "id": number,
+            "key": sample.key,
+            "image_path": sample.columns.get("path", sample.key),
+            "caption": sample.captions[0] if sample.captions else None,
+            **{
+                k: _storable(v)
+                for k, v in sample.columns.items()
+                if k not in ("path", "id", "key", "caption", "image_path")
+            },
+        }
+        for number, sample in zip(ids, found.samples, strict=True)
+    ]
+    empty = pa.schema([("id", pa.int64()), ("key", pa.string()), ("image_path", pa.string()), ("caption", pa.string())])
+    _write_parquet(table_path(out, "image", name), pa.Table.from_pylist(rows) if rows else empty.empty_table())
+    if "image" in sides:
+        _write_npy(vectors_path(out, "image", name), found.image)
+    if "text" in sides and found.captions:
+        _write_npy(vectors_path(out, "text", name), found.text)
+        columns = {
+            "caption": pa.array(found.captions, pa.string()),
+            "image_id": pa.array([ids[row] for row in found.image_of_text], pa.int64()),
+            "image_row": pa.array(found.image_of_text, pa.int64()),
+        }
+        _write_parquet(table_path(out, "text", name), pa.table(columns))
+
+
+def _storable(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
+
+
+def _write_npy(path: Path, rows: np.ndarray) -> None:
+    with atomic_write(path) as handle:
+        np.save(handle, rows.astype(np.float16))
+
+
+def _write_parquet(path: Path, table: pa.Table) -> None:
+    with atomic_write(path) as handle:
+        pq.write_table(table, handle)
+
+
+class Embeddings:
+    """An embeddings artifact, opened for reading."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
+        self.folder = folder
+        self.manifest = manifest
+        self._parts = manifest["parts"]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Embeddings":
+        """Open a finished artifact.
+
+        Raises:
+            ClipkitError: where it is missing, unfinished or of another kind.
+        """
+        return cls(Path(folder), read_manifest(Path(folder), "embeddings"))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model that made it."""
+        return self.manifest["model"]["fingerprint"]
+
+    @property
+    def sides(self) -> list[Side]:
+        """``image``, ``text`` or both."""
+        return self.manifest["sides"]
+
+    def blocks(self, side: Side) -> Iterator[np.ndarray]:
+        """The parts' embeddings in order, float16 ``[rows, dim]``, memory-mapped."""
+        for part in self._parts:
+            rows = part["images" if side == "image" else "captions"]
+            if rows:
+                path = vectors_path(self.folder, side, part["name"])
+                try:
+                    block = np.load(path, mmap_mode="r")
+                except (OSError, ValueError) as error:
+                    raise ClipkitError(f"{path} is missing or broken ({error})") from error
+                if block.shape != (rows, self.manifest["dim"]):
+                    raise ClipkitError(
+                        f"{path} has shape {block.shape}, the manifest says {(rows, self.manifest['dim'])}"
+                    )
+                yield block
+
+    def vectors(self, side: Side = "image") -> np.ndarray:
+        """All embeddings of a side as float32 ``[rows, dim]``.
+
+        Raises:
+            ClipkitError: where that side was not embedded, or a file is missing or broken.
+        """
+        if side not in self.sides:
+            raise ClipkitError(f"{self.folder} has no {side} embeddings; it has {' and '.join(self.sides)}")
+        return np.concatenate([block.astype(np.float32) for block in self.blocks(side)])
+
+    def table(self, side: Side = "image") -> pa.Table:
+        """The metadata, row by row with `vectors`; a caption's ``image_row`` counts over the whole artifact."""
+        tables, before = [], 0
+        for part in self._parts:
+            if side == "image" or part["captions"]:
+                table = pq.read_table(table_path(self.folder, side, part["name"]))
+                if side == "text":
+                    moved = pa.array(table["image_row"].to_numpy() + before)
+                    table = table.set_column(table.schema.get_field_index("image_row"), "image_row", moved)
+                tables.append(table)
+            before += part["images"]
+        return pa.concat_tables(tables, promote_options="permissive").combine_chunks()

@@ -1,0 +1,109 @@
+"""What a person or a program sees: notes and progress on stderr, results on stdout.
+
+Progress bars appear only on a terminal and only on the main process, so logs and pipes stay clean.
+"""
+
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+__all__ = ["FORMATS", "console", "emit", "is_main_process", "note", "progress", "warn"]
+
+FORMATS = ("human", "json", "jsonl", "csv")
+
+Item = TypeVar("Item")
+
+
+def is_main_process() -> bool:
+    """Whether this is rank 0 of a torchrun-like launch, or the only process."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def console() -> Console:
+    """A rich console on the present stderr (looked up now, so that redirection works)."""
+    return Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def note(message: str) -> None:
+    """One line for the person who watches."""
+    if is_main_process():
+        console().print(message, markup=False)
+
+
+def warn(message: str) -> None:
+    """One line that should not be missed."""
+    if is_main_process():
+        console().print(f"warning: {message}", style="yellow", markup=False)
+
+
+def progress(items: Iterable[Item], what: str, total: int | None = None, unit: str = "") -> Iterator[Item]:
+    """Iterate with a bar, a count, a rate and the time that remains, where somebody watches."""
+    if not (is_main_process() and sys.stderr.isatty()):
+        yield from items
+        return
+    if total is None and isinstance(items, Sequence):
+        total = len(items)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console(), transient=True) as bar:
+        task = bar.add_task(what, total=total, rate="")
+        for item in items:
+            yield item
+            speed = bar.tasks[task].speed
+            bar.update(task, advance=1, rate=f"{speed:,.0f} {unit}/s" if speed else "")
+
+
+def _plain(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list, tuple)) else value
+
+
+def emit(rows: Sequence[Mapping[str, Any]] | Mapping[str, Any], fmt: str, title: str = "") -> None:
+    """Print results on stdout.
+
+    Args:
+        rows: several rows with the same keys, or one mapping of figures.
+        fmt: ``json`` prints the value as it is, ``jsonl`` a line per row, ``csv`` a header and a line per row,
+            ``human`` a table.
+        title: stands above the table.
+    """
+    many = [rows] if isinstance(rows, Mapping) else list(rows)
+    if fmt == "json":
+        text = json.dumps(rows if isinstance(rows, Mapping) else many, ensure_ascii=False, indent=2) + "\n"
+    elif fmt == "jsonl":
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in many)
+    elif fmt == "csv":
+        buffer = io.StringIO()
+        if many:
+            writer = csv.DictWriter(buffer, fieldnames=list(many[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({key: _plain(value) for key, value in row.items()} for row in many)
+        text = buffer.getvalue()
+    else:
+        if isinstance(rows, Mapping):
+            many = [{"": key, "value": value} for key, value in rows.items()]
+        table = Table(*(many[0] if many else ["nothing found"]), title=title or None, title_justify="left")
+        for row in many:
+            table.add_row(*(escape(_shown(value)) for value in row.values()))
+        wide = Console(file=sys.stdout, soft_wrap=False, highlight=False, width=None if sys.stdout.isatty() else 120)
+        wide.print(table)
+        return
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(_plain(value) if value is not None else "")

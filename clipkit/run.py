@@ -1,0 +1,138 @@
+"""A training run's folder: who may write into it, its metrics, its ledger, its finished model."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clipkit.artifact import MODEL_FOLDER, WORK, atomic_write, digest, kind_of, read_json, write_json
+from clipkit.checkpoint import checkpoints
+from clipkit.config import TrainConfig, changed_keys, dump_yaml
+from clipkit.errors import ClipkitError
+from clipkit.towers import DualEncoder
+
+__all__ = ["MetricsLog", "Run"]
+
+CONFIG = "config.yaml"
+VERSION = 1
+
+
+class Run:
+    """A run folder, opened for training. Only the main process writes."""
+
+    def __init__(self, folder: Path, config: TrainConfig, is_main: bool):
+        self.folder = folder
+        self.config = config
+        self.is_main = is_main
+        self.metrics_path = folder / "metrics.jsonl"
+
+    @classmethod
+    def open(cls, folder: Path, config: TrainConfig, *, resume: bool, overwrite: bool, is_main: bool) -> "Run":
+        """Start a run in an empty folder, or go on with the one that stands there.
+
+        Raises:
+            ClipkitError: where something else stands there, a run stands there and neither `resume` nor `overwrite`
+                says what to do with it, or a setting changed that a resumption may not change (named).
+        """
+        run = cls(folder, config, is_main)
+        if folder.is_file():
+            raise ClipkitError(f"{folder} is a file; name a folder for the run")
+        occupied = folder.is_dir() and any(folder.iterdir())
+        is_run = (folder / CONFIG).is_file() and (folder / "metrics.jsonl").is_file()
+        if occupied and not is_run:
+            # A kill between the first two files leaves a lone config.yaml; that much is ours.
+            if [p.name for p in folder.iterdir()] != [CONFIG]:
+                what = f"holds {kind_of(folder)}" if kind_of(folder) else "is not empty and holds no run"
+                raise ClipkitError(f"{folder} {what}; name another folder")
+        if is_run and resume:
+            run._check_unchanged()
+        elif is_run and not overwrite:
+            raise ClipkitError(
+                f"{folder} already holds a run; add --resume to go on with it, or --overwrite to replace it"
+            )
+        elif is_run and is_main:
+            shutil.rmtree(folder)
+        if is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_write(folder / CONFIG, "w") as handle:
+                handle.write(dump_yaml(config))
+            run.metrics_path.touch()
+        return run
+
+    def _check_unchanged(self) -> None:
+        saved = TrainConfig.model_validate(yaml.safe_load((self.folder / CONFIG).read_text(encoding="utf-8")))
+        changed = changed_keys(saved, self.config)
+        if changed:
+            raise ClipkitError(
+                f"{self.folder} was started with other settings: {', '.join(changed)}; "
+                "keep them to resume, or start a new run with --init-from"
+            )
+
+    @property
+    def finished_steps(self) -> int:
+        """Where a finished run ended; 0 for one that is not."""
+        path = self.folder / "manifest.json"
+        return read_json(path)["counts"]["steps"] if path.is_file() else 0
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint."""
+        found = checkpoints(self.folder)
+        return found[-1] if found else None
+
+    def rewind(self, step: int) -> None:
+        """Drop the metrics of steps that will be done again, so that each step stands there once."""
+        if self.is_main:
+            lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            with atomic_write(self.metrics_path, "w") as handle:
+                handle.writelines(kept)
+
+    def write_ledger(self, lines: Sequence[dict[str, Any]]) -> int:
+        """Add unusable samples to ``ledger.jsonl``; returns how many."""
+        if lines:
+            # Every rank writes its own lines; appends of one short write each do not tear.
+            with (self.folder / "ledger.jsonl").open("a", encoding="utf-8") as handle:
+                handle.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        return len(lines)
+
+    def finish(self, model: DualEncoder, state: dict[str, Any]) -> dict[str, Any]:
+        """Write ``model/`` and then the manifest: from here on the run is whole. Returns the manifest."""
+        scratch = self.folder / WORK / MODEL_FOLDER
+        shutil.rmtree(scratch, ignore_errors=True)
+        model.save(scratch)
+        (self.folder / "manifest.json").unlink(missing_ok=True)  # of a shorter run that was gone on with
+        shutil.rmtree(self.folder / MODEL_FOLDER, ignore_errors=True)
+        scratch.replace(self.folder / MODEL_FOLDER)
+        shutil.rmtree(self.folder / WORK, ignore_errors=True)
+        settings = self.config.model_dump(mode="json")
+        manifest = {
+            "kind": "run",
+            "version": VERSION,
+            "model": {
+                "fingerprint": read_json(self.folder / MODEL_FOLDER / "clipkit.json")["fingerprint"],
+                "path": MODEL_FOLDER,
+            },
+            "counts": {"steps": state["step"], "samples": state["samples"], "left_out": state["left_out"]},
+            "made_from": {"config": digest(settings), "train": self.config.data.train},
+        }
+        write_json(self.folder / "manifest.json", manifest)
+        return manifest
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one line of plain numbers per report."""
+
+    def __init__(self, run: Run, is_main: bool):
+        self.run = run
+        self.is_main = is_main
+        self.last: dict[str, float] = {}
+
+    def write(self, **figures: float) -> None:
+        """Append a line; flushed, so that a plot can follow the run."""
+        self.last |= figures
+        if self.is_main:
+            with self.run.metrics_path.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(figures) + "\n")

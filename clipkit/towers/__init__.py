@@ -1,0 +1,204 @@
+"""Image and text towers behind one face, `DualEncoder`, whichever library they come from.
+
+open_clip and transformers are imported here and nowhere else, and only when a model is made or loaded.
+"""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipkit.artifact import MODEL_FOLDER, kind_of, relative_to_artifact
+from clipkit.config import ModelConfig
+from clipkit.errors import ClipkitError, did_you_mean
+from clipkit.towers.dual_encoder import DualEncoder
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "DualEncoder",
+    "create_model",
+    "load_model",
+    "load_model_of",
+    "model_folder",
+    "model_reference",
+    "openai_templates",
+    "pick_device",
+]
+
+
+def create_model(config: str | ModelConfig, preprocess: dict[str, Any] | None = None) -> DualEncoder:
+    """Make the model that a training run starts from.
+
+    Args:
+        config: an architecture of one's own; ``open_clip:NAME``, a named architecture with random weights; or anything
+            that `load_model` takes, for starting from trained weights.
+        preprocess: fields of `clipkit.preprocess.Preprocess` to set differently.
+
+    Raises:
+        ClipkitError: where there is no such model or a setting does not exist.
+    """
+    from clipkit.towers.openclip import OpenClipEncoder
+
+    if isinstance(config, ModelConfig):
+        return OpenClipEncoder.from_config(config, preprocess)
+    if config.startswith("open_clip:") and "/" not in config:
+        return OpenClipEncoder.from_name(config.removeprefix("open_clip:"), None, preprocess)
+    model = load_model(config)
+    if preprocess:
+        model.preprocess = type(model.preprocess).model_validate({**model.preprocess.model_dump(), **preprocess})
+    return model
+
+
+def load_model(spec: str | Path, device: "str | torch.device" = "cpu") -> DualEncoder:
+    """Load a trained model, ready for inference.
+
+    Args:
+        spec: a run folder (its last weights), ``RUN@step-420`` (a checkpoint), a local folder in open_clip's or Hugging
+            Face's form, ``open_clip:ViT-B-32/laion2b_s34b_b79k``, or ``hf:openai/clip-vit-base-patch32``. A local
+            folder never touches the network.
+        device: where to put it.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ClipkitError: where there is no such model, or it is broken or of a kind that is not known.
+    """
+    spec = str(spec)
+    folder = model_folder(spec)
+    if folder is not None:
+        model = _load_folder(folder)
+    elif spec.startswith("open_clip:"):
+        from clipkit.towers.openclip import OpenClipEncoder
+
+        name, _, tag = spec.removeprefix("open_clip:").partition("/")
+        if not tag:
+            raise ClipkitError(f"{spec} names no weights; say which: open_clip:{name}/TAG")
+        model = OpenClipEncoder.from_name(name, tag)
+    elif spec.startswith("hf:"):
+        model = _load_folder(_download(spec.removeprefix("hf:")))
+    else:
+        forms = "a run or model folder, open_clip:NAME/TAG, or hf:ORG/NAME"
+        raise ClipkitError(f"no such model: {spec}; name {forms}")
+    return model.eval().to(device)
+
+
+def model_folder(spec: str | Path) -> Path | None:
+    """The local folder of weights that `spec` names, or None where it names none.
+
+    Raises:
+        ClipkitError: where it names a run that has no such checkpoint, or no model yet.
+    """
+    spec = str(spec)
+    run, at, which = spec.rpartition("@")
+    if at and Path(run).is_dir():
+        chosen = Path(run) / "checkpoints" / which
+        if not (chosen / MODEL_FOLDER).is_dir():
+            known = [p.name for p in sorted((Path(run) / "checkpoints").glob("step-*"))]
+            raise ClipkitError(
+                f"{run} has no checkpoint {which!r}{did_you_mean(which, known)}; it has {', '.join(known) or 'none'}"
+            )
+        return chosen / MODEL_FOLDER
+    folder = Path(spec)
+    if not folder.is_dir():
+        return None
+    if (folder / MODEL_FOLDER).is_dir():
+        return folder / MODEL_FOLDER
+    if (folder / "checkpoints").is_dir():
+        steps = sorted(p.name for p in (folder / "checkpoints").glob("step-*"))
+        hint = f"use {spec.rstrip('/')}@{steps[-1]}, or finish it with --resume" if steps else "finish it with --resume"
+        raise ClipkitError(f"{folder} is a run without a finished model; {hint}")
+    return folder
+
+
+def model_reference(model: DualEncoder, spec: str | Path, artifact: Path) -> dict[str, Any]:
+    """What an artifact's manifest says of the model it was made with: fingerprint, and where to find it again."""
+    folder = model_folder(spec)
+    where = {"spec": str(spec)} if folder is None else {"path": relative_to_artifact(folder, artifact)}
+    return {"fingerprint": model.fingerprint(), **where}
+
+
+def load_model_of(
+    manifest: dict[str, Any], artifact: Path, spec: str | None = None, device: "str | torch.device" = "cpu"
+) -> DualEncoder:
+    """Load the model that an artifact was made with, and make sure that it is that one.
+
+    Args:
+        manifest: of the artifact.
+        artifact: its folder; the model's path in the manifest is relative to it.
+        spec: load this one instead of looking where the manifest says.
+        device: where to put it.
+
+    Raises:
+        ClipkitError: where the model is not found, or another stands in its place; both fingerprints are named.
+    """
+    made_with = manifest["model"]
+    if spec is None:
+        spec = made_with.get("spec") or str(artifact / made_with["path"])
+        if "path" in made_with and not Path(spec).is_dir():
+            raise ClipkitError(
+                f"the model of {artifact} ({made_with['fingerprint'][:12]}) is not at {spec} any more; name it with --model"
+            )
+    model = load_model(spec, device)
+    asked = model.fingerprint()
+    if asked != made_with["fingerprint"]:
+        raise ClipkitError(
+            f"{artifact} was made with model {made_with['fingerprint'][:12]}, but {spec} is model {asked[:12]}; "
+            "name the right one with --model, or make it again with this one"
+        )
+    return model
+
+
+def _load_folder(folder: Path) -> DualEncoder:
+    if (folder / "open_clip_config.json").is_file():
+        from clipkit.towers.openclip import OpenClipEncoder
+
+        return OpenClipEncoder.from_folder(folder)
+    if (folder / "config.json").is_file():
+        from clipkit.towers.huggingface import HuggingFaceEncoder
+
+        return HuggingFaceEncoder.from_folder(folder)
+    kind = kind_of(folder)
+    what = f"it holds a {kind} artifact" if kind else "it has neither open_clip_config.json nor config.json"
+    raise ClipkitError(f"{folder} is no model: {what}")
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ClipkitError(f"hf:{name} is no model name; it has the form hf:ORG/NAME")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except Exception as error:
+        # huggingface_hub raises a dozen kinds here, httpx's among them; each means that the model did not come.
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ClipkitError(f"cannot fetch hf:{name}: {reason}") from error
+
+
+def pick_device(name: str | None = None) -> "torch.device":
+    """The device of this name; when not given, the first GPU, else Apple's, else the CPU.
+
+    Raises:
+        ClipkitError: where there is no such device.
+    """
+    import torch
+
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ClipkitError(f"no device {name!r}: {' '.join(str(error).split())[:120]}") from error
+    return device
+
+
+def openai_templates() -> list[str]:
+    """The 80 ImageNet prompt templates of Radford et al. 2021 (as open_clip ships them), with ``{}`` for the class."""
+    from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+    return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]

@@ -1,0 +1,126 @@
+"""CLIP and SigLIP models in Hugging Face's form, from a local folder."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+
+from clipkit.artifact import read_json
+from clipkit.errors import ClipkitError
+from clipkit.preprocess import Preprocess
+from clipkit.towers.dual_encoder import MODEL_FILE, DualEncoder
+
+__all__ = ["HuggingFaceEncoder"]
+
+# Dual encoders whose text tower pools a position that padding cannot reach (CLIP: the first end token under a causal
+# mask; SigLIP: the last position, trained on padded texts), so tokens alone say everything.
+MODEL_TYPES = ("clip", "siglip")
+RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+
+
+class PaddedTokenizer:
+    """A Hugging Face tokenizer called as open_clip's are: texts to int64 ``[n, context_length]``."""
+
+    def __init__(self, tokenizer: Any, context_length: int):
+        self.tokenizer = tokenizer
+        self.context_length = context_length
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        if not texts:
+            return torch.zeros((0, self.context_length), dtype=torch.int64)
+        encoded = self.tokenizer(
+            texts, padding="max_length", truncation=True, max_length=self.context_length, return_tensors="pt"
+        )
+        return encoded["input_ids"]
+
+
+class HuggingFaceEncoder(DualEncoder):
+    """A transformers `CLIPModel` or `SiglipModel` behind the common face."""
+
+    def __init__(self, model: nn.Module, tokenizer: PaddedTokenizer, processor: Any, preprocess: Preprocess):
+        self.processor = processor
+        config = model.config
+        super().__init__(
+            model,
+            tokenizer,
+            preprocess,
+            context_length=tokenizer.context_length,
+            embed_dim=getattr(config, "projection_dim", None) or config.vision_config.hidden_size,
+            activation=config.vision_config.hidden_act,
+        )
+        if config.model_type == "siglip":
+            self.embed_dim = config.vision_config.hidden_size
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "HuggingFaceEncoder":
+        """Load a folder as `save_pretrained` writes it; the network is not touched.
+
+        Raises:
+            ClipkitError: where a file is missing or broken, or the model is no CLIP or SigLIP.
+        """
+        model_type = read_json(folder / "config.json").get("model_type")
+        if model_type not in MODEL_TYPES:
+            raise ClipkitError(f"{folder} holds a {model_type!r} model; known are {', '.join(MODEL_TYPES)}")
+        local: dict[str, Any] = {"local_files_only": True}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                config = AutoConfig.from_pretrained(folder, **local)
+                model = AutoModel.from_pretrained(folder, config=config, use_safetensors=True, **local)
+                tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+                processor = AutoImageProcessor.from_pretrained(folder, **local)
+        except Exception as error:
+            # transformers raises OSError, ValueError, KeyError and safetensors' own kinds for a folder that lacks a
+            # file or holds a broken one; the user needs the folder and the reason.
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ClipkitError(f"cannot load the model in {folder}: {reason}") from error
+        length = config.text_config.max_position_embeddings
+        if (folder / MODEL_FILE).is_file():
+            preprocess = Preprocess.model_validate(read_json(folder / MODEL_FILE)["preprocess"])
+        else:
+            preprocess = _preprocess_of(processor, folder)
+        return cls(model.float(), PaddedTokenizer(tokenizer, length), processor, preprocess)
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        return self.backbone.get_image_features(pixel_values=pixels).pooler_output
+
+    def _text_features(self, tokens: Tensor) -> Tensor:
+        return self.backbone.get_text_features(input_ids=tokens).pooler_output
+
+    @property
+    def logit_scale(self) -> nn.Parameter:
+        return self.backbone.logit_scale
+
+    @property
+    def logit_bias(self) -> nn.Parameter | None:
+        return getattr(self.backbone, "logit_bias", None)
+
+    def _save_backbone(self, folder: Path) -> None:
+        self.backbone.save_pretrained(folder)
+        self.tokenizer.tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
+        self.processor.save_pretrained(folder)
+
+
+def _preprocess_of(processor: Any, folder: Path) -> Preprocess:
+    """Translate an image processor's settings; refuse those that would not give the same pixels."""
+    size, crop = processor.size, processor.crop_size if processor.do_center_crop else None
+    shortest = getattr(size, "shortest_edge", None)
+    if shortest is not None:
+        wanted = (crop.height, crop.width) if crop is not None else None
+        if wanted != (shortest, shortest):
+            raise ClipkitError(f"{folder}: resizing to {shortest} and cropping {wanted} is not supported")
+        mode, target = "shortest", (shortest, shortest)
+    else:
+        mode, target = "squash", (size.height, size.width)
+    if abs(processor.rescale_factor - 1 / 255) > 1e-9 or not processor.do_normalize:
+        raise ClipkitError(f"{folder}: an image processor without rescaling by 1/255 and normalising is not supported")
+    return Preprocess(
+        size=target,
+        resize_mode=mode,
+        interpolation=RESAMPLING.get(int(processor.resample), "bicubic"),  # type: ignore[arg-type]
+        mean=tuple(processor.image_mean),
+        std=tuple(processor.image_std),
+    )

@@ -1,0 +1,96 @@
+"""Evaluate a model on captioned images.
+
+`retrieval` measures recall at k in both directions, as CLIP_benchmark defines it.
+"""
+
+from pathlib import Path
+
+import click
+
+from clipkit.cli import Job, format_option, list_options, model_option
+
+
+@click.command(cls=Job)
+@click.argument("task", type=click.Choice(["retrieval"]))
+@click.argument("source")
+@model_option
+@list_options
+@click.option(
+    "-k",
+    "ks",
+    multiple=True,
+    type=click.IntRange(1),
+    help="List length; may be given several times [default: 1 5 10].",
+)
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    type=click.Choice(["auto", "bf16", "fp32"]),
+    help="Of the towers; scores are always float32.",
+)
+@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Images at a time.")
+@click.option("--device", help="For the model [default: the GPU where there is one].")
+@format_option
+def main(
+    task: str,
+    source: str,
+    model: str | None,
+    image_column: str | None,
+    caption_column: str | None,
+    image_root: Path | None,
+    ks: tuple[int, ...],
+    precision: str,
+    batch_size: int,
+    device: str | None,
+    fmt: str,
+) -> int:
+    """Run TASK on SOURCE (a list, shards, or a folder with captions) and print the figures.
+
+    retrieval: image_retrieval_recall@k is the share of captions whose image is among the k nearest to the caption,
+    text_retrieval_recall@k the share of images with any of their captions among the k nearest. Fractions, not per cent.
+    """
+    from clipkit.embed import cast_for_inference, embed_source
+    from clipkit.errors import ClipkitError
+    from clipkit.log import emit, warn
+    from clipkit.metrics import retrieval_chance, retrieval_recall
+    from clipkit.sources import open_source
+    from clipkit.towers import load_model, pick_device
+
+    if model is None:
+        raise ClipkitError("name the model to evaluate: --model RUN (or open_clip:NAME/TAG, or hf:ORG/NAME)")
+    opened = open_source(
+        source,
+        image_column=image_column,
+        caption_column=caption_column,
+        image_root=image_root,
+        captions_required=True,
+    )
+    towers = cast_for_inference(load_model(model, pick_device(device)), precision)
+    found = embed_source(opened, towers, batch_size=batch_size, show=f"evaluate {task}")
+    if not found.captions:
+        reason = found.left_out[0] if found.left_out else {"key": source, "reason": "no sample has a caption"}
+        raise ClipkitError(f"nothing in {source} can be evaluated; the first: {reason['key']}: {reason['reason']}")
+    lengths = tuple(sorted(set(ks))) or (1, 5, 10)
+    figures = retrieval_recall(found.image, found.text, found.image_of_text, lengths)
+    chance = retrieval_chance(len(found.image), found.image_of_text, lengths)
+    if fmt == "human":
+        rows = [{"figure": name, "value": value, "chance": chance[name]} for name, value in figures.items()]
+        emit(rows, fmt, f"{len(found.image):,} images, {len(found.captions):,} captions")
+    else:
+        counts = {
+            "images": len(found.image),
+            "captions": len(found.captions),
+            "left_out": len(found.left_out),
+        }
+        guesses = {f"chance_{name}": value for name, value in chance.items()}
+        emit({**figures, **guesses, **counts, "model": towers.fingerprint()}, fmt)
+    if found.left_out:
+        first = found.left_out[0]
+        warn(f"{len(found.left_out)} could not be used; the first: {first['key']}: {first['reason']}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Embed images and their captions with a model.
+
+Reads a folder of images, a list or shards; writes clip-retrieval's exchange layout (npy and parquet), part by part.
+"""
+
+from pathlib import Path
+
+import click
+
+from clipkit.cli import Job, list_options, model_option, out_options
+
+
+@click.command(cls=Job)
+@click.argument("source")
+@model_option
+@list_options
+@click.option(
+    "--sides",
+    default="both",
+    show_default=True,
+    type=click.Choice(["both", "image", "text"]),
+    help="What to embed.",
+)
+@click.option(
+    "--precision",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "bf16", "fp32"]),
+    help="Of the towers; auto: bf16 where the device is fast at it.",
+)
+@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Images at a time.")
+@click.option("--part-size", default=10_000, show_default=True, type=click.IntRange(1), help="Samples per part.")
+@click.option("--threads", type=click.IntRange(1), help="That decode images [default: one per core].")
+@click.option("--device", help="Such as cpu, cuda, cuda:1 [default: the GPU where there is one].")
+@out_options("the embeddings")
+def main(
+    source: str,
+    model: str | None,
+    image_column: str | None,
+    caption_column: str | None,
+    image_root: Path | None,
+    sides: str,
+    precision: str,
+    batch_size: int,
+    part_size: int,
+    threads: int | None,
+    device: str | None,
+    out: Path,
+    overwrite: bool,
+) -> int:
+    """Embed the images, and the captions where there are any, of SOURCE (a folder, a list, or shards).
+
+    An image that cannot be used goes to OUT/ledger.jsonl and the status is 1. Killed and run again, it goes on with
+    the part where it stood; several processes may share the work of one OUT.
+    """
+    from clipkit.embed import embed
+    from clipkit.errors import ClipkitError
+    from clipkit.log import note, warn
+    from clipkit.sources import open_source
+    from clipkit.towers import load_model, model_reference, pick_device
+
+    if model is None:
+        raise ClipkitError("name the model to embed with: --model RUN (or open_clip:NAME/TAG, or hf:ORG/NAME)")
+    opened = open_source(source, image_column=image_column, caption_column=caption_column, image_root=image_root)
+    towers = load_model(model, pick_device(device))
+    manifest = embed(
+        opened,
+        towers,
+        out,
+        model_reference=model_reference(towers, model, out),
+        sides=["image", "text"] if sides == "both" else [sides],
+        precision=precision,
+        part_size=part_size,
+        batch_size=batch_size,
+        threads=threads,
+        overwrite=overwrite,
+    )
+    counts = manifest["counts"]
+    note(
+        f"{out}: {counts['images']:,} images and {counts['captions']:,} captions in {counts['parts']} parts, "
+        f"dimension {manifest['dim']}, model {manifest['model']['fingerprint'][:12]}"
+    )
+    note(f"next: clipkit build {out} --out index/")
+    if counts["left_out"]:
+        warn(f"{counts['left_out']:,} could not be used, listed in {out / 'ledger.jsonl'}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""Train an image and a text tower together on shards of captioned images.
+
+The loop is a program: read it top to bottom, copy it, change it. What it reads is a recipe (`clipkit recipes`), what
+it leaves is a run folder: config.yaml, metrics.jsonl, checkpoints/, ledger.jsonl where samples were unusable, and
+model/ with the last weights and everything that is needed to use them.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from clipkit.cli import Job, recipes
+
+
+@click.command(cls=Job)
+@click.argument("recipe")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The run folder.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting, such as optim.lr=1e-3.")
+@click.option("--resume", is_flag=True, help="Go on where the run in OUT stands; start it where there is none.")
+@click.option("--init-from", metavar="MODEL", help="Start a new run from another's weights.")
+@click.option("--show-config", is_flag=True, help="Print the resolved settings and stop.")
+@click.option("--overwrite", is_flag=True, help="Replace what stands in OUT.")
+def main(
+    recipe: str,
+    out: Path,
+    overrides: tuple[str, ...],
+    resume: bool,
+    init_from: str | None,
+    show_config: bool,
+    overwrite: bool,
+) -> int:
+    """Train RECIPE (a name from `clipkit recipes`, or a YAML file) on shards.
+
+    The shards are named by --set data.train=SHARDS; nothing else must be set. Run under torchrun or accelerate launch
+    for several devices. On --resume the length, logging and checkpoint settings may change, other keys may not.
+    """
+    from clipkit.config import dump_yaml, load_config
+    from clipkit.errors import ClipkitError, did_you_mean
+
+    path = recipes().get(recipe, Path(recipe))
+    if not path.is_file():
+        known = recipes()
+        raise ClipkitError(
+            f"no recipe {recipe!r}{did_you_mean(recipe, known)}; there are {', '.join(known)}, or name a YAML file"
+        )
+    if init_from is not None:
+        overrides = (*overrides, f"model={json.dumps(init_from)}")
+    config = load_config(path, overrides)
+    if show_config:
+        click.echo(dump_yaml(config), nl=False)
+        return 0
+    if config.data.train is None:
+        raise ClipkitError("the recipe names no training data; add --set data.train=SHARDS (made by clipkit pack)")
+    return train(config, out, resume=resume, overwrite=overwrite)
+
+
+def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
+    import torch
+    from accelerate import Accelerator, PartialState
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import set_seed
+
+    from clipkit import checkpoint
+    from clipkit.artifact import MODEL_FOLDER
+    from clipkit.embed import fast_bf16
+    from clipkit.errors import ClipkitError
+    from clipkit.loader import TrainSet, train_loader
+    from clipkit.log import note, progress, warn
+    from clipkit.loss import info_nce, sigmoid_loss
+    from clipkit.optim import learning_rate, parameter_groups
+    from clipkit.run import MetricsLog, Run
+    from clipkit.shards import Shards
+    from clipkit.sources import open_source
+    from clipkit.towers import create_model, load_model
+
+    process = PartialState()
+    device, rank, world_size = process.device, process.process_index, process.num_processes
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and fast_bf16(device))
+    AcceleratorState._reset_state()  # a notebook may train twice, with another precision
+    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
+
+    # Everything that can be wrong with the input is found before the run folder is touched.
+    shards = Shards.open(config.data.train)
+    steps = config.total_steps(len(shards))
+    validation = None if config.data.val is None else open_source(config.data.val, captions_required=True)
+    run = Run.open(out, config, resume=resume, overwrite=overwrite, is_main=accelerator.is_main_process)
+    accelerator.wait_for_everyone()
+    if run.finished_steps >= steps:
+        note(f"{out} is trained to step {run.finished_steps} already; a larger --set steps=N goes on")
+        return 0
+
+    # Where the weights come from: 1. the last checkpoint of this run, 2. a model named by `model`, 3. random.
+    set_seed(config.seed)
+    last = run.last_checkpoint()
+    model = load_model(last / MODEL_FOLDER) if last else create_model(config.model, config.preprocess)
+    if config.loss.kind == "sigmoid" and model.logit_bias is None:
+        raise ClipkitError("loss.kind=sigmoid needs a bias; set model.init_logit_bias=-10 (and init_logit_scale=2.3)")
+    model.to(device).train()
+    groups = parameter_groups(model, config.optim.weight_decay)
+    optimizer = torch.optim.AdamW(
+        groups, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps, fused=True
+    )
+    state = (
+        checkpoint.load_checkpoint(last, model, optimizer, rank) if last else {"step": 0, "samples": 0, "left_out": 0}
+    )
+    first = state["step"]
+    run.rewind(first)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    set_rank_seed = first == 0 and world_size > 1
+    if set_rank_seed:
+        set_seed(config.seed + rank)  # dropout differs between ranks; the weights are made already
+
+    data = TrainSet(shards, model.preprocess, config.data.augment, config.seed)
+    loader = train_loader(
+        data,
+        model.tokenizer,
+        first_step=first,
+        steps=steps,
+        batch_size=config.batch_size,
+        rank=rank,
+        world_size=world_size,
+        workers=config.data.workers,
+        pin_memory=device.type == "cuda",
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    note(
+        f"{parameters / 1e6:.1f} M parameters, {len(shards):,} samples, steps {first:,} to {steps:,} of {config.batch_size}, "
+        f"{accelerator.mixed_precision} on {world_size} x {device.type}"
+    )
+
+    log = MetricsLog(run, is_main=accelerator.is_main_process)
+    max_log_scale = torch.tensor(config.loss.max_logit_scale).log().item()
+    began = ended = time.perf_counter()
+    waited, reported = 0.0, first
+    for step, batch in enumerate(progress(loader, "train", steps - first, "steps"), first):
+        fetched = time.perf_counter()
+        waited += fetched - ended
+        rate = learning_rate(
+            step,
+            steps=steps,
+            peak=config.optim.lr,
+            warmup=config.optim.warmup_steps,
+            floor=config.optim.min_lr,
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+        image, text, scale, bias = wrapped(batch["pixels"].to(device, non_blocking=True), batch["tokens"].to(device))
+        ids = {}
+        if config.loss.multi_positive:
+            ids = {"image_ids": batch["image_ids"].to(device), "text_ids": batch["text_ids"].to(device)}
+        loss = (
+            info_nce(image, text, scale, **ids)
+            if bias is None or config.loss.kind == "infonce"
+            else (sigmoid_loss(image, text, scale, bias, **ids))
+        )
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.optim.clip_grad_norm or float("inf"))
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, max_log_scale)
+
+        state["left_out"] += run.write_ledger(batch["left_out"])
+        done = step + 1
+        state.update(step=done, samples=done * config.batch_size)
+        last_step = done == steps
+        if done % config.log.every_steps == 0 or last_step:
+            # The .item() calls wait for the device; that is why they happen only here.
+            losses = accelerator.reduce(loss.detach(), "mean").item()
+            now = time.perf_counter()
+            log.write(
+                step=done,
+                samples=state["samples"],
+                loss=losses,
+                lr=rate,
+                grad_norm=float(norm),
+                logit_scale=float(model.logit_scale.detach().exp()),
+                samples_per_second=(done - reported) * config.batch_size / (now - began),
+                data_wait=waited / (now - began),
+                left_out=state["left_out"],
+            )
+            if losses != losses:
+                raise ClipkitError(f"the loss is NaN at step {done}; lower optim.lr, and look at {run.metrics_path}")
+            began, waited, reported = now, 0.0, done
+        if validation is not None and (last_step or done % (config.log.val_every_steps or steps) == 0):
+            before = time.perf_counter()
+            if accelerator.is_main_process:
+                log.write(step=done, samples=state["samples"], **validate(model, validation))
+            accelerator.wait_for_everyone()
+            began += time.perf_counter() - before
+        if done % config.checkpoint.every_steps == 0 or last_step:
+            scratch = checkpoint.scratch_folder(out, done)
+            if accelerator.is_main_process:
+                checkpoint.save_shared(scratch, model, optimizer.optimizer, state)
+            accelerator.wait_for_everyone()
+            checkpoint.save_rank(scratch, rank)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                checkpoint.publish(scratch, config.checkpoint.keep)
+            accelerator.wait_for_everyone()
+        ended = time.perf_counter()
+
+    if accelerator.is_main_process:
+        manifest = run.finish(model, state)
+        note(
+            f"{out}: step {steps}, loss {log.last['loss']:.3f}, model {manifest['model']['fingerprint'][:12]} in {out / 'model'}"
+        )
+        note(f"next: clipkit embed FOLDER --model {out} --out emb/")
+        if state["left_out"]:
+            warn(f"{state['left_out']:,} unusable samples were replaced, listed in {out / 'ledger.jsonl'}")
+    accelerator.end_training()
+    return 1 if state["left_out"] else 0
+
+
+def validate(model: Any, source: Any) -> dict[str, float]:
+    """Retrieval on the validation source, in float32 as `clipkit evaluate` does it."""
+    from clipkit.embed import embed_source
+    from clipkit.metrics import retrieval_recall
+
+    found = embed_source(source, model, show=None)
+    return {f"val_{k}": v for k, v in retrieval_recall(found.image, found.text, found.image_of_text).items()}
+
+
+if __name__ == "__main__":
+    main()

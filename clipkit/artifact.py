@@ -53,7 +53,8 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with scratch.open(mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as handle:
+        text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+        with scratch.open(mode, **text) as handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
@@ -103,12 +104,12 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
         if (folder / WORK / "plan.json").is_file():
             plan = read_json(folder / WORK / "plan.json")
             raise ClipkitError(
-                f"{folder} is an unfinished {plan.get('kind')} artifact; run the command that makes it again to complete it"
+                f"{folder} holds unfinished {plan.get('kind')}; run the command that makes it again to complete it"
             )
         raise ClipkitError(f"{folder} is no clipkit artifact: it has no {MANIFEST}")
     manifest = read_json(folder / MANIFEST)
     if manifest.get("kind") != kind:
-        raise ClipkitError(f"{folder} holds a {manifest.get('kind')} artifact, but {kind} is needed here")
+        raise ClipkitError(f"{folder} holds {manifest.get('kind')}, but {kind} is needed here")
     if manifest.get("version", 0) > VERSION:
         raise ClipkitError(
             f"{folder} was written by a newer clipkit (layout {manifest['version']}, this one reads {VERSION}); update"

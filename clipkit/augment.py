@@ -62,5 +62,5 @@ def _recoloured(pixels: np.ndarray, config: AugmentConfig, rng: np.random.Genera
         adjust, amount = steps[at]
         image = adjust(image, amount)
     if grey:
-        image = TF.rgb_to_grayscale(image, num_output_channels=3)
+        image = image.convert("L").convert("RGB")
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))

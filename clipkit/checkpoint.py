@@ -103,9 +103,11 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         parameter, _, key = name.rpartition(":")
         if parameter not in parameters:
             raise ClipkitError(f"{path} has state for {parameter}, which the model lacks")
-        # AdamW keeps its step counter on the CPU; everything else lives where the parameter does.
-        device = tensor.device if key == "step" else parameters[parameter].device
-        optimizer.state[parameters[parameter]][key] = tensor.to(device)
+        owner = parameters[parameter]
+        if tensor.shape == owner.shape:
+            # In the parameter's own memory layout: the fused step walks both as flat memory.
+            tensor = torch.empty_like(owner, dtype=tensor.dtype).copy_(tensor)
+        optimizer.state[owner][key] = tensor.detach()
     if "cpu" in states:
         torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():

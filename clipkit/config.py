@@ -114,12 +114,16 @@ class LossConfig(Settings):
 
 
 class CheckpointConfig(Settings):
+    """When a run saves itself. The end of the run is always saved."""
+
     every_steps: Positive = 1000
     keep: Positive = 2
     """How many of the last checkpoints stay."""
 
 
 class LogConfig(Settings):
+    """How often the run reports."""
+
     every_steps: Positive = 10
     val_every_steps: Positive | None = None
     """Retrieval on `data.val`; only at the end where not set."""

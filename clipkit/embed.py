@@ -170,7 +170,7 @@ def embed(
     Args:
         source: what to embed.
         model: with what; cast in place.
-        out: the folder. Run again on an unfinished one, it goes on; on a finished one of the same input it does nothing.
+        out: the folder. On an unfinished one of the same input it goes on, on a finished one it does nothing.
         model_reference: stands in the manifest: ``fingerprint`` and where the model was (``spec``, ``path``).
         sides: images, captions or both.
         precision: of the towers, see `cast_for_inference`.

@@ -1,8 +1,8 @@
 """The embeddings artifact on disk: clip-retrieval's exchange layout, so embedding-reader and autofaiss read it.
 
-``img_emb/*.npy`` and ``text_emb/*.npy`` (float16, unit norm, source order) and ``metadata/*.parquet``. Captions have rows
-of their own in ``captions/*.parquet``, each with the id and the row of its image; with one caption per image the rows of
-both sides agree, as there.
+``img_emb/*.npy`` and ``text_emb/*.npy`` (float16, unit norm, source order) and ``metadata/*.parquet``. Captions have
+rows of their own in ``captions/*.parquet``, each with the id and the row of its image; with one caption per image the
+rows of both sides agree, as there.
 """
 
 import json
@@ -19,9 +19,10 @@ from clipkit.artifact import atomic_write, read_manifest
 from clipkit.errors import ClipkitError
 from clipkit.sources import Sample
 
-__all__ = ["Embedded", "Embeddings", "Side", "table_path", "vectors_path", "write_part"]
+__all__ = ["SIDES", "Embedded", "Embeddings", "Side", "table_path", "vectors_path", "write_part"]
 
 Side = Literal["image", "text"]
+SIDES: tuple[Side, ...] = ("image", "text")
 FOLDERS: dict[Side, str] = {"image": "img_emb", "text": "text_emb"}
 STEMS: dict[Side, str] = {"image": "img_emb", "text": "text_emb"}
 TABLES: dict[Side, str] = {"image": "metadata", "text": "captions"}
@@ -48,14 +49,17 @@ class Embedded:
 
 
 def vectors_path(folder: Path, side: Side, name: str) -> Path:
+    """Where a part's embeddings of a side stand."""
     return folder / FOLDERS[side] / f"{STEMS[side]}_{name}.npy"
 
 
 def table_path(folder: Path, side: Side, name: str) -> Path:
+    """Where a part's metadata of a side stand."""
     return folder / TABLES[side] / f"{TABLES[side]}_{name}.parquet"
 
 
 def write_part(out: Path, name: str, found: Embedded, sides: Sequence[Side]) -> None:
+    """Write one part's vectors and tables, each file atomically."""
     ids = [sample.id for sample in found.samples]
     rows = [
         {

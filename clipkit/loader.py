@@ -68,7 +68,7 @@ class TrainSet(Dataset[dict[str, Any]]):
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         index = self._order.at(position)
-        left_out = []
+        left_out: list[dict[str, Any]] = []
         for attempt in range(MAX_REPLACEMENTS):
             # A generator per attempt, so that a replacement is as reproducible as the sample it stands for.
             rng = np.random.default_rng([self.seed, position, attempt])
@@ -92,7 +92,7 @@ class TrainSet(Dataset[dict[str, Any]]):
             raise BadImage("the sample has no image")
         if not captions:
             raise BadImage("the sample has no caption")
-        caption = captions[int(rng.integers(len(captions)))] if len(captions) > 1 else captions[0]
+        caption = captions[int(rng.integers(len(captions)))]
         image = decode(members[extension], self.preprocess.background)
         pixels = augmented_pixels(image, self.preprocess, self.augment, rng)
         return {"pixels": pixels, "caption": caption, "image_id": sample_id(self.shards.key(index))}

@@ -68,7 +68,7 @@ def retrieval_recall(
     """Recall at k in both directions, as CLIP_benchmark defines it.
 
     ``image_retrieval_recall@k``: share of captions whose image is among the k images nearest to the caption.
-    ``text_retrieval_recall@k``: share of images that have any of their captions among the k captions nearest to the image.
+    ``text_retrieval_recall@k``: share of images with any of their captions among the k captions nearest to it.
 
     Args:
         image: unit-norm image embeddings.

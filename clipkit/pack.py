@@ -118,7 +118,7 @@ def _one(sample: Sample) -> dict[str, bytes]:
 def shard_keys(names: list[str]) -> list[str]:
     """Keys for webdataset from source-relative paths: no extension, no dot in the last part, none twice.
 
-    A key is the path itself wherever that is possible. Where two paths would share a key, both carry a hash of their own.
+    A key is the path itself wherever that is possible. Where paths would share one, each carries a hash of its own.
     """
     plain = [_plain_key(name) for name in names]
     count = Counter(plain)

@@ -2,15 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from clipkit.artifact import MODEL_FOLDER, WORK, atomic_write, digest, kind_of, read_json, write_json
 from clipkit.checkpoint import checkpoints
-from clipkit.config import TrainConfig, changed_keys, dump_yaml
+from clipkit.config import TrainConfig, changed_keys, dump_yaml, load_config
 from clipkit.errors import ClipkitError
 from clipkit.towers import DualEncoder
 
@@ -29,42 +27,43 @@ class Run:
         self.is_main = is_main
         self.metrics_path = folder / "metrics.jsonl"
 
-    @classmethod
-    def open(cls, folder: Path, config: TrainConfig, *, resume: bool, overwrite: bool, is_main: bool) -> "Run":
-        """Start a run in an empty folder, or go on with the one that stands there.
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Look at what stands in the folder, without touching it.
 
         Raises:
             ClipkitError: where something else stands there, a run stands there and neither `resume` nor `overwrite`
                 says what to do with it, or a setting changed that a resumption may not change (named).
         """
-        run = cls(folder, config, is_main)
+        folder = self.folder
         if folder.is_file():
             raise ClipkitError(f"{folder} is a file; name a folder for the run")
         occupied = folder.is_dir() and any(folder.iterdir())
-        is_run = (folder / CONFIG).is_file() and (folder / "metrics.jsonl").is_file()
-        if occupied and not is_run:
-            # A kill between the first two files leaves a lone config.yaml; that much is ours.
-            if [p.name for p in folder.iterdir()] != [CONFIG]:
-                what = f"holds {kind_of(folder)}" if kind_of(folder) else "is not empty and holds no run"
-                raise ClipkitError(f"{folder} {what}; name another folder")
-        if is_run and resume:
-            run._check_unchanged()
-        elif is_run and not overwrite:
+        # A kill between the first two files leaves a lone config.yaml; that much is ours.
+        if occupied and not self._stands and [p.name for p in folder.iterdir()] != [CONFIG]:
+            what = f"holds {kind_of(folder)}" if kind_of(folder) else "is not empty and holds no run"
+            raise ClipkitError(f"{folder} {what}; name another folder")
+        if self._stands and resume:
+            self._check_unchanged()
+        elif self._stands and not overwrite:
             raise ClipkitError(
                 f"{folder} already holds a run; add --resume to go on with it, or --overwrite to replace it"
             )
-        elif is_run and is_main:
-            shutil.rmtree(folder)
-        if is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            with atomic_write(folder / CONFIG, "w") as handle:
-                handle.write(dump_yaml(config))
-            run.metrics_path.touch()
-        return run
+
+    def begin(self, *, resume: bool) -> None:
+        """Make the folder ready to be written: an old run is removed unless it is resumed."""
+        if self._stands and not resume:
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(self.folder / CONFIG, "w") as handle:
+            handle.write(dump_yaml(self.config))
+        self.metrics_path.touch()
+
+    @property
+    def _stands(self) -> bool:
+        return (self.folder / CONFIG).is_file() and self.metrics_path.is_file()
 
     def _check_unchanged(self) -> None:
-        saved = TrainConfig.model_validate(yaml.safe_load((self.folder / CONFIG).read_text(encoding="utf-8")))
-        changed = changed_keys(saved, self.config)
+        changed = changed_keys(load_config(self.folder / CONFIG), self.config)
         if changed:
             raise ClipkitError(
                 f"{self.folder} was started with other settings: {', '.join(changed)}; "
@@ -83,20 +82,36 @@ class Run:
         return found[-1] if found else None
 
     def rewind(self, step: int) -> None:
-        """Drop the metrics of steps that will be done again, so that each step stands there once."""
-        if self.is_main:
-            lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            with atomic_write(self.metrics_path, "w") as handle:
+        """Drop what was written of steps that will be done again, so that each step stands there once."""
+        samples = step * self.config.batch_size
+        self._keep(self.metrics_path, lambda line: line["step"] <= step)
+        self._keep(self._ledger, lambda line: line["position"] < samples)
+
+    def _keep(self, path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            # A line without its end was being written when the run was killed.
+            kept = [line for line in lines if line.endswith("\n") and wanted(json.loads(line))]
+            with atomic_write(path, "w") as handle:
                 handle.writelines(kept)
 
-    def write_ledger(self, lines: Sequence[dict[str, Any]]) -> int:
-        """Add unusable samples to ``ledger.jsonl``; returns how many."""
+    @property
+    def _ledger(self) -> Path:
+        return self.folder / "ledger.jsonl"
+
+    def write_ledger(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Add unusable samples to ``ledger.jsonl``. Every rank adds its own; short appends do not tear."""
         if lines:
-            # Every rank writes its own lines; appends of one short write each do not tear.
-            with (self.folder / "ledger.jsonl").open("a", encoding="utf-8") as handle:
+            with self._ledger.open("a", encoding="utf-8") as handle:
                 handle.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        return len(lines)
+
+    @property
+    def left_out(self) -> int:
+        """How many unusable samples all ranks have met so far."""
+        if not self._ledger.is_file():
+            return 0
+        with self._ledger.open("rb") as handle:
+            return sum(1 for _ in handle)
 
     def finish(self, model: DualEncoder, state: dict[str, Any]) -> dict[str, Any]:
         """Write ``model/`` and then the manifest: from here on the run is whole. Returns the manifest."""
@@ -115,7 +130,7 @@ class Run:
                 "fingerprint": read_json(self.folder / MODEL_FOLDER / "clipkit.json")["fingerprint"],
                 "path": MODEL_FOLDER,
             },
-            "counts": {"steps": state["step"], "samples": state["samples"], "left_out": state["left_out"]},
+            "counts": {"steps": state["step"], "samples": state["samples"], "left_out": self.left_out},
             "made_from": {"config": digest(settings), "train": self.config.data.train},
         }
         write_json(self.folder / "manifest.json", manifest)

@@ -54,7 +54,8 @@ def build_index(
     sides: list[Side] = [side for side in ("image", "text") if any(side in s.sides for s in sets)]
     segment = out / "segments" / "000000"
     counts = {}
-    for side in stage.pending(sides):
+    for name in stage.pending(sides):
+        side: Side = "image" if name == "image" else "text"
         holders = [s for s in sets if side in s.sides]
         stage.finish_part(side, {"rows": _write_side(segment, side, holders)})
     records = stage.records(sides)

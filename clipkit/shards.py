@@ -69,7 +69,8 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
     count = 0
     with atomic_write(path) as stream:
         # A fixed time and owner make the bytes a function of the content; PAX carries long and unicode names.
-        writer = TarWriter(stream, encoder=False, mtime=0, user="clipkit", group="clipkit", format="PAX_FORMAT")
+        output: Any = stream
+        writer = TarWriter(output, encoder=False, mtime=0, user="clipkit", group="clipkit", format="PAX_FORMAT")
         for key, members in samples:
             writer.write({"__key__": key, **members})
             count += 1

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from clipkit.artifact import digest, read_json
 from clipkit.errors import BadImage, ClipkitError
@@ -85,6 +85,7 @@ class Sample:
             raise BadImage(f"cannot be read: {error.strerror}") from error
 
 
+@runtime_checkable
 class Source(Protocol):
     """What folder, list and shards have in common."""
 
@@ -185,9 +186,9 @@ class FolderSource:
         if not self.paths:
             raise ClipkitError(f"no images in {root}; known endings are {', '.join(sorted(IMAGE_SUFFIXES))}")
         self.paths.sort()
-        self._companions = companions
         stems = {str(PurePosixPath(p).with_suffix("")) for p in self.paths}
-        self.has_captions = any(str(PurePosixPath(c).with_suffix("")) in stems for c in companions)
+        self._companions = {name for name in companions if str(PurePosixPath(name).with_suffix("")) in stems}
+        self.has_captions = bool(self._companions)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -232,7 +233,7 @@ class ListSource:
         if not rows:
             raise ClipkitError(f"{path} has no rows")
         columns = list(rows[0])
-        self._image = _find_column(path, columns, image_column, IMAGE_COLUMNS, "image", True)
+        self._image = _find_column(path, columns, image_column, IMAGE_COLUMNS, "image", True) or ""
         self._caption = _find_column(path, columns, caption_column, CAPTION_COLUMNS, "caption", captions_required)
         self.has_captions = self._caption is not None
         groups: dict[str, list[dict[str, Any]]] = {}
@@ -323,7 +324,7 @@ def _find_column(
         if wanted in columns:
             return wanted
         raise ClipkitError(
-            f"{path} has no column {wanted!r}; its columns are {', '.join(columns)}; name the right one with --{what}-column"
+            f"{path} has no column {wanted!r}; its columns are {', '.join(columns)}; name one with --{what}-column"
         )
     by_lower = {column.lower(): column for column in reversed(columns)}
     found = next((by_lower[name] for name in usual if name in by_lower), None)

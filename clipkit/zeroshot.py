@@ -99,7 +99,7 @@ def classify(
 
     Returns:
         One row per image in source order: ``path``, ``label``, ``score`` (cosine), ``probability`` (softmax over the
-        labels at the model's own scale), ``margin`` (of the probability to the second), ``top`` (label and probability),
+        labels at the model's own scale), ``margin`` (to the second's probability), ``top`` (labels with probability),
         ``status`` (``ok``, or ``unreadable`` with the reason in ``reason``).
 
     Raises:

@@ -67,17 +67,21 @@ def main(
     else:
         emit(rows, fmt)
     if unreadable:
-        warn(
-            f"{len(unreadable)} of {len(rows)} cannot be read; the first: {unreadable[0]['path']}: {unreadable[0]['reason']}"
-        )
+        first = unreadable[0]
+        warn(f"{len(unreadable)} of {len(rows)} cannot be read; the first: {first['path']}: {first['reason']}")
         return 1
     return 0
 
 
 def _labels(given: str) -> list[str]:
     """Names from a comma-separated string, or from a file that exists, one a line."""
-    if Path(given).is_file():
-        return [line.strip() for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
+    path = Path(given)
+    try:
+        is_file = path.is_file()
+    except OSError:  # a long list of names is no file name
+        is_file = False
+    if is_file:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     return [name.strip() for name in given.split(",") if name.strip()]
 
 

@@ -54,6 +54,7 @@ def main(
     the part where it stood; several processes may share the work of one OUT.
     """
     from clipkit.embed import embed
+    from clipkit.embeddings import SIDES, Side
     from clipkit.errors import ClipkitError
     from clipkit.log import note, warn
     from clipkit.sources import open_source
@@ -63,12 +64,13 @@ def main(
         raise ClipkitError("name the model to embed with: --model RUN (or open_clip:NAME/TAG, or hf:ORG/NAME)")
     opened = open_source(source, image_column=image_column, caption_column=caption_column, image_root=image_root)
     towers = load_model(model, pick_device(device))
+    chosen: list[Side] = [side for side in SIDES if sides in (side, "both")]
     manifest = embed(
         opened,
         towers,
         out,
         model_reference=model_reference(towers, model, out),
-        sides=["image", "text"] if sides == "both" else [sides],
+        sides=chosen,
         precision=precision,
         part_size=part_size,
         batch_size=batch_size,

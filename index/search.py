@@ -40,6 +40,7 @@ def main(
 
     Rows come best first: rank, score (cosine), image_path, caption, id and whatever else the source said of them.
     """
+    from clipkit.embeddings import Side
     from clipkit.errors import ClipkitError
     from clipkit.log import emit, note
     from clipkit.search import Index
@@ -52,15 +53,16 @@ def main(
     opened = Index.open(index)
     towers = load_model_of(opened.manifest, index, model, pick_device(device))
     try:
-        query = towers.embed_texts([text]) if text is not None else towers.embed_images([image])
+        query = towers.embed_images([image]) if image is not None else towers.embed_texts([text or ""])
     except ClipkitError as error:
         raise ClipkitError(f"{image}: {error}") from error
-    scores, positions = opened.search(query, k, side)
+    looked_in: Side = "text" if side == "text" else "image"
+    scores, positions = opened.search(query, k, looked_in)
     if len(positions[0]) < k:
         note(f"the index holds {len(positions[0])} {side} vectors; all of them are listed")
     rows = [
         {"rank": rank, "score": float(score), **row}
-        for rank, (score, row) in enumerate(zip(scores[0], opened.rows(positions[0], side), strict=True), 1)
+        for rank, (score, row) in enumerate(zip(scores[0], opened.rows(positions[0], looked_in), strict=True), 1)
     ]
     if fmt == "human":
         rows = [{key: row.get(key) for key in ("rank", "score", "image_path", "caption")} for row in rows]

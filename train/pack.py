@@ -63,9 +63,8 @@ def main(
     )
     if counts["left_out"]:
         first = manifest["first_left_out"]
-        warn(
-            f"{counts['left_out']:,} left out, listed in {out / 'ledger.jsonl'}; the first: {first['key']}: {first['reason']}"
-        )
+        reason = f"{first['key']}: {first['reason']}"
+        warn(f"{counts['left_out']:,} left out, listed in {out / 'ledger.jsonl'}; the first: {reason}")
         return 1
     note(f"next: clipkit train tiny --set data.train={out} --out run/")
     return 0

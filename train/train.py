@@ -6,6 +6,7 @@ model/ with the last weights and everything that is needed to use them.
 """
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -74,10 +75,16 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
     from clipkit.run import MetricsLog, Run
     from clipkit.shards import Shards
     from clipkit.sources import open_source
-    from clipkit.towers import create_model, load_model
+    from clipkit.towers import create_model, load_model, pick_device
 
-    process = PartialState()
-    device, rank, world_size = process.device, process.process_index, process.num_processes
+    # accelerate joins the ranks of a CPU launch only when it is told that the CPU is meant.
+    process = PartialState(cpu=pick_device().type == "cpu")
+    if process.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
+        raise ClipkitError(
+            f"accelerate joined {process.num_processes} of {os.environ['WORLD_SIZE']} launched processes"
+        )
+    device = torch.device(process.device or "cpu")
+    rank, world_size = process.process_index, process.num_processes
     bf16 = config.precision == "bf16" or (config.precision == "auto" and fast_bf16(device))
     AcceleratorState._reset_state()  # a notebook may train twice, with another precision
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
@@ -86,28 +93,31 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
     shards = Shards.open(config.data.train)
     steps = config.total_steps(len(shards))
     validation = None if config.data.val is None else open_source(config.data.val, captions_required=True)
-    run = Run.open(out, config, resume=resume, overwrite=overwrite, is_main=accelerator.is_main_process)
-    accelerator.wait_for_everyone()
-    if run.finished_steps >= steps:
+    run = Run(out, config, is_main=accelerator.is_main_process)
+    run.check(resume=resume, overwrite=overwrite)
+    if resume and run.finished_steps >= steps:
         note(f"{out} is trained to step {run.finished_steps} already; a larger --set steps=N goes on")
         return 0
 
     # Where the weights come from: 1. the last checkpoint of this run, 2. a model named by `model`, 3. random.
     set_seed(config.seed)
-    last = run.last_checkpoint()
+    last = run.last_checkpoint() if resume else None
     model = load_model(last / MODEL_FOLDER) if last else create_model(config.model, config.preprocess)
     if config.loss.kind == "sigmoid" and model.logit_bias is None:
         raise ClipkitError("loss.kind=sigmoid needs a bias; set model.init_logit_bias=-10 (and init_logit_scale=2.3)")
+    accelerator.wait_for_everyone()  # every rank has looked at the folder before one changes it
+    if accelerator.is_main_process:
+        run.begin(resume=resume)
     model.to(device).train()
     groups = parameter_groups(model, config.optim.weight_decay)
     optimizer = torch.optim.AdamW(
         groups, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps, fused=True
     )
-    state = (
-        checkpoint.load_checkpoint(last, model, optimizer, rank) if last else {"step": 0, "samples": 0, "left_out": 0}
-    )
+    state = checkpoint.load_checkpoint(last, model, optimizer, rank) if last else {"step": 0, "samples": 0}
     first = state["step"]
-    run.rewind(first)
+    if accelerator.is_main_process:
+        run.rewind(first)
+    accelerator.wait_for_everyone()
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     set_rank_seed = first == 0 and world_size > 1
     if set_rank_seed:
@@ -127,8 +137,8 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
     )
     parameters = sum(p.numel() for p in model.parameters())
     note(
-        f"{parameters / 1e6:.1f} M parameters, {len(shards):,} samples, steps {first:,} to {steps:,} of {config.batch_size}, "
-        f"{accelerator.mixed_precision} on {world_size} x {device.type}"
+        f"{parameters / 1e6:.1f} M parameters, {len(shards):,} samples, steps {first:,} to {steps:,} of "
+        f"{config.batch_size}, {accelerator.mixed_precision} on {world_size} x {device.type}"
     )
 
     log = MetricsLog(run, is_main=accelerator.is_main_process)
@@ -164,7 +174,7 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
         with torch.no_grad():
             model.logit_scale.clamp_(0, max_log_scale)
 
-        state["left_out"] += run.write_ledger(batch["left_out"])
+        run.write_ledger(batch["left_out"])
         done = step + 1
         state.update(step=done, samples=done * config.batch_size)
         last_step = done == steps
@@ -177,11 +187,11 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
                 samples=state["samples"],
                 loss=losses,
                 lr=rate,
-                grad_norm=float(norm),
+                grad_norm=norm.item() if norm is not None else 0.0,
                 logit_scale=float(model.logit_scale.detach().exp()),
                 samples_per_second=(done - reported) * config.batch_size / (now - began),
                 data_wait=waited / (now - began),
-                left_out=state["left_out"],
+                left_out=run.left_out,
             )
             if losses != losses:
                 raise ClipkitError(f"the loss is NaN at step {done}; lower optim.lr, and look at {run.metrics_path}")
@@ -206,14 +216,13 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
 
     if accelerator.is_main_process:
         manifest = run.finish(model, state)
-        note(
-            f"{out}: step {steps}, loss {log.last['loss']:.3f}, model {manifest['model']['fingerprint'][:12]} in {out / 'model'}"
-        )
+        name = manifest["model"]["fingerprint"][:12]
+        note(f"{out}: step {steps}, loss {log.last['loss']:.3f}, model {name} in {out / 'model'}")
         note(f"next: clipkit embed FOLDER --model {out} --out emb/")
-        if state["left_out"]:
-            warn(f"{state['left_out']:,} unusable samples were replaced, listed in {out / 'ledger.jsonl'}")
+        if run.left_out:
+            warn(f"{run.left_out:,} unusable samples were replaced, listed in {out / 'ledger.jsonl'}")
     accelerator.end_training()
-    return 1 if state["left_out"] else 0
+    return 1 if run.left_out else 0
 
 
 def validate(model: Any, source: Any) -> dict[str, float]:

@@ -7,9 +7,12 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from clipkit.artifact import MODEL_FOLDER, kind_of, relative_to_artifact
-from clipkit.config import ModelConfig
+from clipkit.config import ModelConfig, explain_validation
 from clipkit.errors import ClipkitError, did_you_mean
+from clipkit.preprocess import Preprocess
 from clipkit.towers.dual_encoder import DualEncoder
 
 if TYPE_CHECKING:
@@ -46,7 +49,10 @@ def create_model(config: str | ModelConfig, preprocess: dict[str, Any] | None = 
         return OpenClipEncoder.from_name(config.removeprefix("open_clip:"), None, preprocess)
     model = load_model(config)
     if preprocess:
-        model.preprocess = type(model.preprocess).model_validate({**model.preprocess.model_dump(), **preprocess})
+        try:
+            model.set_preprocess(Preprocess.model_validate({**model.preprocess.model_dump(), **preprocess}))
+        except ValidationError as error:
+            raise ClipkitError(explain_validation(error, Preprocess, "preprocess.")) from error
     return model
 
 
@@ -135,11 +141,10 @@ def load_model_of(
     """
     made_with = manifest["model"]
     if spec is None:
-        spec = made_with.get("spec") or str(artifact / made_with["path"])
+        spec = str(made_with.get("spec") or artifact / made_with["path"])
         if "path" in made_with and not Path(spec).is_dir():
-            raise ClipkitError(
-                f"the model of {artifact} ({made_with['fingerprint'][:12]}) is not at {spec} any more; name it with --model"
-            )
+            known = made_with["fingerprint"][:12]
+            raise ClipkitError(f"the model of {artifact} ({known}) is not at {spec} any more; name it with --model")
     model = load_model(spec, device)
     asked = model.fingerprint()
     if asked != made_with["fingerprint"]:
@@ -160,7 +165,7 @@ def _load_folder(folder: Path) -> DualEncoder:
 
         return HuggingFaceEncoder.from_folder(folder)
     kind = kind_of(folder)
-    what = f"it holds a {kind} artifact" if kind else "it has neither open_clip_config.json nor config.json"
+    what = f"it holds {kind}" if kind else "it has neither open_clip_config.json nor config.json"
     raise ClipkitError(f"{folder} is no model: {what}")
 
 

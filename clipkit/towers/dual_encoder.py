@@ -5,6 +5,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,9 +37,12 @@ class DualEncoder(nn.Module, ABC):
         activation: the towers' nonlinearity by name, as the library calls it.
     """
 
+    _mean: Tensor
+    _std: Tensor
+
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Any,
         tokenizer: Tokenizer,
         preprocess: Preprocess,
         *,
@@ -48,12 +52,16 @@ class DualEncoder(nn.Module, ABC):
     ):
         super().__init__()
         # channels_last is what convolutions are fast in, on CPUs with bf16 and on GPUs; other tensors are untouched.
-        self.backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.backbone: Any = backbone.to(memory_format=torch.channels_last)
         self.tokenizer = tokenizer
-        self.preprocess = preprocess
+        self.set_preprocess(preprocess)
         self.context_length = context_length
         self.embed_dim = embed_dim
         self.activation = activation
+
+    def set_preprocess(self, preprocess: Preprocess) -> None:
+        """Look at images another way from now on. It is part of the fingerprint."""
+        self.preprocess = preprocess
         self.register_buffer("_mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("_std", torch.tensor(preprocess.std).view(1, 3, 1, 1), persistent=False)
 

@@ -40,7 +40,7 @@ class PaddedTokenizer:
 class HuggingFaceEncoder(DualEncoder):
     """A transformers `CLIPModel` or `SiglipModel` behind the common face."""
 
-    def __init__(self, model: nn.Module, tokenizer: PaddedTokenizer, processor: Any, preprocess: Preprocess):
+    def __init__(self, model: Any, tokenizer: PaddedTokenizer, processor: Any, preprocess: Preprocess):
         self.processor = processor
         config = model.config
         super().__init__(

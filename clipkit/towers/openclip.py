@@ -35,7 +35,7 @@ TEXT_BACKBONE = "text_backbone"  # config.json of a Hugging Face text tower, so 
 class OpenClipEncoder(DualEncoder):
     """An open_clip `CLIP` or `CustomTextCLIP` behind the common face; made by the class methods below."""
 
-    def __init__(self, model: nn.Module, model_cfg: dict[str, Any], tokenizer: Tokenizer, preprocess: Preprocess):
+    def __init__(self, model: Any, model_cfg: dict[str, Any], tokenizer: Tokenizer, preprocess: Preprocess):
         self.model_cfg = model_cfg
         text = getattr(model, "text", model)
         super().__init__(
@@ -75,7 +75,7 @@ class OpenClipEncoder(DualEncoder):
             # The weights know their activation; open_clip itself only warns when the name's config says otherwise.
             model_cfg["quick_gelu"] = bool(weights.get("quick_gelu", model_cfg.get("quick_gelu", False)))
             with _plain_errors(f"open_clip:{name}/{tag}"):
-                model = open_clip.create_model(
+                model: Any = open_clip.create_model(
                     name, tag, force_quick_gelu=model_cfg["quick_gelu"], require_pretrained=True
                 )
             found = dict(model.visual.preprocess_cfg)
@@ -139,7 +139,7 @@ class OpenClipEncoder(DualEncoder):
         )
 
 
-def _build(model_cfg: dict[str, Any]) -> nn.Module:
+def _build(model_cfg: dict[str, Any]) -> Any:
     model_cfg = json.loads(json.dumps(model_cfg))  # open_clip's constructors change what they are given
     for part, known in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
         names = [f.name for f in fields(known)]
@@ -156,7 +156,7 @@ def _build(model_cfg: dict[str, Any]) -> nn.Module:
         return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**model_cfg)
 
 
-def _load_weights(model: nn.Module, folder: Path) -> None:
+def _load_weights(model: Any, folder: Path) -> None:
     names = ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
@@ -208,7 +208,7 @@ def _preprocess(settings: dict[str, Any]) -> Preprocess:
         raise ClipkitError(explain_validation(error, Preprocess, "preprocess.")) from error
 
 
-def _image_size(model: nn.Module) -> Any:
+def _image_size(model: Any) -> Any:
     size = model.visual.image_size
     return size if isinstance(size, int) else tuple(size)
 

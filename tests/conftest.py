@@ -1,0 +1,174 @@
+"""Pictures, models and runs that the tests make for themselves; nothing is downloaded."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network must fail at once
+
+from jaxtyping import install_import_hook
+
+# Shapes and dtypes in signatures are checked while testing and cost nothing otherwise.
+HOOKED = ["clipkit.loss", "clipkit.metrics", "clipkit.zeroshot", "clipkit.towers.dual_encoder"]
+hook = install_import_hook(HOOKED, "beartype.beartype")
+
+import csv
+import io
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from clipkit.cli import main
+from clipkit.config import ModelConfig
+from clipkit.scenes import COLOURS, SHAPES, caption, draw, random_scene
+from clipkit.towers import DualEncoder, create_model
+
+torch.set_num_threads(2)
+
+TINY_VIT = {
+    "embed_dim": 32,
+    "vision_cfg": {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32},
+    "text_cfg": {"context_length": 24, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+class Result(NamedTuple):
+    """What a command did."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run() -> Callable[..., Result]:
+    """Run the clipkit command in this process."""
+
+    def call(*args: object) -> Result:
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as stop:
+            main([str(arg) for arg in args])
+        return Result(int(stop.value.code or 0), out.getvalue(), err.getvalue())
+
+    return call
+
+
+@pytest.fixture
+def refused(run: Callable[..., Result]) -> Callable[..., str]:
+    """Run a command that must fail with status 2 and one line; returns the line."""
+
+    def call(*args: object) -> str:
+        result = run(*args)
+        assert result.status == 2, result
+        assert result.err.count("\n") == 1, result.err
+        assert "Traceback" not in result.err
+        assert result.out == ""
+        return result.err
+
+    return call
+
+
+def make_pictures(folder: Path, count: int, *, captions: int = 1, seed: int = 0, side: int = 40) -> Path:
+    """A folder of pictures and ``list.tsv`` with `captions` rows for each; returns the list."""
+    rng = np.random.default_rng(seed)
+    pairs = [(c, s) for c in COLOURS for s in SHAPES]
+    (folder / "images").mkdir(parents=True)
+    with (folder / "list.tsv").open("w", encoding="utf-8", newline="") as handle:
+        writer = csv.writer(handle, delimiter="\t", lineterminator="\n")
+        writer.writerow(["path", "caption", "number"])
+        for number in range(count):
+            scene = random_scene(rng, pairs)
+            name = f"images/{number:03d}.png"
+            draw(scene, rng, side).save(folder / name)
+            for _ in range(captions):
+                writer.writerow([name, caption(scene, rng), number])
+    return folder / "list.tsv"
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A list of 48 pictures with a caption each."""
+    return make_pictures(tmp_path_factory.mktemp("pictures"), 48)
+
+
+@pytest.fixture(scope="session")
+def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A list of 12 pictures with three captions each."""
+    return make_pictures(tmp_path_factory.mktemp("captioned"), 12, captions=3, seed=1)
+
+
+@pytest.fixture(scope="session")
+def shards(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The 48 pictures in four shards."""
+    from clipkit.pack import pack
+    from clipkit.sources import open_source
+
+    folder = tmp_path_factory.mktemp("packed") / "shards"
+    pack(open_source(pictures), folder, shard_samples=13)
+    return folder
+
+
+def tiny_model(seed: int = 0, **changes: Any) -> DualEncoder:
+    """A pair of transformers of 1.6 M parameters, random by seed."""
+    torch.manual_seed(seed)
+    return create_model(ModelConfig.model_validate({**TINY_VIT, **changes})).eval()
+
+
+@pytest.fixture(scope="session")
+def model() -> DualEncoder:
+    return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def model_dir(model: DualEncoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, saved."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    model.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe that trains the tiny model in a moment."""
+    import yaml
+
+    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    settings = {
+        "model": TINY_VIT,
+        "data": {"workers": 0, "augment": {"shift": 0.1}},
+        "batch_size": 16,
+        "steps": 6,
+        "precision": "fp32",
+        "optim": {"lr": "1e-3", "warmup_steps": 2},
+        "checkpoint": {"every_steps": 2},
+        "log": {"every_steps": 1},
+    }
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def embeddings(pictures: Path, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The 48 pictures and captions, embedded."""
+    from clipkit.embed import embed
+    from clipkit.sources import open_source
+    from clipkit.towers import load_model, model_reference
+
+    folder = tmp_path_factory.mktemp("embedded") / "emb"
+    towers = load_model(model_dir)
+    reference = model_reference(towers, model_dir, folder)
+    embed(open_source(pictures), towers, folder, model_reference=reference, precision="fp32", part_size=20)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def index(embeddings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index over the embeddings, made by the command."""
+    from clipkit.cli import run_job
+
+    folder = tmp_path_factory.mktemp("indexed") / "index"
+    assert run_job("build", [str(embeddings), "--out", str(folder)]) == 0
+    return folder

@@ -1,0 +1,177 @@
+"""Embedding: the exchange layout, nothing lost, and a kill costs a part at most."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from clipkit.embed import embed_source
+from clipkit.embeddings import Embeddings
+from clipkit.sources import open_source, sample_id
+from clipkit.towers import load_model
+
+
+def tree(folder):
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != "manifest.json"
+    }
+
+
+def test_the_layout_is_clip_retrievals(embeddings, pictures, model):
+    assert sorted(p.name for p in embeddings.iterdir()) == [
+        "captions",
+        "img_emb",
+        "manifest.json",
+        "metadata",
+        "text_emb",
+    ]
+    names = [p.name for p in sorted((embeddings / "img_emb").iterdir())]
+    assert names == ["img_emb_0000.npy", "img_emb_0001.npy", "img_emb_0002.npy"]
+    source = open_source(pictures)
+    image = np.concatenate([np.load(embeddings / "img_emb" / name) for name in names])
+    assert image.dtype == np.float16
+    assert image.shape == (48, 32)
+    wanted = model.embed_images([source[i].read() for i in range(48)])
+    assert np.allclose(image, wanted, atol=1e-3)
+    text = np.concatenate([np.load(p) for p in sorted((embeddings / "text_emb").iterdir())])
+    assert np.allclose(text, model.embed_texts([source[i].captions[0] for i in range(48)]), atol=1e-3)
+    table = pq.read_table(sorted((embeddings / "metadata").iterdir())[1]).to_pylist()
+    assert len(table) == 20
+    assert table[3] == {
+        "id": sample_id("images/023.png"),
+        "key": "images/023.png",
+        "image_path": "images/023.png",
+        "caption": source[23].captions[0],
+        "number": "23",
+    }
+
+
+def test_several_captions_have_rows_that_lead_to_their_image(captioned, model, tmp_path):
+    from clipkit.embed import embed
+
+    embed(
+        open_source(captioned),
+        model,
+        tmp_path / "e",
+        model_reference={"fingerprint": "f"},
+        precision="fp32",
+        part_size=5,
+    )
+    opened = Embeddings.open(tmp_path / "e")
+    assert opened.manifest["counts"] == {"images": 12, "captions": 36, "left_out": 0, "parts": 3}
+    captions, images = opened.table("text"), opened.table("image")
+    assert captions["image_row"].to_pylist() == [i for i in range(12) for _ in range(3)]
+    assert captions["image_id"].to_pylist() == images["id"].take(captions["image_row"]).to_pylist()
+    assert opened.vectors("text").shape == (36, 32)
+    assert np.allclose(opened.vectors("text"), model.embed_texts(captions["caption"].to_pylist()), atol=1e-3)
+
+
+def test_every_input_is_a_row_or_a_line_of_the_ledger(run, model_dir, tmp_path):
+    folder = tmp_path / "in"
+    (folder / "späte bilder").mkdir(parents=True)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8))
+    for name, mode in {
+        "rgb.png": "RGB",
+        "späte bilder/grau.JPG": "L",
+        "cmyk.jpg": "CMYK",
+        "p.gif": "P",
+        "a.webp": "RGBA",
+    }.items():
+        noise.convert(mode).save(folder / name)
+    Image.fromarray(np.full((9, 9), 30000, np.uint16)).save(folder / "sixteen.png")
+    (folder / "cut.png").write_bytes((folder / "rgb.png").read_bytes()[:300])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.jpg").write_text("path,caption")
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    result = run("embed", folder, "--model", model_dir, "--out", tmp_path / "e")
+    assert result.status == 1
+    assert "4 could not be used" in result.err
+    keys = set(Embeddings.open(tmp_path / "e").table()["key"].to_pylist())
+    ledger = [json.loads(line) for line in (tmp_path / "e" / "ledger.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {line["key"] for line in ledger} == {"cut.png", "empty.jpg", "text.jpg", "gone.png"}
+    assert len(keys) == 6
+    assert keys | {line["key"] for line in ledger} == {open_source(folder).key(i) for i in range(10)}
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_files(pictures, model_dir, tmp_path):
+    call = [sys.executable, "-m", "clipkit", "embed", str(pictures), "--model", str(model_dir), "--part-size", "4"]
+    call += ["--precision", "fp32", "--batch-size", "3", "--out"]
+    subprocess.run([*call, str(tmp_path / "whole")], check=True, stderr=subprocess.DEVNULL)
+    out = tmp_path / "killed"
+    for parts in (1, 5):
+        process = subprocess.Popen([*call, str(out)], stderr=subprocess.DEVNULL)
+        deadline = time.time() + 60
+        while len(list((out / ".work" / "parts").glob("*.json"))) < parts and time.time() < deadline:
+            time.sleep(0.001)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (out / "manifest.json").exists()
+    subprocess.run([*call, str(out)], check=True, stderr=subprocess.DEVNULL)
+    assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_two_processes_share_the_work(pictures, model_dir, tmp_path):
+    call = [sys.executable, "-m", "clipkit", "embed", str(pictures), "--model", str(model_dir), "--part-size", "4"]
+    call += ["--precision", "fp32", "--out", str(tmp_path / "e")]
+    processes = [subprocess.Popen(call, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate()[1] for process in processes]
+    statuses = sorted(process.returncode for process in processes)
+    # The one that ends first may find parts in the other's hands; it says so and the other finishes.
+    assert statuses in ([0, 0], [0, 2]), said
+    assert Embeddings.open(tmp_path / "e").vectors("image").shape == (48, 32)
+
+
+def test_the_same_again_does_nothing_and_a_changed_file_is_noticed(run, refused, model_dir, tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    out = tmp_path / "out" / "e"
+    assert run("embed", tmp_path, "--model", model_dir, "--out", out).status == 0
+    before = (out / "img_emb/img_emb_0000.npy").stat().st_mtime_ns
+    assert run("embed", tmp_path, "--model", model_dir, "--out", out).status == 0
+    assert (out / "img_emb/img_emb_0000.npy").stat().st_mtime_ns == before
+    Image.new("RGB", (9, 8)).save(tmp_path / "a.png")
+    assert "made from other input" in refused("embed", tmp_path, "--model", model_dir, "--out", out)
+    assert run("embed", tmp_path, "--model", model_dir, "--out", out, "--overwrite").status == 0
+
+
+def test_bf16_is_close_to_fp32(pictures, model_dir):
+    from clipkit.embed import cast_for_inference
+
+    source = open_source(pictures)
+    exact = embed_source(source, cast_for_inference(load_model(model_dir), "fp32"), show=None)
+    rough = embed_source(source, cast_for_inference(load_model(model_dir), "bf16"), show=None)
+    assert rough.image.dtype == np.float32
+    assert (exact.image * rough.image).sum(1).min() > 0.995
+    assert (exact.text * rough.text).sum(1).min() > 0.995
+
+
+def test_one_side_only(run, pictures, model_dir, tmp_path):
+    assert run("embed", pictures, "--model", model_dir, "--sides", "image", "--out", tmp_path / "i").status == 0
+    assert Embeddings.open(tmp_path / "i").sides == ["image"]
+    assert run("embed", pictures, "--model", model_dir, "--sides", "text", "--out", tmp_path / "t").status == 0
+    opened = Embeddings.open(tmp_path / "t")
+    assert opened.sides == ["text"]
+    assert opened.vectors("text").shape == (48, 32)
+    assert not (tmp_path / "t" / "img_emb").exists()
+
+
+def test_broken_files_are_named(embeddings, tmp_path):
+    from clipkit.errors import ClipkitError
+
+    shutil.copytree(embeddings, tmp_path / "e")
+    path = tmp_path / "e" / "img_emb" / "img_emb_0001.npy"
+    np.save(path, np.load(path)[:-1])
+    with pytest.raises(ClipkitError, match=r"img_emb_0001\.npy has shape \(19, 32\), the manifest says \(20, 32\)"):
+        Embeddings.open(tmp_path / "e").vectors()
+    path.unlink()
+    with pytest.raises(ClipkitError, match=r"img_emb_0001\.npy is missing or broken"):
+        Embeddings.open(tmp_path / "e").vectors()

@@ -1,0 +1,118 @@
+"""Shards: any webdataset reader reads ours, and we read anybody's."""
+
+import gc
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+import webdataset
+from PIL import Image
+
+from clipkit.errors import ClipkitError
+from clipkit.pack import pack, shard_keys
+from clipkit.shards import Shards, sidecar_of
+from clipkit.sources import open_source
+
+
+def png(colour=(1, 2, 3)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def plain_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_webdataset_reads_what_we_write(shards):
+    ours = Shards.open(str(shards))
+    tars = [str(path) for path in sorted(shards.glob("*.tar"))]
+    theirs = list(webdataset.WebDataset(tars, shardshuffle=False))
+    assert len(ours) == len(theirs) == 48
+    for i, sample in enumerate(theirs):
+        assert sample["__key__"] == ours.key(i)
+        assert {k: v for k, v in sample.items() if not k.startswith("__")} == ours[i]
+    del theirs
+    gc.collect()  # webdataset leaves the tars open; their warning belongs to this test
+
+
+def test_we_read_what_webdataset_writes(tmp_path):
+    with webdataset.ShardWriter(str(tmp_path / "%03d.tar"), maxcount=2, verbose=0) as writer:
+        for i in range(5):
+            writer.write({"__key__": f"k{i}", "png": png(), "txt": f"caption {i}", "json": {"n": i}})
+    source = open_source(str(tmp_path / "{000..002}.tar"))
+    assert len(source) == 5
+    assert source[4].captions == ("caption 4",)
+    assert source[4].columns == {"path": "k4", "n": 4}
+    assert source[4].read() == png()
+
+
+def test_we_read_plain_tars_and_img2datasets_captions(tmp_path):
+    members = {"d/one.two.png": png(), "d/one.txt": b"first", "x.jpg": b"no image", "x.json": b'{"caption": "second"}'}
+    plain_tar(tmp_path / "a.tar", members)
+    shards = Shards.open(str(tmp_path))
+    assert [shards.key(i) for i in range(len(shards))] == ["d/one", "x"]
+    assert shards[0] == {"two.png": png(), "txt": b"first"}
+    assert open_source(tmp_path)[1].captions == ("second",)
+
+
+def test_sidecars_are_made_kept_and_not_trusted_when_stale(tmp_path):
+    tar = plain_tar(tmp_path / "a.tar", {"one.txt": b"1"})
+    assert len(Shards.open(str(tar))) == 1
+    assert sidecar_of(tar).is_file()
+    plain_tar(tar, {"one.txt": b"1", "two.txt": b"2" * 20000})
+    assert len(Shards.open(str(tar))) == 2
+    sidecar_of(tar).write_bytes(b"rubbish")
+    assert Shards.open(str(tar))[1] == {"txt": b"2" * 20000}
+
+
+def test_a_tar_cut_in_the_middle_of_a_member_gives_what_stands_before(tmp_path, capsys):
+    tar = plain_tar(tmp_path / "a.tar", {"one.txt": b"1", "two.txt": b"2" * 5000})
+    tar.write_bytes(tar.read_bytes()[:3000])
+    shards = Shards.open(str(tar))
+    assert [shards.key(i) for i in range(len(shards))] == ["one"]
+    assert "cut short" in capsys.readouterr().err
+
+
+def test_a_shard_cut_after_it_was_indexed_is_named(tmp_path):
+    tar = plain_tar(tmp_path / "a.tar", {"one.txt": b"1" * 5000})
+    shards = Shards.open(str(tar))
+    tar.write_bytes(tar.read_bytes()[:600])
+    with pytest.raises(ClipkitError, match=r"a\.tar ends before sample 'one'"):
+        shards[0]
+
+
+def test_empty_shards(tmp_path, capsys):
+    (tmp_path / "a.tar").write_bytes(b"")
+    with pytest.raises(ClipkitError, match="hold no samples"):
+        Shards.open(str(tmp_path))
+    plain_tar(tmp_path / "b.tar", {"one.txt": b"1"})
+    assert len(Shards.open(str(tmp_path))) == 1
+    assert "a.tar is empty" in capsys.readouterr().err
+    (tmp_path / "c.tar").write_bytes(b"not a tar" * 200)
+    with pytest.raises(ClipkitError, match=r"c\.tar is no readable tar"):
+        Shards.open(str(tmp_path))
+    with pytest.raises(ClipkitError, match="no such shard"):
+        Shards.open(str(tmp_path / "{x,y}.tar"))
+
+
+def test_equal_input_gives_equal_bytes(pictures, shards, tmp_path):
+    pack(open_source(pictures), tmp_path / "again", shard_samples=13)
+    for path in sorted(shards.glob("*.tar")):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def test_keys_are_the_paths_wherever_possible():
+    assert shard_keys(["a/b.png", "c.jpg"]) == ["a/b", "c"]
+    assert shard_keys(["../up/b.x.png", "/abs/with space.jpg"]) == ["up/b_x", "abs/with_space"]
+    twice = shard_keys(["a.png", "a.jpg", "b.png"])
+    assert twice[2] == "b"
+    assert len(set(twice)) == 3
+    assert all(key.startswith("a~") for key in twice[:2])

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -199,27 +200,36 @@ class Stage:
     def pending(self, names: Sequence[str]) -> Iterator[str]:
         """Claim, one after another, the parts that nobody has finished; yields while holding the part's lock.
 
-        Several processes may iterate at once: each part goes to one of them, and a lock dies with its process.
+        Several processes may iterate at once: each part goes to one of them, and a lock dies with its process. Who has
+        nothing left to claim waits for the others, and takes over the part of one that died.
         """
-        for name in names:
-            if self._record(name).is_file():
-                continue
-            lock = FileLock(self.work / f"{name}.lock")
-            try:
-                with lock.acquire(timeout=0):
-                    if not self._record(name).is_file():
-                        yield name
-            except Timeout:
-                continue
+        left = list(names)
+        while left and not (self.folder / MANIFEST).is_file():
+            for name in list(left):
+                try:
+                    with FileLock(self.work / f"{name}.lock").acquire(timeout=0):
+                        if not self._record(name).is_file():
+                            yield name
+                    left.remove(name)
+                except Timeout:
+                    continue
+                except FileNotFoundError:
+                    break  # another process has committed meanwhile, and removed the folder of locks
+            if left:
+                time.sleep(0.2)
 
     def finish_part(self, name: str, record: dict[str, Any]) -> None:
         """Say that every file of this part stands under its final name; `record` is kept for the manifest."""
         write_json(self._record(name), record)
 
     def records(self, names: Sequence[str]) -> list[dict[str, Any]] | None:
-        """The records of all the parts in order, or None while another process still works on one."""
-        paths = [self._record(name) for name in names]
-        return [read_json(p) for p in paths] if all(p.is_file() for p in paths) else None
+        """The records of all the parts in order, or None where another process has committed the artifact already."""
+        try:
+            return [read_json(self._record(name)) for name in names]
+        except ClipkitError:
+            if (self.folder / MANIFEST).is_file():
+                return None
+            raise
 
     def _record(self, name: str) -> Path:
         return self.work / "parts" / f"{name}.json"

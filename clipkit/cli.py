@@ -130,7 +130,7 @@ def _report_errors(action: Any, name: str, debug: bool) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (KeyboardInterrupt, click.Abort):
-        print(f"{name}: interrupted; run it again to go on", file=sys.stderr)  # noqa: T201
+        print(f"{name}: interrupted; the same command goes on (train with --resume)", file=sys.stderr)  # noqa: T201
         return 130
     return status if isinstance(status, int) else 0
 

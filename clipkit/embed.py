@@ -16,7 +16,7 @@ import torch
 
 from clipkit.artifact import Stage, read_manifest, write_ledger
 from clipkit.embeddings import Embedded, Side, table_path, write_part
-from clipkit.errors import BadImage, ClipkitError
+from clipkit.errors import BadSample, ClipkitError
 from clipkit.log import progress
 from clipkit.preprocess import decode
 from clipkit.sources import Sample, Source, check_ids
@@ -78,7 +78,7 @@ def embed_source(
         try:
             sample = source[i]
             pixels = model.preprocess(decode(sample.read(), model.preprocess.background)) if "image" in sides else None
-        except BadImage as error:
+        except BadSample as error:
             return i, None, None, {"row": i, "key": source.key(i), "reason": str(error)}
         if "image" not in sides and not sample.captions:
             return i, None, None, {"row": i, "key": source.key(i), "reason": "the sample has no caption"}
@@ -209,7 +209,7 @@ def embed(
         stage.finish_part(name, record)
     records = stage.records(names)
     if records is None:
-        raise ClipkitError(f"other processes still work on parts of {out}; the last of them finishes it")
+        return read_manifest(out, "embeddings")
     left_out = [line for record in records for line in record["left_out"]]
     images = sum(record["images"] for record in records)
     if not images:

@@ -7,15 +7,15 @@ and exits with status 2; a notebook sees an ordinary exception.
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["BadImage", "ClipkitError", "did_you_mean"]
+__all__ = ["BadSample", "ClipkitError", "did_you_mean"]
 
 
 class ClipkitError(Exception):
     """Root of every exception that clipkit raises on purpose."""
 
 
-class BadImage(ClipkitError):
-    """One image that cannot be used. Among many it goes to the ledger and the work goes on."""
+class BadSample(ClipkitError):
+    """One sample that cannot be used. Among many it goes to the ledger and the work goes on."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clipkit.augment import augmented_pixels
 from clipkit.config import AugmentConfig
-from clipkit.errors import BadImage, ClipkitError
+from clipkit.errors import BadSample, ClipkitError
 from clipkit.preprocess import Preprocess, decode
 from clipkit.shards import Shards, captions_of, image_extension
 from clipkit.sources import sample_id
 from clipkit.towers.dual_encoder import Tokenizer
 
-__all__ = ["Batch", "TrainSet", "sample_at", "train_loader"]
+__all__ = ["Batch", "TrainSet", "sample_at", "train_batches"]
 
 MAX_REPLACEMENTS = 20
 
@@ -79,19 +79,19 @@ class TrainSet(Dataset[dict[str, Any]]):
             except ClipkitError as error:
                 where = {"shard": self.shards.tar_of(index).name, "key": self.shards.key(index)}
                 left_out.append({**where, "reason": str(error), "position": position})
-        raise ClipkitError(
-            f"{MAX_REPLACEMENTS} samples in a row cannot be used, the last {left_out[-1]['key']!r} in "
-            f"{left_out[-1]['shard']}: {left_out[-1]['reason']}"
-        )
+        last = left_out[-1]
+        # Returned, not raised: a worker process would wrap the message in its traceback.
+        place = f"{last['key']!r} in {last['shard']}: {last['reason']}"
+        return {"failed": f"{MAX_REPLACEMENTS} samples in a row cannot be used, the last {place}"}
 
     def _load(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         members = self.shards[index]
         captions, _ = captions_of(members)
         extension = image_extension(members)
         if extension is None:
-            raise BadImage("the sample has no image")
+            raise BadSample("the sample has no image")
         if not captions:
-            raise BadImage("the sample has no caption")
+            raise BadSample("the sample has no caption")
         caption = captions[int(rng.integers(len(captions)))]
         image = decode(members[extension], self.preprocess.background)
         pixels = augmented_pixels(image, self.preprocess, self.augment, rng)
@@ -102,7 +102,10 @@ class _Collate:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
 
-    def __call__(self, items: list[dict[str, Any]]) -> Batch:
+    def __call__(self, items: list[dict[str, Any]]) -> Batch | str:
+        for item in items:
+            if "failed" in item:
+                return item["failed"]
         captions = [item["caption"] for item in items]
         return Batch(
             pixels=torch.from_numpy(np.stack([item["pixels"] for item in items])),
@@ -130,7 +133,7 @@ class _Positions(Sampler[list[int]]):
             yield list(range(start, start + self.share))
 
 
-def train_loader(
+def train_batches(
     data: TrainSet,
     tokenizer: Tokenizer,
     *,
@@ -141,15 +144,15 @@ def train_loader(
     world_size: int = 1,
     workers: int = 1,
     pin_memory: bool = False,
-) -> DataLoader[Any]:
+) -> Iterator[Batch]:
     """Batches of steps ``first_step … steps - 1`` for one rank.
 
     Raises:
-        ClipkitError: where the batch cannot be divided evenly among the ranks.
+        ClipkitError: where the batch cannot be divided evenly among the ranks, or no usable sample is found.
     """
     if batch_size % world_size:
         raise ClipkitError(f"batch_size {batch_size} cannot be divided among {world_size} ranks; make it a multiple")
-    return DataLoader(
+    loader = DataLoader(
         data,
         batch_sampler=_Positions(first_step, steps, batch_size, rank, world_size),
         collate_fn=_Collate(tokenizer),
@@ -158,3 +161,11 @@ def train_loader(
         persistent_workers=bool(workers),
         pin_memory=pin_memory,
     )
+    return _checked(loader)
+
+
+def _checked(loader: DataLoader[Any]) -> Iterator[Batch]:
+    for batch in loader:
+        if isinstance(batch, str):
+            raise ClipkitError(batch)
+        yield batch

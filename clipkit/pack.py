@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clipkit.artifact import Stage, read_manifest, write_ledger
-from clipkit.errors import BadImage, ClipkitError
+from clipkit.errors import BadSample, ClipkitError
 from clipkit.log import progress
 from clipkit.preprocess import identify
 from clipkit.shards import write_shard
@@ -61,7 +61,7 @@ def pack(
         stage.finish_part(name, record)
     records = stage.records(names)
     if records is None:
-        raise ClipkitError(f"other processes still work on shards of {out}; the last of them finishes it")
+        return read_manifest(out, "shards")
     left_out = [line for record in records for line in record["left_out"]]
     total = {key: sum(record[key] for record in records) for key in ("samples", "captions", "bytes")}
     if not total["samples"]:
@@ -94,7 +94,7 @@ def _members(
         try:
             sample = source[row]
             members = _one(sample)
-        except BadImage as error:
+        except BadSample as error:
             record["left_out"].append({"row": row, "key": source.key(row), "reason": str(error)})
             continue
         record["captions"] += len(sample.captions)
@@ -106,7 +106,7 @@ def _one(sample: Sample) -> dict[str, bytes]:
     data = sample.read()
     identify(data)
     if not sample.captions:
-        raise BadImage("the sample has no caption")
+        raise BadSample("the sample has no caption")
     about = {"captions": list(sample.captions), **sample.columns}
     return {
         sample.extension: data,

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from clipkit.errors import BadImage, ClipkitError
+from clipkit.errors import BadSample, ClipkitError
 
 __all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "Preprocess", "decode", "identify", "to_rgb"]
 
@@ -108,17 +108,17 @@ def _open(data: bytes | Path) -> Image.Image:
         if isinstance(data, Path):
             data = data.read_bytes()
         if not data:
-            raise BadImage("the file is empty (0 bytes)")
+            raise BadSample("the file is empty (0 bytes)")
         image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
         head = bytes(data[:12]) if isinstance(data, bytes) else b""
-        raise BadImage(f"not an image that Pillow knows (it begins with {head!r})") from None
+        raise BadSample(f"not an image that Pillow knows (it begins with {head!r})") from None
     except OSError as error:
-        raise BadImage(f"cannot be read: {error.strerror or error}") from error
+        raise BadSample(f"cannot be read: {error.strerror or error}") from error
     except (ValueError, SyntaxError, Warning) as error:
-        raise BadImage(f"broken header: {error}") from error
+        raise BadSample(f"broken header: {error}") from error
     if image.width * image.height > MAX_PIXELS:
-        raise BadImage(f"{image.width}x{image.height} pixels exceed the limit of {MAX_PIXELS:,}")
+        raise BadSample(f"{image.width}x{image.height} pixels exceed the limit of {MAX_PIXELS:,}")
     return image
 
 
@@ -126,7 +126,7 @@ def identify(data: bytes | Path) -> tuple[str, int, int]:
     """Format, width and height from the header alone, which costs microseconds and decodes nothing.
 
     Raises:
-        BadImage: where there is no image header, the file is empty or missing, or the image is too large.
+        BadSample: where there is no image header, the file is empty or missing, or the image is too large.
     """
     with _open(data) as image:
         return image.format or "", image.width, image.height
@@ -136,7 +136,7 @@ def decode(data: bytes | Path, background: tuple[int, int, int] = (255, 255, 255
     """Decode to upright 8-bit RGB (the first frame of an animation).
 
     Raises:
-        BadImage: where the data is empty, truncated, no image, or larger than `MAX_PIXELS`.
+        BadSample: where the data is empty, truncated, no image, or larger than `MAX_PIXELS`.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd metadata that does not touch the pixels
@@ -144,10 +144,10 @@ def decode(data: bytes | Path, background: tuple[int, int, int] = (255, 255, 255
         try:
             image.load()
             return to_rgb(image, background)
-        except BadImage:
+        except BadSample:
             raise
         except (OSError, ValueError, SyntaxError, IndexError, MemoryError, EOFError, ClipkitError) as error:
-            raise BadImage(f"cannot be decoded: {error}") from error
+            raise BadSample(f"cannot be decoded: {error}") from error
 
 
 def to_rgb(image: Image.Image, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:

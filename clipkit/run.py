@@ -81,6 +81,11 @@ class Run:
         found = checkpoints(self.folder)
         return found[-1] if found else None
 
+    def last_loss(self) -> float:
+        """The loss that was reported last; NaN where none was."""
+        lines = [json.loads(line) for line in self.metrics_path.read_text(encoding="utf-8").splitlines()]
+        return next((line["loss"] for line in reversed(lines) if "loss" in line), float("nan"))
+
     def rewind(self, step: int) -> None:
         """Drop what was written of steps that will be done again, so that each step stands there once."""
         samples = step * self.config.batch_size
@@ -143,11 +148,9 @@ class MetricsLog:
     def __init__(self, run: Run, is_main: bool):
         self.run = run
         self.is_main = is_main
-        self.last: dict[str, float] = {}
 
     def write(self, **figures: float) -> None:
         """Append a line; flushed, so that a plot can follow the run."""
-        self.last |= figures
         if self.is_main:
             with self.run.metrics_path.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps(figures) + "\n")

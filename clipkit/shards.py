@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from clipkit.artifact import atomic_write
-from clipkit.errors import ClipkitError
+from clipkit.errors import BadSample, ClipkitError
 from clipkit.log import note, warn
 from clipkit.preprocess import IMAGE_SUFFIXES
 
@@ -242,17 +242,17 @@ def captions_of(members: dict[str, bytes]) -> tuple[tuple[str, ...], dict[str, A
     ``json["captions"]`` where it stands, else ``txt``, else ``json["caption"]`` (img2dataset writes both).
 
     Raises:
-        ClipkitError: where the text is not UTF-8 or the JSON is broken.
+        BadSample: where the text is not UTF-8 or the JSON is broken.
     """
     try:
         columns = json.loads(members["json"]) if "json" in members else {}
         text = members["txt"].decode("utf-8") if "txt" in members else None
     except UnicodeDecodeError as error:
-        raise ClipkitError(f"the caption is not UTF-8: {error}") from error
+        raise BadSample(f"the caption is not UTF-8: {error}") from error
     except ValueError as error:
-        raise ClipkitError(f"the .json member is broken: {error}") from error
+        raise BadSample(f"the .json member is broken: {error}") from error
     if not isinstance(columns, dict):
-        raise ClipkitError("the .json member is no object")
+        raise BadSample("the .json member is no object")
     listed = columns.pop("captions", None)
     single = columns.pop("caption", None)
     found = listed if isinstance(listed, list) else [text if text is not None else single]

@@ -1,7 +1,7 @@
 """Sources of samples, all named by one string: a folder of images, shards, or a list file.
 
 A sample is one image with its captions, one or several. A source knows how many samples it has and gives any one of
-them; it opens no image before it is asked to, and a sample that turns out unusable raises `BadImage` then.
+them; it opens no image before it is asked to, and a sample that turns out unusable raises `BadSample` then.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, runtime_checkable
 
 from clipkit.artifact import digest, read_json
-from clipkit.errors import BadImage, ClipkitError
+from clipkit.errors import BadSample, ClipkitError
 from clipkit.lists import LIST_SUFFIXES, read_rows
 from clipkit.preprocess import IMAGE_SUFFIXES
 from clipkit.shards import Shards, captions_of, image_extension, is_shard_spec
@@ -73,16 +73,16 @@ class Sample:
         """The image's own bytes.
 
         Raises:
-            BadImage: where there is no such file or no image in the sample.
+            BadSample: where there is no such file or no image in the sample.
         """
         if isinstance(self.image, bytes):
             return self.image
         if self.image is None:
-            raise BadImage("the sample has no image")
+            raise BadSample("the sample has no image")
         try:
             return self.image.read_bytes()
         except OSError as error:
-            raise BadImage(f"cannot be read: {error.strerror}") from error
+            raise BadSample(f"cannot be read: {error.strerror}") from error
 
 
 @runtime_checkable
@@ -96,7 +96,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int, /) -> Sample:
-        """Sample `i`. `BadImage` where it cannot be read at all."""
+        """Sample `i`. `BadSample` where it cannot be read at all."""
         ...
 
     def key(self, i: int, /) -> str:
@@ -202,11 +202,11 @@ class FolderSource:
     def __getitem__(self, i: int) -> Sample:
         name = self.paths[i]
         stem = str(PurePosixPath(name).with_suffix(""))
-        members = {
-            ext: (self.root / f"{stem}.{ext}").read_bytes()
-            for ext in ("txt", "json")
-            if f"{stem}.{ext}" in self._companions
-        }
+        beside = {ext: f"{stem}.{ext}" for ext in ("txt", "json") if f"{stem}.{ext}" in self._companions}
+        try:
+            members = {ext: (self.root / companion).read_bytes() for ext, companion in beside.items()}
+        except OSError as error:
+            raise BadSample(f"{error.filename}: {error.strerror}") from error
         captions, columns = captions_of(members)
         return Sample(name, self.root / name, _extension(name), captions, {"path": name, **columns})
 
@@ -301,7 +301,7 @@ class ShardSource:
             members = self.shards[i]
             captions, columns = captions_of(members)
         except ClipkitError as error:
-            raise BadImage(str(error)) from error
+            raise BadSample(str(error)) from error
         extension = image_extension(members)
         image = members[extension] if extension else None
         return Sample(key, image, extension or "", captions, {"path": key, **columns})

@@ -66,7 +66,9 @@ def main(
         image_root=image_root,
         captions_required=True,
     )
-    towers = cast_for_inference(load_model(model, pick_device(device)), precision)
+    towers = load_model(model, pick_device(device))
+    fingerprint = towers.fingerprint()  # before the cast, which changes the values that it is made of
+    cast_for_inference(towers, precision)
     found = embed_source(opened, towers, batch_size=batch_size, show=f"evaluate {task}")
     if not found.captions:
         reason = found.left_out[0] if found.left_out else {"key": source, "reason": "no sample has a caption"}
@@ -84,7 +86,7 @@ def main(
             "left_out": len(found.left_out),
         }
         guesses = {f"chance_{name}": value for name, value in chance.items()}
-        emit({**figures, **guesses, **counts, "model": towers.fingerprint()}, fmt)
+        emit({**figures, **guesses, **counts, "model": fingerprint}, fmt)
     if found.left_out:
         first = found.left_out[0]
         warn(f"{len(found.left_out)} could not be used; the first: {first['key']}: {first['reason']}")

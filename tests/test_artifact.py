@@ -67,12 +67,26 @@ def test_a_part_that_another_process_holds_is_left_to_it(tmp_path):
     held = first.pending(["0", "1"])
     assert next(held) == "0"
     second = Stage(tmp_path / "a", "shards", {})
-    assert list(second.pending(["0", "1"])) == ["1"]
+    others = second.pending(["0", "1"])
+    assert next(others) == "1"
     second.finish_part("1", {})
-    assert second.records(["0", "1"]) is None
     first.finish_part("0", {"n": 7})
     held.close()
+    assert list(others) == []
     assert second.records(["0", "1"]) == [{"n": 7}, {}]
+    first.commit()
+    assert second.records(["0", "1"]) is None
+
+
+def test_the_part_of_a_process_that_died_is_taken_over(tmp_path):
+    first = Stage(tmp_path / "a", "shards", {})
+    held = first.pending(["0", "1"])
+    assert next(held) == "0"
+    others = Stage(tmp_path / "a", "shards", {}).pending(["0", "1"])
+    assert next(others) == "1"
+    held.close()  # what the end of a process does to its lock
+    Stage(tmp_path / "a", "shards", {}).finish_part("1", {})
+    assert next(others) == "0"
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

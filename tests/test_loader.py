@@ -11,7 +11,7 @@ from PIL import Image
 from clipkit.augment import augmented_pixels
 from clipkit.config import AugmentConfig
 from clipkit.errors import ClipkitError
-from clipkit.loader import TrainSet, sample_at, train_loader
+from clipkit.loader import TrainSet, sample_at, train_batches
 from clipkit.preprocess import Preprocess
 from clipkit.shards import Shards, write_shard
 from clipkit.sources import sample_id
@@ -22,7 +22,7 @@ AUGMENT = AugmentConfig(shift=0.1, scale=(0.5, 1.0), flip=0.5, brightness=0.3, h
 def batches(shards, *, augment=AUGMENT, seed=3, first=0, steps=7, batch=16, rank=0, world=1, workers=0):
     data = TrainSet(Shards.open(str(shards)), Preprocess(size=24), augment, seed)
     lengths = {"first_step": first, "steps": steps, "batch_size": batch}
-    return list(train_loader(data, fake_tokens, **lengths, rank=rank, world_size=world, workers=workers))
+    return list(train_batches(data, fake_tokens, **lengths, rank=rank, world_size=world, workers=workers))
 
 
 def fake_tokens(texts):

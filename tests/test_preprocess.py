@@ -8,7 +8,7 @@ from open_clip.transform import image_transform
 from PIL import Image, ImageCms
 
 from clipkit import preprocess
-from clipkit.errors import BadImage
+from clipkit.errors import BadSample
 from clipkit.preprocess import Preprocess, decode, identify
 
 
@@ -101,7 +101,7 @@ def test_a_profile_that_does_not_fit_falls_back_to_the_plain_conversion():
     ],
 )
 def test_what_is_no_image_is_said_to_be_none(data, reason):
-    with pytest.raises(BadImage, match=reason):
+    with pytest.raises(BadSample, match=reason):
         decode(data)
 
 
@@ -110,19 +110,19 @@ def test_a_truncated_image_is_refused(kind):
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     data = saved(Image.fromarray(noise), kind)
     decode(data)
-    with pytest.raises(BadImage):
+    with pytest.raises(BadSample):
         decode(data[: len(data) // 2])
 
 
 def test_a_bomb_is_refused_by_its_header(monkeypatch):
     data = saved(Image.new("1", (3000, 3000)), "PNG")
     monkeypatch.setattr(preprocess, "MAX_PIXELS", 1_000_000)
-    with pytest.raises(BadImage, match=r"3000x3000 pixels exceed"):
+    with pytest.raises(BadSample, match=r"3000x3000 pixels exceed"):
         identify(data)
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(BadImage, match="No such file"):
+    with pytest.raises(BadSample, match="No such file"):
         decode(tmp_path / "none.png")
 
 

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from clipkit.errors import BadImage, ClipkitError
+from clipkit.errors import BadSample, ClipkitError
 from clipkit.sources import check_ids, open_source, sample_id
 
 ROWS = [
@@ -42,7 +42,7 @@ def test_every_kind_of_list_says_the_same(tmp_path, kind):
     assert source[1].captions == ("ein Hund, groß",)
     assert source[1].columns == {"path": "b.png", "lang": "de"}
     assert source[0].id == sample_id("a.png") == source[0].id < 2**63
-    with pytest.raises(BadImage, match="No such file"):
+    with pytest.raises(BadSample, match="No such file"):
         source[0].read()
 
 

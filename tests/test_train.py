@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from clipkit import checkpoint
-from clipkit.loader import TrainSet, train_loader
+from clipkit.loader import TrainSet, train_batches
 from clipkit.loss import info_nce
 from clipkit.optim import learning_rate, parameter_groups
 from clipkit.preprocess import Preprocess
@@ -96,7 +96,7 @@ def test_the_loop_is_the_loop_written_plainly(trained, shards):
     model = create_model(config.model).train()
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-3, betas=(0.9, 0.98), eps=1e-6, fused=True)
     data = TrainSet(Shards.open(str(shards)), Preprocess(size=32), config.data.augment, 0)
-    loader = train_loader(data, model.tokenizer, first_step=0, steps=6, batch_size=16, workers=0)
+    loader = train_batches(data, model.tokenizer, first_step=0, steps=6, batch_size=16, workers=0)
     for step, batch in enumerate(loader):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps=6, peak=1e-3, warmup=2)

@@ -68,7 +68,7 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
     from clipkit.artifact import MODEL_FOLDER
     from clipkit.embed import fast_bf16
     from clipkit.errors import ClipkitError
-    from clipkit.loader import TrainSet, train_loader
+    from clipkit.loader import TrainSet, train_batches
     from clipkit.log import note, progress, warn
     from clipkit.loss import info_nce, sigmoid_loss
     from clipkit.optim import learning_rate, parameter_groups
@@ -124,7 +124,7 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
         set_seed(config.seed + rank)  # dropout differs between ranks; the weights are made already
 
     data = TrainSet(shards, model.preprocess, config.data.augment, config.seed)
-    loader = train_loader(
+    batches = train_batches(
         data,
         model.tokenizer,
         first_step=first,
@@ -145,7 +145,7 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
     max_log_scale = torch.tensor(config.loss.max_logit_scale).log().item()
     began = ended = time.perf_counter()
     waited, reported = 0.0, first
-    for step, batch in enumerate(progress(loader, "train", steps - first, "steps"), first):
+    for step, batch in enumerate(progress(batches, "train", steps - first, "steps"), first):
         fetched = time.perf_counter()
         waited += fetched - ended
         rate = learning_rate(
@@ -217,7 +217,7 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
     if accelerator.is_main_process:
         manifest = run.finish(model, state)
         name = manifest["model"]["fingerprint"][:12]
-        note(f"{out}: step {steps}, loss {log.last['loss']:.3f}, model {name} in {out / 'model'}")
+        note(f"{out}: step {steps}, loss {run.last_loss():.3f}, model {name} in {out / 'model'}")
         note(f"next: clipkit embed FOLDER --model {out} --out emb/")
         if run.left_out:
             warn(f"{run.left_out:,} unusable samples were replaced, listed in {out / 'ledger.jsonl'}")

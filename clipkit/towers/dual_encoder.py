@@ -122,7 +122,7 @@ class DualEncoder(nn.Module, ABC):
         """Pixels of one image, uint8 ``[3, height, width]``.
 
         Raises:
-            BadImage: where it cannot be decoded.
+            BadSample: where it cannot be decoded.
         """
         background = self.preprocess.background
         if isinstance(image, Image.Image):

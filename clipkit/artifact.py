@@ -1,7 +1,7 @@
 """Artifact folders: a manifest that is written last, parts that are claimed and committed one by one.
 
 While a stage works, its folder holds ``.work/``: ``plan.json`` (what is being made, from what), a lock per part,
-a record per finished part, and files being written. Files reach their final name by `os.replace`, then the part's
+and a record per finished part. Files are written under a hidden name and moved into place whole, then the part's
 record is written, ``manifest.json`` comes after all parts, and ``.work/`` goes last. So a folder with a manifest is
 whole, a folder with a plan can be completed by running the same stage again, and anything else is not ours to touch.
 """
@@ -22,13 +22,17 @@ from clipkit.errors import ClipkitError
 
 __all__ = [
     "MODEL_FOLDER",
+    "WORK",
     "Stage",
     "atomic_write",
     "digest",
+    "hold",
     "kind_of",
     "read_json",
     "read_manifest",
+    "refuse_own_input",
     "relative_to_artifact",
+    "remove_folder",
     "write_json",
     "write_ledger",
 ]
@@ -89,8 +93,11 @@ def read_json(path: Path) -> Any:
 
 def kind_of(folder: Path) -> str | None:
     """The kind of a finished artifact (``shards``, ``run``, ``embeddings``, ``index``, ``report``), else None."""
-    path = folder / MANIFEST
-    return read_json(path).get("kind") if path.is_file() else None
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # many programs write a manifest.json; one that is not ours says nothing
+    return manifest.get("kind") if isinstance(manifest, dict) else None
 
 
 def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
@@ -130,6 +137,43 @@ def write_ledger(folder: Path, lines: Sequence[dict[str, Any]]) -> None:
             handle.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
+def refuse_own_input(folder: Path, inputs: Sequence[str | Path]) -> None:
+    """Refuse an output folder that holds what is to be read.
+
+    Raises:
+        ClipkitError: naming both.
+    """
+    out = folder.resolve()
+    for path in inputs:
+        if Path(path).exists() and Path(path).resolve().is_relative_to(out):
+            raise ClipkitError(f"{folder} holds {path}, which is read to make it; name another output folder")
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that a kill in the middle leaves nothing under its name: it is renamed first."""
+    real = folder.resolve()
+    aside = real.with_name(f".{real.name}.removed.{os.getpid()}")
+    try:
+        real.rename(aside)
+        shutil.rmtree(aside)
+    except OSError as error:
+        raise ClipkitError(f"cannot remove {folder}: {error.strerror or error}") from error
+
+
+def hold(folder: Path, what: str) -> FileLock:
+    """Lock a folder for this process; the lock goes with the object or the process.
+
+    Raises:
+        ClipkitError: where another process holds it.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ClipkitError(f"another process {what} {folder} right now; wait for it, or name another folder") from None
+    return lock
+
+
 class Stage:
     """One artifact being made: opened over an empty, unfinished or finished folder.
 
@@ -138,13 +182,23 @@ class Stage:
         kind: what it is.
         made_from: JSON-able description of everything the content depends on; the same description on an
             unfinished folder continues it, on a finished one does nothing (`done` is true).
+        inputs: what the stage reads; none of it may lie in `folder`, where `overwrite` would remove it.
         overwrite: remove an artifact of other content or kind first. A folder that is no artifact is never removed.
 
     Raises:
         ClipkitError: where the folder holds something else.
     """
 
-    def __init__(self, folder: Path, kind: str, made_from: dict[str, Any], *, overwrite: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        kind: str,
+        made_from: dict[str, Any],
+        *,
+        inputs: Sequence[str | Path] = (),
+        overwrite: bool = False,
+    ):
+        refuse_own_input(folder, inputs)
         self.folder = folder
         self.kind = kind
         self.made_from = made_from
@@ -167,13 +221,14 @@ class Stage:
             raise ClipkitError(f"{self.folder} is a file; name a folder for the output")
         if not self.folder.is_dir() or not any(self.folder.iterdir()):
             return
-        if (self.folder / MANIFEST).is_file():
+        if kind_of(self.folder):
             present, state = read_json(self.folder / MANIFEST), "finished"
         elif (self.work / "plan.json").is_file():
             present, state = read_json(self.work / "plan.json"), "unfinished"
         else:
-            # A kill between mkdir and the plan leaves only an empty .work/; that much is ours.
+            # A kill before the plan was written leaves a .work/ alone; that much is ours, and nothing in it counts.
             if {p.name for p in self.folder.iterdir()} == {WORK}:
+                shutil.rmtree(self.work)
                 return
             raise ClipkitError(f"{self.folder} is not empty and holds no clipkit artifact; name another output folder")
         if present.get("identity") == identity and not (overwrite and state == "finished"):
@@ -185,17 +240,7 @@ class Stage:
             what = f"{self.folder} already holds {state} {present.get('kind')}"
             why = "" if present.get("kind") != self.kind else " made from other input or settings"
             raise ClipkitError(f"{what}{why}; name another output folder, or add --overwrite to replace it")
-        self._remove()
-
-    def _remove(self) -> None:
-        # The manifest goes first: a kill in the middle of this must not leave a folder that passes for whole.
-        self.work.mkdir(exist_ok=True)
-        write_json(self.work / "plan.json", {"kind": self.kind, "identity": "being removed"})
-        (self.folder / MANIFEST).unlink(missing_ok=True)
-        for entry in self.folder.iterdir():
-            if entry != self.work:
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        shutil.rmtree(self.work)
+        remove_folder(self.folder)
 
     def pending(self, names: Sequence[str]) -> Iterator[str]:
         """Claim, one after another, the parts that nobody has finished; yields while holding the part's lock.
@@ -206,15 +251,18 @@ class Stage:
         left = list(names)
         while left and not (self.folder / MANIFEST).is_file():
             for name in list(left):
+                if self._record(name).is_file():
+                    left.remove(name)
+                    continue
+                if not self.work.is_dir():
+                    break  # another process has committed meanwhile
                 try:
                     with FileLock(self.work / f"{name}.lock").acquire(timeout=0):
-                        if not self._record(name).is_file():
+                        if not self._record(name).is_file() and not (self.folder / MANIFEST).is_file():
                             yield name
                     left.remove(name)
-                except Timeout:
+                except (Timeout, FileNotFoundError):
                     continue
-                except FileNotFoundError:
-                    break  # another process has committed meanwhile, and removed the folder of locks
             if left:
                 time.sleep(0.2)
 
@@ -238,6 +286,8 @@ class Stage:
         """Write the manifest: from here on the artifact is whole. Returns it."""
         manifest = {"kind": self.kind, "version": VERSION, **facts, "made_from": self.made_from}
         manifest["identity"] = self.identity
+        for scratch in self.folder.rglob(".*.tmp"):  # what a kill in the middle of a write left behind
+            scratch.unlink()
         write_json(self.folder / MANIFEST, manifest)
         shutil.rmtree(self.work, ignore_errors=True)
         self.done = True

@@ -107,7 +107,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         if tensor.shape == owner.shape:
             # In the parameter's own memory layout: the fused step walks both as flat memory.
             tensor = torch.empty_like(owner, dtype=tensor.dtype).copy_(tensor)
-        optimizer.state[owner][key] = tensor.detach()
+        optimizer.state[owner][key] = tensor.detach().to(owner.device)
     if "cpu" in states:
         torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():

@@ -35,6 +35,8 @@ __all__ = [
 
 FOLDERS = ("train", "index", "eval")
 
+_running: str | None = None  # the verb that `run_job` runs, as the user typed it
+
 
 def _job_folder(name: str) -> Path:
     """The jobs' folder: inside the package when installed from a wheel, one level up in a checkout."""
@@ -69,7 +71,7 @@ class Job(click.Command):
     def main(self, args: list[str] | None = None, prog_name: str | None = None, **extra: Any) -> None:  # type: ignore[override]
         """Run and exit, as `click.Command.main` does in its standalone mode."""
         args = list(sys.argv[1:] if args is None else args)
-        verb = Path(sys.argv[0]).stem if prog_name is None else prog_name
+        verb = prog_name or _running or Path(sys.argv[0]).stem
         sys.exit(
             _report_errors(lambda: super(Job, self).main(args, verb, standalone_mode=False), verb, "--debug" in args)
         )
@@ -132,20 +134,29 @@ def _report_errors(action: Any, name: str, debug: bool) -> int:
     except (KeyboardInterrupt, click.Abort):
         print(f"{name}: interrupted; the same command goes on (train with --resume)", file=sys.stderr)  # noqa: T201
         return 130
+    except Exception as error:
+        if debug:
+            raise
+        # A defect of ours, or a disk that failed where nobody expected it: still one line and "could not be done".
+        said = " ".join(str(error).split())[:300]
+        print(f"{name}: error: {type(error).__name__}: {said} (--debug shows the traceback)", file=sys.stderr)  # noqa: T201
+        return 2
     return status if isinstance(status, int) else 0
 
 
 def run_job(verb: str, args: list[str]) -> int:
     """Run one verb in this process, as the command line would. Returns its exit status."""
-    before = sys.argv
-    sys.argv = [f"clipkit {verb}", *args]
+    global _running
+    before, outer = sys.argv, _running
+    # Handed over by name: run_path puts the file's path into sys.argv[0].
+    sys.argv, _running = [verb, *args], f"clipkit {verb}"
     try:
         # run_path on a plain file leaves sys.path as it is, so a job's name can hide no library.
         runpy.run_path(str(jobs()[verb]), run_name="__main__")
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     finally:
-        sys.argv = before
+        sys.argv, _running = before, outer
     return 0
 
 
@@ -185,7 +196,10 @@ def _recipes(name: str | None, to: Path | None) -> None:
         return
     if to.exists():
         raise ClipkitError(f"{to} exists; name another file")
-    to.write_text(text, encoding="utf-8")
+    try:
+        to.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ClipkitError(f"cannot write {to}: {error.strerror}") from error
     click.echo(f"wrote {to}; train with it: clipkit train {to} --set data.train=SHARDS --out RUN")
 
 

@@ -174,8 +174,9 @@ class TrainConfig(Settings):
 
 
 LENGTHS = ("steps", "samples", "epochs")
-# What may differ between a run and its resumption: the length, the logging, the cadence, the hands that load.
-CHANGEABLE = (*LENGTHS, "checkpoint", "log", "data.workers")
+# What may differ between a run and its resumption: the length, the logging, the cadence, the hands that load, and the
+# place of the shards (that they are the same ones is told by their identity in the checkpoint).
+CHANGEABLE = (*LENGTHS, "checkpoint", "log", "data.workers", "data.train")
 
 
 class _Loader(yaml.SafeLoader):
@@ -203,7 +204,10 @@ def load_yaml(text: str, where: str) -> Any:
 
 def dump_yaml(config: BaseModel) -> str:
     """The settings as YAML that `load_config` reads back to the same."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+    values = config.model_dump(mode="json")
+    # A length that is not set is left out; any other null is a choice, such as no gradient clipping.
+    kept = {key: value for key, value in values.items() if value is not None or key not in LENGTHS}
+    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
 
 
 def load_config(recipe: Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -220,6 +224,8 @@ def load_config(recipe: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         text = recipe.read_text(encoding="utf-8")
     except OSError as error:
         raise ClipkitError(f"cannot read the recipe {recipe}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ClipkitError(f"the recipe {recipe} is not UTF-8 text: {error}") from error
     values = load_yaml(text, str(recipe))
     if not isinstance(values, dict):
         raise ClipkitError(f"{recipe} is no recipe: it has no keys")

@@ -192,7 +192,13 @@ def embed(
         "part_size": part_size,
         "batch_size": batch_size,
     }
-    stage = Stage(out, "embeddings", made_from, overwrite=overwrite)
+    stage = Stage(
+        out,
+        "embeddings",
+        made_from,
+        inputs=[source.spec, *([out / model_reference["path"]] if "path" in model_reference else [])],
+        overwrite=overwrite,
+    )
     if stage.done:
         return read_manifest(out, "embeddings")
     cast_for_inference(model, precision)

@@ -19,7 +19,7 @@ from clipkit.artifact import atomic_write, read_manifest
 from clipkit.errors import ClipkitError
 from clipkit.sources import Sample
 
-__all__ = ["SIDES", "Embedded", "Embeddings", "Side", "table_path", "vectors_path", "write_part"]
+__all__ = ["SIDES", "Embedded", "Embeddings", "Side", "joined_tables", "table_path", "vectors_path", "write_part"]
 
 Side = Literal["image", "text"]
 SIDES: tuple[Side, ...] = ("image", "text")
@@ -61,22 +61,15 @@ def table_path(folder: Path, side: Side, name: str) -> Path:
 def write_part(out: Path, name: str, found: Embedded, sides: Sequence[Side]) -> None:
     """Write one part's vectors and tables, each file atomically."""
     ids = [sample.id for sample in found.samples]
-    rows = [
-        {
-            "id": number,
-            "key": sample.key,
-            "image_path": sample.columns.get("path", sample.key),
-            "caption": sample.captions[0] if sample.captions else None,
-            **{
-                k: _storable(v)
-                for k, v in sample.columns.items()
-                if k not in ("path", "id", "key", "caption", "image_path")
-            },
-        }
-        for number, sample in zip(ids, found.samples, strict=True)
-    ]
-    empty = pa.schema([("id", pa.int64()), ("key", pa.string()), ("image_path", pa.string()), ("caption", pa.string())])
-    _write_parquet(table_path(out, "image", name), pa.Table.from_pylist(rows) if rows else empty.empty_table())
+    columns: dict[str, pa.Array] = {
+        "id": pa.array(ids, pa.int64()),
+        "key": pa.array([sample.key for sample in found.samples], pa.string()),
+        "image_path": pa.array([str(sample.columns.get("path", sample.key)) for sample in found.samples], pa.string()),
+        "caption": pa.array([sample.captions[0] if sample.captions else None for sample in found.samples], pa.string()),
+    }
+    for column in dict.fromkeys(name for sample in found.samples for name in sample.columns if name != "path"):
+        columns[column] = _column([sample.columns.get(column) for sample in found.samples])
+    _write_parquet(table_path(out, "image", name), pa.table(columns))
     if "image" in sides:
         _write_npy(vectors_path(out, "image", name), found.image)
     if "text" in sides and found.captions:
@@ -89,8 +82,37 @@ def write_part(out: Path, name: str, found: Embedded, sides: Sequence[Side]) -> 
         _write_parquet(table_path(out, "text", name), pa.table(columns))
 
 
-def _storable(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
+def _column(values: list[Any]) -> pa.Array:
+    """Values as one Arrow column; lists, objects and mixed kinds as JSON text."""
+    plain = [None if isinstance(v, float) and v != v else v for v in values]
+    if not any(isinstance(v, list | dict | bytes) for v in plain):
+        try:
+            return pa.array(plain)
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            pass
+    return pa.array([None if v is None else _text(v) for v in plain], pa.string())
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def joined_tables(tables: Sequence[pa.Table]) -> pa.Table:
+    """One table of several; a column whose type differs among them becomes text."""
+    try:
+        return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        kinds: dict[str, set[pa.DataType]] = {}
+        for field_ in (field_ for table in tables for field_ in table.schema):
+            kinds.setdefault(field_.name, set()).add(field_.type)
+        mixed = [name for name, types in kinds.items() if len(types - {pa.null()}) > 1]
+        fixed = []
+        for table in tables:
+            for name in set(mixed) & set(table.column_names):
+                values = [None if v is None else _text(v) for v in table[name].to_pylist()]
+                table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.string()))
+            fixed.append(table)
+        return pa.concat_tables(fixed, promote_options="permissive").combine_chunks()
 
 
 def _write_npy(path: Path, rows: np.ndarray) -> None:
@@ -156,6 +178,11 @@ class Embeddings:
             raise ClipkitError(f"{self.folder} has no {side} embeddings; it has {' and '.join(self.sides)}")
         return np.concatenate([block.astype(np.float32) for block in self.blocks(side)])
 
+    def ledger(self) -> list[dict[str, Any]]:
+        """What could not be embedded: ``row`` in the source, ``key``, ``reason``."""
+        path = self.folder / "ledger.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
     def table(self, side: Side = "image") -> pa.Table:
         """The metadata, row by row with `vectors`; a caption's ``image_row`` counts over the whole artifact."""
         tables, before = [], 0
@@ -167,4 +194,4 @@ class Embeddings:
                     table = table.set_column(table.schema.get_field_index("image_row"), "image_row", moved)
                 tables.append(table)
             before += part["images"]
-        return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+        return joined_tables(tables)

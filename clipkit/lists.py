@@ -61,6 +61,9 @@ def _separated_rows(path: Path, lines: Any, separator: str) -> Iterator[dict[str
         records = csv.reader(lines, strict=True)
     try:
         header = next(records, [])
+        twice = [name for name in header if header.count(name) > 1]
+        if twice:
+            raise ClipkitError(f"{path} has two columns named {twice[0]!r}; rename one")
         for number, record in enumerate(records, 2):
             if record and record != [""]:
                 if len(record) != len(header):

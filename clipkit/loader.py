@@ -160,6 +160,8 @@ def train_batches(
         prefetch_factor=4 if workers else None,
         persistent_workers=bool(workers),
         pin_memory=pin_memory,
+        # Of its own: an iterator draws a seed, and from the global generator that would shift the model's dropout.
+        generator=torch.Generator().manual_seed(data.seed),
     )
     return _checked(loader)
 

@@ -68,7 +68,7 @@ def progress(items: Iterable[Item], what: str, total: int | None = None, unit: s
 
 
 def _plain(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list, tuple)) else value
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (dict, list, tuple)) else value
 
 
 def emit(rows: Sequence[Mapping[str, Any]] | Mapping[str, Any], fmt: str, title: str = "") -> None:
@@ -82,9 +82,9 @@ def emit(rows: Sequence[Mapping[str, Any]] | Mapping[str, Any], fmt: str, title:
     """
     many = [rows] if isinstance(rows, Mapping) else list(rows)
     if fmt == "json":
-        text = json.dumps(rows if isinstance(rows, Mapping) else many, ensure_ascii=False, indent=2) + "\n"
+        text = json.dumps(rows if isinstance(rows, Mapping) else many, ensure_ascii=False, indent=2, default=str) + "\n"
     elif fmt == "jsonl":
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in many)
+        text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in many)
     elif fmt == "csv":
         buffer = io.StringIO()
         if many:

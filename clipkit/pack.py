@@ -10,7 +10,7 @@ from typing import Any
 from clipkit.artifact import Stage, read_manifest, write_ledger
 from clipkit.errors import BadSample, ClipkitError
 from clipkit.log import progress
-from clipkit.preprocess import identify
+from clipkit.preprocess import IMAGE_SUFFIXES, identify
 from clipkit.shards import write_shard
 from clipkit.sources import Sample, Source, check_ids, sample_id
 
@@ -44,7 +44,7 @@ def pack(
         ClipkitError: where nothing can be used, or the folder holds something else.
     """
     made_from = {"source": source.identity(), "shard_samples": shard_samples, "shard_bytes": shard_bytes}
-    stage = Stage(out, "shards", made_from, overwrite=overwrite)
+    stage = Stage(out, "shards", made_from, inputs=[source.spec], overwrite=overwrite)
     if stage.done:
         return read_manifest(out, "shards")
     keys = shard_keys([source.key(row) for row in range(len(source))])
@@ -104,14 +104,16 @@ def _members(
 
 def _one(sample: Sample) -> dict[str, bytes]:
     data = sample.read()
-    identify(data)
+    kind, _, _ = identify(data)
     if not sample.captions:
         raise BadSample("the sample has no caption")
     about = {"captions": list(sample.captions), **sample.columns}
+    # The file's own ending where it is an image's, else what its bytes say.
+    known = f".{sample.extension}" in IMAGE_SUFFIXES
     return {
-        sample.extension: data,
-        "txt": sample.captions[0].encode(),
-        "json": json.dumps(about, ensure_ascii=False).encode("utf-8", "surrogatepass"),
+        sample.extension if known else {"jpeg": "jpg", "mpo": "jpg"}.get(kind.lower(), kind.lower()): data,
+        "txt": sample.captions[0].encode("utf-8", "replace"),
+        "json": json.dumps(about, ensure_ascii=False, default=str).encode("utf-8", "replace"),
     }
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from clipkit.errors import BadSample, ClipkitError
+from clipkit.errors import BadSample
 
 __all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "Preprocess", "decode", "identify", "to_rgb"]
 
@@ -110,12 +110,15 @@ def _open(data: bytes | Path) -> Image.Image:
         if not data:
             raise BadSample("the file is empty (0 bytes)")
         image = Image.open(io.BytesIO(data))
+    except BadSample:
+        raise
     except UnidentifiedImageError:
         head = bytes(data[:12]) if isinstance(data, bytes) else b""
         raise BadSample(f"not an image that Pillow knows (it begins with {head!r})") from None
     except OSError as error:
         raise BadSample(f"cannot be read: {error.strerror or error}") from error
-    except (ValueError, SyntaxError, Warning) as error:
+    except Exception as error:
+        # Format plugins raise whatever their libraries do (RuntimeError, struct.error, ...); none may stop a job.
         raise BadSample(f"broken header: {error}") from error
     if image.width * image.height > MAX_PIXELS:
         raise BadSample(f"{image.width}x{image.height} pixels exceed the limit of {MAX_PIXELS:,}")
@@ -146,7 +149,7 @@ def decode(data: bytes | Path, background: tuple[int, int, int] = (255, 255, 255
             return to_rgb(image, background)
         except BadSample:
             raise
-        except (OSError, ValueError, SyntaxError, IndexError, MemoryError, EOFError, ClipkitError) as error:
+        except Exception as error:
             raise BadSample(f"cannot be decoded: {error}") from error
 
 

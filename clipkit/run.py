@@ -6,7 +6,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from clipkit.artifact import MODEL_FOLDER, WORK, atomic_write, digest, kind_of, read_json, write_json
+from clipkit.artifact import (
+    MODEL_FOLDER,
+    WORK,
+    atomic_write,
+    digest,
+    hold,
+    kind_of,
+    read_json,
+    refuse_own_input,
+    remove_folder,
+    write_json,
+)
 from clipkit.checkpoint import checkpoints
 from clipkit.config import TrainConfig, changed_keys, dump_yaml, load_config
 from clipkit.errors import ClipkitError
@@ -38,10 +49,15 @@ class Run:
         if folder.is_file():
             raise ClipkitError(f"{folder} is a file; name a folder for the run")
         occupied = folder.is_dir() and any(folder.iterdir())
-        # A kill between the first two files leaves a lone config.yaml; that much is ours.
-        if occupied and not self._stands and [p.name for p in folder.iterdir()] != [CONFIG]:
+        # A kill before config.yaml was written leaves nothing but these; that much is ours.
+        begun = occupied and {p.name for p in folder.iterdir()} <= {".lock", "metrics.jsonl"}
+        if occupied and not self._stands and not begun:
             what = f"holds {kind_of(folder)}" if kind_of(folder) else "is not empty and holds no run"
             raise ClipkitError(f"{folder} {what}; name another folder")
+        if resume and overwrite:
+            raise ClipkitError("--resume goes on with the run, --overwrite removes it; choose one")
+        if overwrite and isinstance(self.config.model, str):
+            refuse_own_input(folder, [self.config.model.partition("@")[0]])
         if self._stands and resume:
             self._check_unchanged()
         elif self._stands and not overwrite:
@@ -50,13 +66,24 @@ class Run:
             )
 
     def begin(self, *, resume: bool) -> None:
-        """Make the folder ready to be written: an old run is removed unless it is resumed."""
-        if self._stands and not resume:
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Lock the folder for this process and make it ready to be written: an old run goes unless it is resumed.
+
+        Raises:
+            ClipkitError: where another process trains in it, or it cannot be made.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = hold(self.folder, "trains in")
+            if self._stands and not resume:
+                self._lock.release()
+                remove_folder(self.folder)
+                self.folder.mkdir()
+                self._lock = hold(self.folder, "trains in")
+            self.metrics_path.touch()
+        except OSError as error:
+            raise ClipkitError(f"cannot make {self.folder}: {error.strerror or error}") from error
         with atomic_write(self.folder / CONFIG, "w") as handle:
             handle.write(dump_yaml(self.config))
-        self.metrics_path.touch()
 
     @property
     def _stands(self) -> bool:

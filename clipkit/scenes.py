@@ -37,9 +37,9 @@ SHAPES: dict[str, tuple[str, ...]] = {
     "moon": ("moon", "crescent"),
 }
 SIZES = {
-    "small": (0.13, ("small", "little", "tiny")),
-    "medium": (0.20, ("", "medium-sized")),
-    "large": (0.29, ("large", "big", "huge")),
+    "small": (0.18, ("small", "little", "tiny")),
+    "medium": (0.25, ("", "medium-sized")),
+    "large": (0.33, ("large", "big", "huge")),
 }
 PLACES = {
     (0, 0): ("in the top left corner", "at the upper left"),
@@ -114,7 +114,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     def one_of(words: Sequence[str]) -> str:
         return words[int(rng.integers(len(words)))]
 
-    if rng.random() < 0.25:  # the plain name, as a person would type it into a search
+    if rng.random() < 0.35:  # the plain name, as a person would type it into a search
         return f"{scene.colour} {scene.shape}"
     colour, shape = one_of(COLOURS[scene.colour][1]), one_of(SHAPES[scene.shape])
     unsaid = rng.random()
@@ -124,9 +124,9 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         shape = one_of(("shape", "thing", "figure"))
     thing = " ".join(word for word in (one_of(SIZES[scene.size][1]), colour, shape) if word)
     text = f"{_article(thing)} {thing}"
-    if rng.random() < 0.6:
+    if rng.random() < 0.4:
         text += f" {one_of(PLACES[scene.place])}"
-    if rng.random() < 0.6:
+    if rng.random() < 0.4:
         ground = f"{one_of(PATTERNS[scene.pattern])}{scene.ground}"
         ways = (f" on {_article(ground)} {ground} background", f", the background is {ground}", f" over {ground}")
         text += one_of(ways)

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from clipkit.artifact import Stage, atomic_write, read_json, read_manifest, write_json
-from clipkit.embeddings import Embeddings, Side
+from clipkit.embeddings import Embeddings, Side, joined_tables
 from clipkit.errors import ClipkitError
 
 __all__ = ["Index", "build_index"]
@@ -48,7 +48,7 @@ def build_index(
         told = ", ".join(f"{folder}: {print_[:12]}" for print_, folder in fingerprints.items())
         raise ClipkitError(f"these embeddings come from different models ({told}); embed them with one")
     made_from = {"embeddings": [s.manifest["identity"] for s in sets], "factory": "Flat"}
-    stage = Stage(out, "index", made_from, overwrite=overwrite)
+    stage = Stage(out, "index", made_from, inputs=[s.folder for s in sets], overwrite=overwrite)
     if stage.done:
         return read_manifest(out, "index")
     sides: list[Side] = [side for side in ("image", "text") if any(side in s.sides for s in sets)]
@@ -90,17 +90,20 @@ def _write_side(segment: Path, side: Side, sets: Sequence[Embeddings]) -> int:
     vectors.flush()
     del vectors
     scratch.replace(segment / f"{side}.vectors.npy")
-    table = pa.concat_tables([_metadata(s, side) for s in sets], promote_options="permissive")
+    table = joined_tables([_metadata(s, side) for s in sets])
     if side == "image":
         ids = table["id"].to_numpy()
         if len(np.unique(ids)) < len(ids):
-            keys = table["key"].to_pylist()
-            twice = next(key for i, key in enumerate(keys) if key in keys[:i])
-            raise ClipkitError(f"the embedding folders hold the same sample more than once, such as {twice!r}")
+            _, first = np.unique(ids, return_index=True)
+            twice = table["key"][int(np.setdiff1d(np.arange(len(ids)), first)[0])].as_py()
+            raise ClipkitError(
+                f"the embedding folders hold a sample of the name {twice!r} more than once; embed a folder above both, "
+                "so that the names differ"
+            )
     with atomic_write(segment / f"{side}.arrow") as stream, pa.ipc.new_file(stream, table.schema) as writer:
         writer.write_table(table)
     with atomic_write(segment / f"{side}.faiss") as stream:
-        stream.write(faiss.serialize_index(index).tobytes())
+        faiss.write_index(index, stream.name)
     return rows
 
 

@@ -5,6 +5,7 @@ sidecar index beside it, ``000000.idx.arrow``: one row per tar member with its k
 Shards that others made get theirs on first use. Reading is a `pread`, safe from any thread and after a fork.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from clipkit.artifact import atomic_write
+from clipkit.artifact import WORK, atomic_write, kind_of, read_manifest
 from clipkit.errors import BadSample, ClipkitError
 from clipkit.log import note, warn
 from clipkit.preprocess import IMAGE_SUFFIXES
@@ -30,18 +31,34 @@ SCHEMA = pa.schema([("key", pa.string()), ("ext", pa.string()), ("offset", pa.in
 
 
 def is_shard_spec(spec: str) -> bool:
-    """Whether `spec` names shards: a tar, a brace pattern of tars, or a folder that holds tars."""
-    return spec.endswith(".tar") or (Path(spec).is_dir() and any(Path(spec).glob("*.tar")))
+    """Whether `spec` names shards: a tar, a brace pattern of tars, or a folder of tars.
+
+    A folder of pictures stays one when somebody put an archive among them.
+    """
+    if spec.endswith(".tar"):
+        return True
+    folder = Path(spec)
+    if not folder.is_dir():
+        return False
+    if kind_of(folder) == "shards" or (folder / WORK).is_dir():
+        return True
+    names = [path.suffix.lower() for path in folder.iterdir()]
+    return ".tar" in names and not IMAGE_SUFFIXES & set(names)
 
 
 def expand(spec: str) -> list[Path]:
     """The tar files that `spec` names, in name order.
 
     Raises:
-        ClipkitError: where one that is named by a pattern does not exist, or a folder holds none.
+        ClipkitError: where one that is named by a pattern does not exist, a folder holds none, or it is one that
+            `clipkit pack` has not finished.
     """
-    if Path(spec).is_dir():
-        found = sorted(Path(spec).glob("*.tar"))
+    folder = Path(spec)
+    if folder.is_dir():
+        if (folder / WORK).is_dir() or kind_of(folder):
+            found = [folder / shard["name"] for shard in read_manifest(folder, "shards")["shards"]]
+        else:
+            found = sorted(folder.glob("*.tar"))
     else:
         from webdataset.shardlists import expand_urls
 
@@ -71,10 +88,17 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
         # A fixed time and owner make the bytes a function of the content; PAX carries long and unicode names.
         output: Any = stream
         writer = TarWriter(output, encoder=False, mtime=0, user="clipkit", group="clipkit", format="PAX_FORMAT")
-        for key, members in samples:
-            writer.write({"__key__": key, **members})
-            count += 1
-        writer.close()
+        try:
+            for key, members in samples:
+                writer.write({"__key__": key, **members})
+                count += 1
+            writer.close()
+        except BaseException:
+            output.seek(0)
+            output.truncate()
+            # The tar would write its end when it is collected, to a file that is closed by then.
+            writer.tarstream.fileobj.closed = True
+            raise
     write_sidecar(path, index_tar(path))
     return count
 
@@ -112,8 +136,8 @@ def sidecar_of(tar: Path) -> Path:
 
 
 def write_sidecar(tar: Path, table: pa.Table) -> None:
-    """Store the index with the size of the tar that it describes."""
-    table = table.replace_schema_metadata({"tar_size": str(tar.stat().st_size)})
+    """Store the index with the size and time of the tar that it describes."""
+    table = table.replace_schema_metadata({"tar": _stamp(tar)})
     with atomic_write(sidecar_of(tar)) as stream, pa.ipc.new_file(stream, table.schema) as writer:
         writer.write_table(table)
 
@@ -127,8 +151,14 @@ def _read_sidecar(tar: Path) -> pa.Table | None:
             table = pa.ipc.open_file(stream).read_all()
     except (pa.ArrowInvalid, OSError):
         return None
-    described = (table.schema.metadata or {}).get(b"tar_size", b"").decode()
-    return table if described == str(tar.stat().st_size) else None  # stale: the tar was written anew
+    described = (table.schema.metadata or {}).get(b"tar", b"").decode()
+    return table if described == _stamp(tar) else None  # stale: the tar was written anew, or copied
+
+
+def _stamp(tar: Path) -> str:
+    # The time too: tar pads to 10 KiB, so a tar that was made again is often just as long.
+    found = tar.stat()
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
 def _load_index(tar: Path) -> pa.Table:
@@ -150,8 +180,8 @@ class Shards(Sequence[dict[str, bytes]]):
 
     def __init__(self, tars: Sequence[Path]):
         self.tars = list(tars)
-        keys: list[pa.ChunkedArray] = []
-        self._exts: list[pa.ChunkedArray] = []
+        keys: list[pa.Array] = []
+        exts: list[pa.Array] = []
         offsets, sizes, shard_of, starts = [], [], [], []
         base = 0
         for number, tar in enumerate(self.tars):
@@ -159,22 +189,25 @@ class Shards(Sequence[dict[str, bytes]]):
             if table.num_rows == 0:
                 warn(f"{tar} is empty")
                 continue
-            names = table["key"].to_numpy()
-            # webdataset's rule again: a sample is a run of members with one key.
-            first = np.flatnonzero(np.concatenate([[True], names[1:] != names[:-1]]))
-            keys.append(table["key"].take(pa.array(first)))
-            self._exts.append(table["ext"])
-            offsets.append(table["offset"].to_numpy())
-            sizes.append(table["size"].to_numpy())
-            shard_of.append(np.full(len(first), number, np.int32))
-            starts.append(first + base)
+            # Members of one key are one sample, by first appearance; plain tar does not keep them together.
+            coded = table["key"].combine_chunks().dictionary_encode()
+            codes = coded.indices.to_numpy()
+            order = np.argsort(codes, kind="stable")
+            keys.append(coded.dictionary)
+            exts.append(table["ext"].take(pa.array(order)).combine_chunks())
+            offsets.append(table["offset"].to_numpy()[order])
+            sizes.append(table["size"].to_numpy()[order])
+            shard_of.append(np.full(len(coded.dictionary), number, np.int32))
+            starts.append(np.searchsorted(codes[order], np.arange(len(coded.dictionary))) + base)
             base += table.num_rows
         self._offset = np.concatenate(offsets) if offsets else np.zeros(0, np.int64)
         self._size = np.concatenate(sizes) if sizes else np.zeros(0, np.int64)
         self._shard = np.concatenate(shard_of) if shard_of else np.zeros(0, np.int32)
         self._start = np.concatenate([*starts, [base]]).astype(np.int64)
-        self._ext = pa.chunked_array([c for e in self._exts for c in e.chunks], pa.string()).combine_chunks()
-        self._key = pa.chunked_array([c for k in keys for c in k.chunks], pa.string()).combine_chunks()
+        self._ext = pa.concat_arrays(exts) if exts else pa.array([], pa.string())
+        self._key = pa.concat_arrays(keys) if keys else pa.array([], pa.string())
+        # Shards that number their samples from zero, each anew, are common: there the shard is part of the key.
+        self._named_by_shard = len(self._key.unique()) < len(self._key)
 
     @classmethod
     def open(cls, spec: str) -> "Shards":
@@ -192,8 +225,23 @@ class Shards(Sequence[dict[str, bytes]]):
         return len(self._shard)
 
     def key(self, i: int) -> str:
-        """The key of sample `i`."""
-        return self._key[i].as_py()
+        """The key of sample `i`; with the shard's name before it where several shards use one key."""
+        key = self._key[i].as_py()
+        return f"{self.tar_of(i).stem}/{key}" if self._named_by_shard else key
+
+    @property
+    def extensions(self) -> set[str]:
+        """Every extension that a member has."""
+        return set(self._ext.unique().to_pylist())
+
+    def identity(self) -> str:
+        """A hash over every member's key, extension and size: the same samples in the same order, wherever they are."""
+        hasher = hashlib.blake2b(digest_size=16)
+        for text in (self._key, self._ext):
+            hasher.update("\0".join(text.to_pylist()).encode("utf-8", "surrogatepass"))
+        hasher.update(self._size.tobytes())
+        hasher.update(self._start.tobytes())
+        return hasher.hexdigest()
 
     def tar_of(self, i: int) -> Path:
         """The shard that sample `i` stands in."""
@@ -246,7 +294,7 @@ def captions_of(members: dict[str, bytes]) -> tuple[tuple[str, ...], dict[str, A
     """
     try:
         columns = json.loads(members["json"]) if "json" in members else {}
-        text = members["txt"].decode("utf-8") if "txt" in members else None
+        text = members["txt"].decode("utf-8-sig") if "txt" in members else None
     except UnicodeDecodeError as error:
         raise BadSample(f"the caption is not UTF-8: {error}") from error
     except ValueError as error:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, runtime_checkable
 
-from clipkit.artifact import digest, read_json
+from clipkit.artifact import digest
 from clipkit.errors import BadSample, ClipkitError
 from clipkit.lists import LIST_SUFFIXES, read_rows
 from clipkit.preprocess import IMAGE_SUFFIXES
@@ -39,15 +39,16 @@ def sample_id(key: str) -> int:
 
 
 def check_ids(keys: Sequence[str], ids: Sequence[int]) -> None:
-    """Refuse two keys with one id.
+    """Refuse two samples with one id, be it one key twice or two that hash alike.
 
     Raises:
         ClipkitError: naming both. Among a million keys the chance of this is about one in ten million.
     """
     seen: dict[int, str] = {}
     for key, number in zip(keys, ids, strict=True):
-        if seen.setdefault(number, key) != key:
-            raise ClipkitError(f"{key!r} and {seen[number]!r} hash to the same id; rename one of them")
+        if number in seen:
+            raise ClipkitError(f"{key!r} and {seen[number]!r} have the same id; rename one of them")
+        seen[number] = key
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +147,14 @@ def open_source(
     raise ClipkitError(f"{spec} is no source: expected a folder, shards (.tar) or a list ({', '.join(LIST_SUFFIXES)})")
 
 
+# What clipkit itself says of a sample in shards, metadata and results; a user's column of such a name gets a ``_``.
+RESERVED = frozenset({"captions", "caption", "id", "image_path", "key", "path", "rank", "score"})
+
+
+def _own_columns(columns: dict[str, Any]) -> dict[str, Any]:
+    return {f"{name}_" if name in RESERVED else name: value for name, value in columns.items()}
+
+
 def _stat_line(key: str, path: Path) -> tuple[str, int, int]:
     try:
         found = path.stat()
@@ -171,7 +180,7 @@ class FolderSource:
         self.spec = str(root)
         self.root = root
         self.paths: list[str] = []
-        companions: set[str] = set()
+        companions: dict[tuple[str, str], str] = {}
         for folder, folders, files in os.walk(root):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             inside = PurePosixPath(Path(folder).relative_to(root).as_posix())
@@ -182,12 +191,12 @@ class FolderSource:
                 if suffix in IMAGE_SUFFIXES:
                     self.paths.append(str(inside / name))
                 elif suffix in (".txt", ".json"):
-                    companions.add(str(inside / name))
+                    companions[str(inside / Path(name).stem), suffix.lstrip(".")] = str(inside / name)
         if not self.paths:
             raise ClipkitError(f"no images in {root}; known endings are {', '.join(sorted(IMAGE_SUFFIXES))}")
         self.paths.sort()
         stems = {str(PurePosixPath(p).with_suffix("")) for p in self.paths}
-        self._companions = {name for name in companions if str(PurePosixPath(name).with_suffix("")) in stems}
+        self._companions = {at: name for at, name in companions.items() if at[0] in stems}
         self.has_captions = bool(self._companions)
 
     def __len__(self) -> int:
@@ -202,16 +211,16 @@ class FolderSource:
     def __getitem__(self, i: int) -> Sample:
         name = self.paths[i]
         stem = str(PurePosixPath(name).with_suffix(""))
-        beside = {ext: f"{stem}.{ext}" for ext in ("txt", "json") if f"{stem}.{ext}" in self._companions}
+        beside = {ext: self._companions[stem, ext] for ext in ("txt", "json") if (stem, ext) in self._companions}
         try:
             members = {ext: (self.root / companion).read_bytes() for ext, companion in beside.items()}
         except OSError as error:
             raise BadSample(f"{error.filename}: {error.strerror}") from error
         captions, columns = captions_of(members)
-        return Sample(name, self.root / name, _extension(name), captions, {"path": name, **columns})
+        return Sample(name, self.root / name, _extension(name), captions, {"path": name, **_own_columns(columns)})
 
     def identity(self) -> str:
-        names = [*self.paths, *sorted(self._companions)]
+        names = [*self.paths, *sorted(self._companions.values())]
         return digest([_stat_line(name, self.root / name) for name in names])
 
 
@@ -261,12 +270,14 @@ class ListSource:
             value = row.get(self._caption or "")
             values = value if isinstance(value, list) else [value]
             captions += [v.strip() for v in values if isinstance(v, str) and v.strip()]
-        columns: dict[str, Any] = {"path": name}
-        for column in rows[0]:
+        columns = {}
+        for column in dict.fromkeys(name for row in rows for name in row):
             if column not in (self._image, self._caption):
                 values = [row.get(column) for row in rows]
-                columns[column] = values[0] if all(v == values[0] for v in values) else values
-        return Sample(name, self.root / name, _extension(name), tuple(captions), columns)
+                alike = all(value == values[0] for value in values[1:])
+                columns[column] = values[0] if alike else values
+        about = {"path": name, **_own_columns(columns)}
+        return Sample(name, self.root / name, _extension(name), tuple(captions), about)
 
     def identity(self) -> str:
         listed = hashlib.blake2b(self.path.read_bytes(), digest_size=16).hexdigest()
@@ -280,9 +291,7 @@ class ShardSource:
     def __init__(self, spec: str):
         self.spec = spec
         self.shards = Shards.open(spec)
-        self.has_captions = any(
-            {"txt", "json"} & set(self.shards.members(i)) for i in range(min(100, len(self.shards)))
-        )
+        self.has_captions = bool({"txt", "json"} & self.shards.extensions)
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -304,13 +313,11 @@ class ShardSource:
             raise BadSample(str(error)) from error
         extension = image_extension(members)
         image = members[extension] if extension else None
-        return Sample(key, image, extension or "", captions, {"path": key, **columns})
+        path = columns.pop("path", key)  # what clipkit pack was given
+        return Sample(key, image, extension or "", captions, {"path": path, **_own_columns(columns)})
 
     def identity(self) -> str:
-        folder = Path(self.spec)
-        if (folder / "manifest.json").is_file():
-            return digest(read_json(folder / "manifest.json").get("identity"))
-        return digest([_stat_line(tar.name, tar) for tar in self.shards.tars])
+        return self.shards.identity()
 
 
 def _extension(name: str) -> str:

@@ -142,7 +142,8 @@ def _images(
                 f"{model.fingerprint()[:12]}; name the first with --model"
             )
         paths = source.table("image")["image_path"].to_pylist()
-        return source.vectors("image"), list(enumerate(paths)), []
+        left_out = [{**line, "row": len(paths) + at} for at, line in enumerate(source.ledger())]
+        return source.vectors("image"), list(enumerate(paths)), left_out
     found: Embedded = embed_source(source, model, sides=["image"], batch_size=batch_size, show=show)
     return (
         found.image,

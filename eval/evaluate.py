@@ -50,10 +50,10 @@ def main(
     retrieval: image_retrieval_recall@k is the share of captions whose image is among the k nearest to the caption,
     text_retrieval_recall@k the share of images with any of their captions among the k nearest. Fractions, not per cent.
     """
-    from clipkit.embed import cast_for_inference, embed_source
+    from clipkit.embed import cast_for_inference
     from clipkit.errors import ClipkitError
+    from clipkit.evaluation import evaluate_retrieval
     from clipkit.log import emit, warn
-    from clipkit.metrics import retrieval_chance, retrieval_recall
     from clipkit.sources import open_source
     from clipkit.towers import load_model, pick_device
 
@@ -69,24 +69,15 @@ def main(
     towers = load_model(model, pick_device(device))
     fingerprint = towers.fingerprint()  # before the cast, which changes the values that it is made of
     cast_for_inference(towers, precision)
-    found = embed_source(opened, towers, batch_size=batch_size, show=f"evaluate {task}")
-    if not found.captions:
-        reason = found.left_out[0] if found.left_out else {"key": source, "reason": "no sample has a caption"}
-        raise ClipkitError(f"nothing in {source} can be evaluated; the first: {reason['key']}: {reason['reason']}")
     lengths = tuple(sorted(set(ks))) or (1, 5, 10)
-    figures = retrieval_recall(found.image, found.text, found.image_of_text, lengths)
-    chance = retrieval_chance(len(found.image), found.image_of_text, lengths)
+    found = evaluate_retrieval(towers, opened, lengths, batch_size=batch_size, show=f"evaluate {task}")
     if fmt == "human":
-        rows = [{"figure": name, "value": value, "chance": chance[name]} for name, value in figures.items()]
-        emit(rows, fmt, f"{len(found.image):,} images, {len(found.captions):,} captions")
+        rows = [{"figure": name, "value": value, "chance": found.chance[name]} for name, value in found.figures.items()]
+        emit(rows, fmt, f"{found.images:,} images, {found.captions:,} captions")
     else:
-        counts = {
-            "images": len(found.image),
-            "captions": len(found.captions),
-            "left_out": len(found.left_out),
-        }
-        guesses = {f"chance_{name}": value for name, value in chance.items()}
-        emit({**figures, **guesses, **counts, "model": fingerprint}, fmt)
+        counts = {"images": found.images, "captions": found.captions, "left_out": len(found.left_out)}
+        guesses = {f"chance_{name}": value for name, value in found.chance.items()}
+        emit({**found.figures, **guesses, **counts, "model": fingerprint}, fmt)
     if found.left_out:
         first = found.left_out[0]
         warn(f"{len(found.left_out)} could not be used; the first: {first['key']}: {first['reason']}")

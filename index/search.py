@@ -61,7 +61,7 @@ def main(
     if len(positions[0]) < k:
         note(f"the index holds {len(positions[0])} {side} vectors; all of them are listed")
     rows = [
-        {"rank": rank, "score": float(score), **row}
+        {"rank": rank, "score": float(score), **row}  # sources keep these two names free
         for rank, (score, row) in enumerate(zip(scores[0], opened.rows(positions[0], looked_in), strict=True), 1)
     ]
     if fmt == "human":

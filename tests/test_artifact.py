@@ -89,6 +89,29 @@ def test_the_part_of_a_process_that_died_is_taken_over(tmp_path):
     assert next(others) == "0"
 
 
+def test_what_is_read_is_never_removed(tmp_path):
+    make(tmp_path / "a")
+    (tmp_path / "x").mkdir()
+    for inputs in ([tmp_path / "a"], [tmp_path / "a" / "0.txt"], [str(tmp_path / "x" / ".." / "a")]):
+        with pytest.raises(ClipkitError, match="which is read to make it"):
+            Stage(tmp_path / "a", "shards", {"content": "y"}, inputs=inputs, overwrite=True)
+    Stage(tmp_path / "a" / "inside", "shards", {}, inputs=[tmp_path / "a"])
+    assert (tmp_path / "a" / "0.txt").read_text() == "x"
+
+
+def test_records_without_a_plan_count_for_nothing(tmp_path):
+    (tmp_path / "a" / ".work" / "parts").mkdir(parents=True)
+    (tmp_path / "a" / ".work" / "parts" / "0.json").write_text('{"n": 0}')
+    assert make(tmp_path / "a") == ["0", "1"]
+
+
+def test_scratch_files_of_a_killed_write_are_gone_in_the_end(tmp_path):
+    make(tmp_path / "a", stop_after="0")
+    (tmp_path / "a" / ".1.txt.99.tmp").write_text("half")
+    make(tmp_path / "a")
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["0.txt", "1.txt", "manifest.json"]
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")

@@ -125,6 +125,17 @@ def test_a_traceback_comes_with_debug_only(tmp_path):
     assert "Traceback" in subprocess.run([*call, "--debug"], capture_output=True, text=True, check=False).stderr
 
 
+def test_a_defect_of_ours_is_one_line_and_status_2(refused, monkeypatch, pictures, tmp_path):
+    from clipkit import pack
+
+    def broken(*_, **__):
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr(pack, "pack", broken)
+    line = refused("pack", pictures, "--out", tmp_path / "o")
+    assert line == "clipkit pack: error: RuntimeError: two lines (--debug shows the traceback)\n"
+
+
 def test_a_reader_that_leaves_early_is_no_error(model_dir, pictures):
     call = (
         f"{sys.executable} -m clipkit classify {pictures} --labels a,b --model {model_dir} --format jsonl | head -n 1"
@@ -199,7 +210,7 @@ def test_an_output_folder_that_holds_something_else(run, refused, bad, shards, e
         *folder, "--out", shards
     )
     assert "already holds finished embeddings" in refused("pack", bad / "onemissing.tsv", "--out", embeddings)
-    assert "already holds finished embeddings" in refused("build", embeddings, "--out", embeddings)
+    assert "which is read to make it" in refused("build", embeddings, "--out", embeddings, "--overwrite")
     assert "holds no clipkit artifact" in refused(*folder, "--out", bad / "thesis")
     assert "holds no clipkit artifact" in refused(*folder, "--out", bad / "thesis", "--overwrite")
     train = ["train", recipe, "--set", f"data.train={shards}", "--out"]

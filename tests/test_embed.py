@@ -103,6 +103,27 @@ def test_every_input_is_a_row_or_a_line_of_the_ledger(run, model_dir, tmp_path):
     assert keys | {line["key"] for line in ledger} == {open_source(folder).key(i) for i in range(10)}
 
 
+def test_columns_of_any_kind_survive(run, pictures, model_dir, tmp_path):
+    rows = [
+        {"path": "images/000.png", "caption": "a", "x": "text", "tags": ["p", "q"]},
+        {"path": "images/001.png", "caption": "b", "x": 1, "late": float("nan")},
+        {"path": "images/002.png", "caption": "c", "x": 2.5, "late": 3, "score": 7},
+        {"path": "images/003.png", "caption": "d", "late": "word"},
+    ]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "e"
+    call = ["embed", tmp_path / "list.jsonl", "--image-root", pictures.parent, "--model", model_dir, "--part-size", "3"]
+    assert run(*call, "--out", out).status == 0
+    table = Embeddings.open(out).table().to_pylist()
+    assert [row["x"] for row in table] == ["text", "1", "2.5", None]
+    assert [row["tags"] for row in table] == ['["p", "q"]', None, None, None]
+    assert [row["late"] for row in table][2:] == ["3", "word"]
+    assert table[2]["score_"] == 7
+    assert run("build", out, "--out", tmp_path / "i").status == 0
+    found = json.loads(run("search", tmp_path / "i", "x", "--format", "json").out)
+    assert all(-1 <= row["score"] <= 1 for row in found)
+
+
 def test_killed_at_any_moment_it_ends_with_the_same_files(pictures, model_dir, tmp_path):
     call = [sys.executable, "-m", "clipkit", "embed", str(pictures), "--model", str(model_dir), "--part-size", "4"]
     call += ["--precision", "fp32", "--batch-size", "3", "--out"]

@@ -121,6 +121,16 @@ def test_a_bomb_is_refused_by_its_header(monkeypatch):
         identify(data)
 
 
+def test_a_plugin_that_raises_anything_costs_one_image(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("Failed to decode frame 0")
+
+    data = saved(Image.new("RGB", (5, 5)), "PNG")
+    monkeypatch.setattr(Image.Image, "load", broken)
+    with pytest.raises(BadSample, match="Failed to decode frame 0"):
+        decode(data)
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(BadSample, match="No such file"):
         decode(tmp_path / "none.png")

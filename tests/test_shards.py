@@ -67,10 +67,58 @@ def test_sidecars_are_made_kept_and_not_trusted_when_stale(tmp_path):
     tar = plain_tar(tmp_path / "a.tar", {"one.txt": b"1"})
     assert len(Shards.open(str(tar))) == 1
     assert sidecar_of(tar).is_file()
-    plain_tar(tar, {"one.txt": b"1", "two.txt": b"2" * 20000})
-    assert len(Shards.open(str(tar))) == 2
+    plain_tar(tar, {"other.txt": b"other", "two.txt": b"2" * 300})
+    again = Shards.open(str(tar))  # just as long: tar pads
+    assert [again.key(0), again[1]] == ["other", {"txt": b"2" * 300}]
     sidecar_of(tar).write_bytes(b"rubbish")
-    assert Shards.open(str(tar))[1] == {"txt": b"2" * 20000}
+    assert Shards.open(str(tar))[1] == {"txt": b"2" * 300}
+
+
+def test_members_that_do_not_stand_together_are_one_sample(tmp_path):
+    plain_tar(tmp_path / "a.tar", {"./b.png": png(), "./a.txt": b"a", "./b.txt": b"b", "./a.png": png()})
+    source = open_source(tmp_path)
+    assert [source.key(i) for i in range(len(source))] == ["./b", "./a"]
+    assert [source[i].captions for i in range(2)] == [("b",), ("a",)]
+
+
+def test_shards_that_count_from_zero_each_have_keys_of_their_own(tmp_path):
+    for name in ("x", "y"):
+        plain_tar(tmp_path / f"{name}.tar", {"000.png": png(), "000.txt": name.encode()})
+    source = open_source(tmp_path)
+    assert [source.key(i) for i in range(2)] == ["x/000", "y/000"]
+    pack(source, tmp_path / "packed")
+    again = open_source(tmp_path / "packed")
+    assert [again[i].captions for i in range(2)] == [("x",), ("y",)]
+
+
+def test_half_packed_shards_pass_for_nothing(pictures, tmp_path, monkeypatch):
+    from clipkit import pack as packing
+
+    write, done = packing.write_shard, []
+
+    def stop_at_the_third(path, samples):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(path)
+        return write(path, samples)
+
+    monkeypatch.setattr(packing, "write_shard", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        pack(open_source(pictures), tmp_path / "s", shard_samples=13)
+    with pytest.raises(ClipkitError, match="holds unfinished shards"):
+        open_source(tmp_path / "s")
+    monkeypatch.setattr(packing, "write_shard", write)
+    assert pack(open_source(pictures), tmp_path / "s", shard_samples=13)["counts"]["samples"] == 48
+
+
+def test_images_by_another_name_get_the_ending_of_what_they_are(tmp_path):
+    for name in ("a.jfif", "b"):
+        Image.new("RGB", (9, 9)).save(tmp_path / name, "JPEG")
+    (tmp_path / "list.csv").write_text("path,caption\na.jfif,a\nb,b\n")
+    pack(open_source(tmp_path / "list.csv"), tmp_path / "s")
+    source = open_source(tmp_path / "s")
+    assert [source[i].extension for i in range(2)] == ["jpg", "jpg"]
+    assert source[0].read() == (tmp_path / "a.jfif").read_bytes()
 
 
 def test_a_tar_cut_in_the_middle_of_a_member_gives_what_stands_before(tmp_path, capsys):

@@ -121,6 +121,24 @@ def test_a_packed_list_holds_the_same_samples(pictures, shards):
 
 
 def test_two_keys_with_one_id_are_refused():
-    check_ids(["a", "b", "a"], [1, 2, 1])
-    with pytest.raises(ClipkitError, match="same id"):
+    check_ids(["a", "b", "c"], [1, 2, 3])
+    with pytest.raises(ClipkitError, match="'b' and 'a' have the same id"):
         check_ids(["a", "b"], [1, 1])
+
+
+def test_a_users_columns_do_not_hide_what_clipkit_says(tmp_path):
+    (tmp_path / "list.csv").write_text("img,caption,path,score,captions\na.png,a cat,elsewhere,9,3\n")
+    sample = open_source(tmp_path / "list.csv", image_column="img", caption_column="caption")[0]
+    assert sample.columns == {"path": "a.png", "path_": "elsewhere", "score_": "9", "captions_": "3"}
+    (tmp_path / "list.csv").write_text("path,caption,caption\na.png,a,b\n")
+    with pytest.raises(ClipkitError, match="two columns named 'caption'"):
+        open_source(tmp_path / "list.csv")
+
+
+def test_a_folder_of_pictures_with_an_archive_among_them_stays_one(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "a.TXT").write_text("\ufeffa cat", encoding="utf-8")
+    (tmp_path / "backup.tar").write_bytes(b"")
+    source = open_source(tmp_path)
+    assert len(source) == 1
+    assert source[0].captions == ("a cat",)

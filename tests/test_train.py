@@ -127,9 +127,16 @@ def test_it_learns(run, recipe, shards, tmp_path):
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
 
 
-def test_stopped_and_resumed_twice_it_ends_bit_equal(run, recipe, shards, trained, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("patch_dropout", "workers"), [(0.0, 0), (0.4, 1)])
+def test_stopped_and_resumed_twice_it_ends_bit_equal(
+    run, recipe, shards, tmp_path, monkeypatch, patch_dropout, workers
+):
+    settings = [f"data.train={shards}", f"model.vision_cfg.patch_dropout={patch_dropout}", f"data.workers={workers}"]
+    flags = [part for setting in settings for part in ("--set", setting)]
+    trained = tmp_path / "undisturbed"
+    assert run("train", recipe, *flags, "--out", trained).status == 0
     out = tmp_path / "run"
-    call = ["train", recipe, "--set", f"data.train={shards}", "--out", out]
+    call = ["train", recipe, *flags, "--out", out]
     # Stopped where a kill would hurt most: after the step-2 checkpoint, in the middle of writing the step-4 one.
     save = checkpoint.save_shared
 
@@ -180,6 +187,47 @@ def test_the_length_may_grow_and_nothing_else_may_change(run, refused, recipe, s
     assert json.loads((out / "manifest.json").read_text())["counts"]["steps"] == 4
     assert run(*call, "--overwrite", "--set", "steps=1").status == 0
     assert [line["step"] for line in metrics(out)] == [1]
+
+
+def test_other_samples_in_the_old_place_are_noticed(run, refused, recipe, pictures, shards, tmp_path):
+    import shutil
+
+    from clipkit.pack import pack
+    from clipkit.sources import open_source
+
+    shutil.copytree(shards, tmp_path / "s")
+    call = ["train", recipe, "--out", tmp_path / "run", "--resume", "--set"]
+    assert run(*call, f"data.train={tmp_path / 's'}", "--set", "steps=2").status == 0
+    shutil.move(tmp_path / "s", tmp_path / "moved")
+    assert run(*call, f"data.train={tmp_path / 'moved'}", "--set", "steps=3").status == 0
+    (tmp_path / "fewer.tsv").write_text("".join(pictures.read_text().splitlines(keepends=True)[:20]))
+    pack(open_source(tmp_path / "fewer.tsv", image_root=pictures.parent), tmp_path / "s")
+    assert "holds other samples than" in refused(*call, f"data.train={tmp_path / 's'}", "--set", "steps=4")
+
+
+def test_two_trainings_do_not_share_a_folder(refused, recipe, shards, trained):
+    from clipkit.artifact import hold
+
+    lock = hold(trained, "trains in")
+    line = refused("train", recipe, "--set", f"data.train={shards}", "--out", trained, "--resume", "--set", "steps=9")
+    assert "another process trains in" in line
+    lock.release()
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(run, refused, recipe, shards, tmp_path):
+    out = tmp_path / "run"
+    call = ["train", recipe, "--set", f"data.train={shards}", "--set", "optim.lr=1e30", "--set", "log.every_steps=100"]
+    assert "the loss is nan at step" in run(*call, "--out", out).err
+    for folder in checkpoint.checkpoints(out):
+        assert all(torch.isfinite(t).all() for t in load_file(folder / "model" / "model.safetensors").values())
+
+
+def test_a_recipe_in_the_run_folder_is_not_overwritten(refused, recipe, shards, tmp_path):
+    own = tmp_path / "exp" / "config.yaml"
+    own.parent.mkdir()
+    own.write_text(recipe.read_text())
+    assert "holds no run" in refused("train", own, "--set", f"data.train={shards}", "--out", tmp_path / "exp")
+    assert own.read_text() == recipe.read_text()
 
 
 def test_a_new_run_from_anothers_weights(run, recipe, shards, trained, tmp_path):

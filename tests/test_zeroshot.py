@@ -74,6 +74,7 @@ def test_labels_and_prompts_that_make_no_sense(refused, model_dir, tmp_path):
     assert "'cat' is given twice" in refused(*call, "cat,dog,cat")
     assert "did you mean 'photo'" in refused(*call, "cat", "--prompts", "foto")
     assert "has no {}" in refused(*call, "cat", "--prompts", "a {}|nothing")
+    assert "no such file of labels: lables.txt" in refused(*call, "lables.txt")
     assert "name the model" in refused("classify", tmp_path, "--labels", "cat")
 
 

@@ -6,6 +6,7 @@ model/ with the last weights and everything that is needed to use them.
 """
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -18,15 +19,15 @@ from clipkit.cli import Job, recipes
 
 @click.command(cls=Job)
 @click.argument("recipe")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The run folder.")
+@click.option("--out", type=click.Path(path_type=Path), help="The run folder.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting, such as optim.lr=1e-3.")
 @click.option("--resume", is_flag=True, help="Go on where the run in OUT stands; start it where there is none.")
 @click.option("--init-from", metavar="MODEL", help="Start a new run from another's weights.")
 @click.option("--show-config", is_flag=True, help="Print the resolved settings and stop.")
-@click.option("--overwrite", is_flag=True, help="Replace what stands in OUT.")
+@click.option("--overwrite", is_flag=True, help="Remove the run that stands in OUT first.")
 def main(
     recipe: str,
-    out: Path,
+    out: Path | None,
     overrides: tuple[str, ...],
     resume: bool,
     init_from: str | None,
@@ -53,6 +54,8 @@ def main(
     if show_config:
         click.echo(dump_yaml(config), nl=False)
         return 0
+    if out is None:
+        raise ClipkitError("name a folder for the run: --out RUN")
     if config.data.train is None:
         raise ClipkitError("the recipe names no training data; add --set data.train=SHARDS (made by clipkit pack)")
     return train(config, out, resume=resume, overwrite=overwrite)
@@ -68,6 +71,7 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
     from clipkit.artifact import MODEL_FOLDER
     from clipkit.embed import fast_bf16
     from clipkit.errors import ClipkitError
+    from clipkit.evaluation import evaluate_retrieval
     from clipkit.loader import TrainSet, train_batches
     from clipkit.log import note, progress, warn
     from clipkit.loss import info_nce, sigmoid_loss
@@ -97,7 +101,7 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
     run.check(resume=resume, overwrite=overwrite)
     if resume and run.finished_steps >= steps:
         note(f"{out} is trained to step {run.finished_steps} already; a larger --set steps=N goes on")
-        return 0
+        return 1 if run.left_out else 0
 
     # Where the weights come from: 1. the last checkpoint of this run, 2. a model named by `model`, 3. random.
     set_seed(config.seed)
@@ -113,7 +117,15 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
     optimizer = torch.optim.AdamW(
         groups, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps, fused=True
     )
-    state = checkpoint.load_checkpoint(last, model, optimizer, rank) if last else {"step": 0, "samples": 0}
+    state = (
+        checkpoint.load_checkpoint(last, model, optimizer, rank)
+        if last
+        else {"step": 0, "samples": 0, "data": shards.identity()}
+    )
+    if state["data"] != shards.identity():
+        raise ClipkitError(
+            f"{config.data.train} holds other samples than {out} was trained on; use --init-from to go on"
+        )
     first = state["step"]
     if accelerator.is_main_process:
         run.rewind(first)
@@ -144,7 +156,7 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
     log = MetricsLog(run, is_main=accelerator.is_main_process)
     max_log_scale = torch.tensor(config.loss.max_logit_scale).log().item()
     began = ended = time.perf_counter()
-    waited, reported = 0.0, first
+    waited, reported, losses = 0.0, first, math.nan
     for step, batch in enumerate(progress(batches, "train", steps - first, "steps"), first):
         fetched = time.perf_counter()
         waited += fetched - ended
@@ -178,9 +190,16 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
         done = step + 1
         state.update(step=done, samples=done * config.batch_size)
         last_step = done == steps
-        if done % config.log.every_steps == 0 or last_step:
+        saves = done % config.checkpoint.every_steps == 0 or last_step
+        reports = done % config.log.every_steps == 0 or last_step
+        if saves or reports:
             # The .item() calls wait for the device; that is why they happen only here.
             losses = accelerator.reduce(loss.detach(), "mean").item()
+            if not math.isfinite(losses):
+                raise ClipkitError(
+                    f"the loss is {losses} at step {done}; lower optim.lr, and look at {run.metrics_path}"
+                )
+        if reports:
             now = time.perf_counter()
             log.write(
                 step=done,
@@ -193,16 +212,18 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
                 data_wait=waited / (now - began),
                 left_out=run.left_out,
             )
-            if losses != losses:
-                raise ClipkitError(f"the loss is NaN at step {done}; lower optim.lr, and look at {run.metrics_path}")
             began, waited, reported = now, 0.0, done
         if validation is not None and (last_step or done % (config.log.val_every_steps or steps) == 0):
             before = time.perf_counter()
             if accelerator.is_main_process:
-                log.write(step=done, samples=state["samples"], **validate(model, validation))
+                found = evaluate_retrieval(model, validation)
+                named = {f"val_{name}": value for name, value in found.figures.items()}
+                log.write(step=done, samples=state["samples"], **named)
+                if found.left_out:
+                    warn(f"{len(found.left_out)} samples of {config.data.val} cannot be used and were left out")
             accelerator.wait_for_everyone()
             began += time.perf_counter() - before
-        if done % config.checkpoint.every_steps == 0 or last_step:
+        if saves:
             scratch = checkpoint.scratch_folder(out, done)
             if accelerator.is_main_process:
                 checkpoint.save_shared(scratch, model, optimizer.optimizer, state)
@@ -217,21 +238,12 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
     if accelerator.is_main_process:
         manifest = run.finish(model, state)
         name = manifest["model"]["fingerprint"][:12]
-        note(f"{out}: step {steps}, loss {run.last_loss():.3f}, model {name} in {out / 'model'}")
+        note(f"{out}: step {state['step']}, loss {run.last_loss():.3f}, model {name} in {out / 'model'}")
         note(f"next: clipkit embed FOLDER --model {out} --out emb/")
         if run.left_out:
             warn(f"{run.left_out:,} unusable samples were replaced, listed in {out / 'ledger.jsonl'}")
     accelerator.end_training()
     return 1 if run.left_out else 0
-
-
-def validate(model: Any, source: Any) -> dict[str, float]:
-    """Retrieval on the validation source, in float32 as `clipkit evaluate` does it."""
-    from clipkit.embed import embed_source
-    from clipkit.metrics import retrieval_recall
-
-    found = embed_source(source, model, show=None)
-    return {f"val_{k}": v for k, v in retrieval_recall(found.image, found.text, found.image_of_text).items()}
 
 
 if __name__ == "__main__":

@@ -99,7 +99,8 @@ def model_folder(spec: str | Path) -> Path | None:
     spec = str(spec)
     run, at, which = spec.rpartition("@")
     if at and Path(run).is_dir():
-        chosen = Path(run) / "checkpoints" / which
+        number = re.fullmatch(r"step-(\d+)", which)
+        chosen = Path(run) / "checkpoints" / (f"step-{int(number[1]):06d}" if number else which)
         if not (chosen / MODEL_FOLDER).is_dir():
             known = [p.name for p in sorted((Path(run) / "checkpoints").glob("step-*"))]
             raise ClipkitError(

@@ -1,10 +1,12 @@
 """The command: quick help, one-line errors, documented verbs, a README whose every command runs."""
 
+import io
 import json
 import re
 import shlex
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,12 @@ def test_every_readme_command_runs(run, tmp_path, monkeypatch):
         assert result.status == 0, (line, result)
         ran.append(words[1])
     assert set(ran) >= {*jobs(), "recipes"} - {"demo"}
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    shown = io.StringIO()
+    with redirect_stdout(shown):
+        exec(compile(block, "README.md", "exec"), {})
+    assert "image_path" in shown.getvalue()
+    assert "'status': 'ok'" in shown.getvalue()
 
 
 def test_make_targets_named_in_the_readme_exist():

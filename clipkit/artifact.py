@@ -7,6 +7,7 @@ whole, a folder with a plan can be completed by running the same stage again, an
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from clipkit.errors import ClipkitError
 
 __all__ = [
     "MODEL_FOLDER",
+    "VERSION",
     "WORK",
     "Stage",
     "atomic_write",
@@ -174,6 +176,21 @@ def hold(folder: Path, what: str) -> FileLock:
     return lock
 
 
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let one process at a time look at a folder and begin it; the lock is on its parent, so that no file is left."""
+    try:
+        folder.resolve().parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder.resolve().parent, os.O_RDONLY)
+    except OSError as error:
+        raise ClipkitError(f"cannot make {folder}: {error.strerror or error}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 class Stage:
     """One artifact being made: opened over an empty, unfinished or finished folder.
 
@@ -204,17 +221,18 @@ class Stage:
         self.made_from = made_from
         self.work = folder / WORK
         identity = digest({"kind": kind, "version": VERSION, "made_from": made_from})
-        self.done = False
-        self._clear_the_way(identity, overwrite)
-        if not self.done:
-            try:
-                (self.work / "parts").mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ClipkitError(f"cannot make {folder}: {error.strerror or error}") from error
-            plan = {"kind": kind, "version": VERSION, "identity": identity, "made_from": made_from}
-            if not (self.work / "plan.json").is_file():
-                write_json(self.work / "plan.json", plan)
         self.identity = identity
+        self.done = False
+        with _one_at_a_time(folder):
+            self._clear_the_way(identity, overwrite)
+            if not self.done:
+                try:
+                    (self.work / "parts").mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    raise ClipkitError(f"cannot make {folder}: {error.strerror or error}") from error
+                plan = {"kind": kind, "version": VERSION, "identity": identity, "made_from": made_from}
+                if not (self.work / "plan.json").is_file():
+                    write_json(self.work / "plan.json", plan)
 
     def _clear_the_way(self, identity: str, overwrite: bool) -> None:
         if self.folder.is_file():
@@ -255,7 +273,7 @@ class Stage:
                     left.remove(name)
                     continue
                 if not self.work.is_dir():
-                    break  # another process has committed meanwhile
+                    return  # another process has committed meanwhile; `records` tells if it has not
                 try:
                     with FileLock(self.work / f"{name}.lock").acquire(timeout=0):
                         if not self._record(name).is_file() and not (self.folder / MANIFEST).is_file():
@@ -271,13 +289,19 @@ class Stage:
         write_json(self._record(name), record)
 
     def records(self, names: Sequence[str]) -> list[dict[str, Any]] | None:
-        """The records of all the parts in order, or None where another process has committed the artifact already."""
-        try:
-            return [read_json(self._record(name)) for name in names]
-        except ClipkitError:
-            if (self.folder / MANIFEST).is_file():
-                return None
-            raise
+        """The records of all the parts in order, or None where another process has committed the artifact already.
+
+        From here to `commit` this process is the only one: two that finish at once would tread on each other's files.
+        """
+        self._committing = FileLock(self.work / "commit.lock")
+        # Whoever commits removes the folder of locks under those who wait for one.
+        with contextlib.suppress(FileNotFoundError):
+            self._committing.acquire()
+        if (self.folder / MANIFEST).is_file():
+            self._committing.release()
+            shutil.rmtree(self.work, ignore_errors=True)
+            return None
+        return [read_json(self._record(name)) for name in names]
 
     def _record(self, name: str) -> Path:
         return self.work / "parts" / f"{name}.json"

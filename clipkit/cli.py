@@ -121,12 +121,6 @@ def _report_errors(action: Any, name: str, debug: bool) -> int:
     try:
         status = action()
         sys.stdout.flush()
-    except (ClipkitError, click.ClickException) as error:
-        if debug:
-            raise
-        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
-        return 2
     except BrokenPipeError:
         # Whoever read our results has seen enough (`| head`); the interpreter must not trip over it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -137,11 +131,19 @@ def _report_errors(action: Any, name: str, debug: bool) -> int:
     except Exception as error:
         if debug:
             raise
-        # A defect of ours, or a disk that failed where nobody expected it: still one line and "could not be done".
-        said = " ".join(str(error).split())[:300]
-        print(f"{name}: error: {type(error).__name__}: {said} (--debug shows the traceback)", file=sys.stderr)  # noqa: T201
+        print(f"{name}: error: {_one_line(error)}", file=sys.stderr)  # noqa: T201
         return 2
     return status if isinstance(status, int) else 0
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, click.ClickException):
+        return " ".join(error.format_message().split())
+    said = " ".join(str(error).split())
+    if isinstance(error, ClipkitError):
+        return said
+    # A defect of ours, or a disk that failed where nobody expected it.
+    return f"{type(error).__name__}: {said[:300]} (--debug shows the traceback)"
 
 
 def run_job(verb: str, args: list[str]) -> int:

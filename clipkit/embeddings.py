@@ -24,7 +24,6 @@ __all__ = ["SIDES", "Embedded", "Embeddings", "Side", "joined_tables", "table_pa
 Side = Literal["image", "text"]
 SIDES: tuple[Side, ...] = ("image", "text")
 FOLDERS: dict[Side, str] = {"image": "img_emb", "text": "text_emb"}
-STEMS: dict[Side, str] = {"image": "img_emb", "text": "text_emb"}
 TABLES: dict[Side, str] = {"image": "metadata", "text": "captions"}
 
 
@@ -50,7 +49,7 @@ class Embedded:
 
 def vectors_path(folder: Path, side: Side, name: str) -> Path:
     """Where a part's embeddings of a side stand."""
-    return folder / FOLDERS[side] / f"{STEMS[side]}_{name}.npy"
+    return folder / FOLDERS[side] / f"{FOLDERS[side]}_{name}.npy"
 
 
 def table_path(folder: Path, side: Side, name: str) -> Path:

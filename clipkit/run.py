@@ -8,6 +8,7 @@ from typing import Any
 
 from clipkit.artifact import (
     MODEL_FOLDER,
+    VERSION,
     WORK,
     atomic_write,
     digest,
@@ -26,7 +27,6 @@ from clipkit.towers import DualEncoder
 __all__ = ["MetricsLog", "Run"]
 
 CONFIG = "config.yaml"
-VERSION = 1
 
 
 class Run:

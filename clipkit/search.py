@@ -53,7 +53,6 @@ def build_index(
         return read_manifest(out, "index")
     sides: list[Side] = [side for side in ("image", "text") if any(side in s.sides for s in sets)]
     segment = out / "segments" / "000000"
-    counts = {}
     for name in stage.pending(sides):
         side: Side = "image" if name == "image" else "text"
         holders = [s for s in sets if side in s.sides]
@@ -93,8 +92,8 @@ def _write_side(segment: Path, side: Side, sets: Sequence[Embeddings]) -> int:
     table = joined_tables([_metadata(s, side) for s in sets])
     if side == "image":
         ids = table["id"].to_numpy()
-        if len(np.unique(ids)) < len(ids):
-            _, first = np.unique(ids, return_index=True)
+        _, first = np.unique(ids, return_index=True)
+        if len(first) < len(ids):
             twice = table["key"][int(np.setdiff1d(np.arange(len(ids)), first)[0])].as_py()
             raise ClipkitError(
                 f"the embedding folders hold a sample of the name {twice!r} more than once; embed a folder above both, "
@@ -124,9 +123,10 @@ def _refuse_bad_vectors(vectors: np.ndarray, what: str) -> None:
 class Index:
     """An opened index. Searching changes nothing in it, so threads may share it."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], sides: dict[Side, tuple[Any, pa.Table]]):
+    def __init__(self, folder: Path, manifest: dict[str, Any], segment: Path, sides: dict[Side, tuple[Any, pa.Table]]):
         self.folder = folder
         self.manifest = manifest
+        self._segment = segment
         self._sides = sides
 
     @classmethod
@@ -140,17 +140,18 @@ class Index:
         manifest = read_manifest(folder, "index")
         generation = read_json(folder / "current.json")["generation"]
         state = read_json(folder / "generations" / f"{generation}.json")
-        (segment,) = state["segments"]
+        (name,) = state["segments"]
+        segment = folder / "segments" / name
         sides: dict[Side, tuple[Any, pa.Table]] = {}
         for side, rows in state["rows"].items():
-            index, table = _read_side(folder / "segments" / segment, side)
+            index, table = _read_side(segment, side)
             if index.ntotal != rows or table.num_rows != rows:
                 raise ClipkitError(
                     f"{folder}: {side} has {index.ntotal} vectors and {table.num_rows} metadata rows where {rows} are "
                     "expected; it was altered, build it again"
                 )
             sides[side] = (index, table)
-        return cls(folder, manifest, sides)
+        return cls(folder, manifest, segment, sides)
 
     @property
     def fingerprint(self) -> str:
@@ -197,9 +198,7 @@ class Index:
 
     def vectors(self, positions: Sequence[int] | np.ndarray, side: Side = "image") -> np.ndarray:
         """The stored vectors of rows, float16 ``[n, dim]``."""
-        generation = read_json(self.folder / "current.json")["generation"]
-        (segment,) = read_json(self.folder / "generations" / f"{generation}.json")["segments"]
-        return np.load(self.folder / "segments" / segment / f"{side}.vectors.npy", mmap_mode="r")[np.asarray(positions)]
+        return np.load(self._segment / f"{side}.vectors.npy", mmap_mode="r")[np.asarray(positions)]
 
 
 def _read_side(segment: Path, side: str) -> tuple[Any, pa.Table]:

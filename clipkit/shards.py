@@ -94,8 +94,6 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
                 count += 1
             writer.close()
         except BaseException:
-            output.seek(0)
-            output.truncate()
             # The tar would write its end when it is collected, to a file that is closed by then.
             writer.tarstream.fileobj.closed = True
             raise

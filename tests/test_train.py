@@ -202,7 +202,9 @@ def test_other_samples_in_the_old_place_are_noticed(run, refused, recipe, pictur
     assert run(*call, f"data.train={tmp_path / 'moved'}", "--set", "steps=3").status == 0
     (tmp_path / "fewer.tsv").write_text("".join(pictures.read_text().splitlines(keepends=True)[:20]))
     pack(open_source(tmp_path / "fewer.tsv", image_root=pictures.parent), tmp_path / "s")
+    before = (tmp_path / "run" / "config.yaml").read_text()
     assert "holds other samples than" in refused(*call, f"data.train={tmp_path / 's'}", "--set", "steps=4")
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
 
 
 def test_two_trainings_do_not_share_a_folder(refused, recipe, shards, trained):

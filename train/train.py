@@ -95,6 +95,7 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
 
     # Everything that can be wrong with the input is found before the run folder is touched.
     shards = Shards.open(config.data.train)
+    identity = shards.identity()
     steps = config.total_steps(len(shards))
     validation = None if config.data.val is None else open_source(config.data.val, captions_required=True)
     run = Run(out, config, is_main=accelerator.is_main_process)
@@ -109,9 +110,6 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
     model = load_model(last / MODEL_FOLDER) if last else create_model(config.model, config.preprocess)
     if config.loss.kind == "sigmoid" and model.logit_bias is None:
         raise ClipkitError("loss.kind=sigmoid needs a bias; set model.init_logit_bias=-10 (and init_logit_scale=2.3)")
-    accelerator.wait_for_everyone()  # every rank has looked at the folder before one changes it
-    if accelerator.is_main_process:
-        run.begin(resume=resume)
     model.to(device).train()
     groups = parameter_groups(model, config.optim.weight_decay)
     optimizer = torch.optim.AdamW(
@@ -120,14 +118,16 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
     state = (
         checkpoint.load_checkpoint(last, model, optimizer, rank)
         if last
-        else {"step": 0, "samples": 0, "data": shards.identity()}
+        else {"step": 0, "samples": 0, "data": identity}
     )
-    if state["data"] != shards.identity():
+    if state["data"] != identity:
         raise ClipkitError(
             f"{config.data.train} holds other samples than {out} was trained on; use --init-from to go on"
         )
     first = state["step"]
+    accelerator.wait_for_everyone()  # every rank has looked at the folder before one changes it
     if accelerator.is_main_process:
+        run.begin(resume=resume)
         run.rewind(first)
     accelerator.wait_for_everyone()
     wrapped, optimizer = accelerator.prepare(model, optimizer)

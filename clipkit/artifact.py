@@ -57,9 +57,9 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
     The data is flushed to the disk before the rename, so a power cut leaves the old file or the new one.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
         with scratch.open(mode, **text) as handle:
             yield handle
@@ -69,7 +69,8 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     except OSError as error:
         raise ClipkitError(f"cannot write {path}: {error.strerror or error}; nothing of it was kept") from error
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(NotADirectoryError):
+            scratch.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

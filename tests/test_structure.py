@@ -13,7 +13,7 @@ JOBS = [path for folder in ("train", "index", "eval") for path in sorted((ROOT /
 FLOORS = [
     {"errors"},
     {"log", "artifact", "preprocess", "config", "metrics", "loss", "optim", "scenes", "report", "lists"},
-    {"shards", "cli", "augment"},
+    {"shards", "cli", "augment", "storage"},
     {"sources", "towers"},
     {"pack", "embeddings", "loader", "checkpoint"},
     {"embed", "search", "run"},
@@ -31,6 +31,8 @@ HOMES = {
     "matplotlib": {"report"},
     "rich": {"log"},
     "filelock": {"artifact"},
+    "fsspec": {"storage"},
+    "aiohttp": {"storage"},
     "yaml": {"config"},
     "click": {"cli", "train", "index", "eval"},
     "pydantic": {"config", "preprocess", "towers"},

@@ -1,33 +1,35 @@
-"""Webdataset shards: written with webdataset itself, read by seeking.
+"""Webdataset shards: written with webdataset itself, read by seeking (see `clipkit.tar_index`)."""
 
-webdataset 1.0 reads a tar from front to back only. Training wants any sample at any moment, so each shard has a
-sidecar index beside it, ``000000.idx.arrow``: one row per tar member with its key, extension, offset and size.
-Shards that others made get theirs on first use. Reading is a `pread`, safe from any thread and after a fork.
-"""
-
-import hashlib
 import json
 import os
-import re
-import tarfile
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from clipkit.artifact import WORK, atomic_write, kind_of, read_manifest
+from clipkit.artifact import WORK, atomic_write, digest, kind_of, read_manifest
 from clipkit.errors import BadSample, ClipkitError
-from clipkit.log import note, warn
+from clipkit.log import progress, warn
 from clipkit.preprocess import IMAGE_SUFFIXES
+from clipkit.spool import Spool
+from clipkit.storage import is_remote, list_files
+from clipkit.tar_index import (
+    Member,
+    TarIndex,
+    index_tar,
+    load_index,
+    read_defects,
+    write_defects,
+    write_index,
+)
 
-__all__ = ["Shards", "captions_of", "expand", "index_tar", "is_shard_spec", "write_shard"]
+__all__ = ["Shards", "captions_of", "expand", "image_extension", "is_shard_spec", "write_shard"]
 
-SIDECAR_SUFFIX = ".idx.arrow"
-# webdataset's rule: the key ends at the first dot of the last path component.
-MEMBER = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
-SCHEMA = pa.schema([("key", pa.string()), ("ext", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
+MAX_OPEN = 4096  # memory-mapped indexes at a time; Linux allows a process 65,530 mappings
 
 
 def is_shard_spec(spec: str) -> bool:
@@ -97,160 +99,150 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
             # The tar would write its end when it is collected, to a file that is closed by then.
             writer.tarstream.fileobj.closed = True
             raise
-    write_sidecar(path, index_tar(path))
+    write_index(path, index_tar(path))
     return count
-
-
-def index_tar(path: Path) -> pa.Table:
-    """Scan a tar's headers: one row per file member, ``key, ext, offset, size``. Data is skipped, not read.
-
-    A tar that is cut short is indexed as far as it is whole, with a warning that names it.
-    """
-    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
-    end = path.stat().st_size
-    if end:
-        try:
-            with tarfile.open(path, "r:") as tar:
-                for member in tar:
-                    matched = MEMBER.match(member.name)
-                    if member.isfile() and matched:
-                        if member.offset_data + member.size > end:
-                            warn(f"{path}: cut short inside {member.name}; what stands before it is used")
-                            break
-                        values = (matched[1], matched[2].lower(), member.offset_data, member.size)
-                        for column, value in zip(columns.values(), values, strict=True):
-                            column.append(value)
-                    tar.members.clear()  # tarfile keeps every header it saw; a long shard would fill memory
-        except tarfile.TarError as error:
-            if not columns["key"]:
-                raise ClipkitError(f"{path} is no readable tar: {error}") from error
-            warn(f"{path}: {error}; the {len(columns['key'])} members before it are used")
-    return pa.table(columns, schema=SCHEMA)
-
-
-def sidecar_of(tar: Path) -> Path:
-    """Where the sidecar of a shard stands."""
-    return tar.with_name(tar.name.removesuffix(".tar") + SIDECAR_SUFFIX)
-
-
-def write_sidecar(tar: Path, table: pa.Table) -> None:
-    """Store the index with the size and time of the tar that it describes."""
-    table = table.replace_schema_metadata({"tar": _stamp(tar)})
-    with atomic_write(sidecar_of(tar)) as stream, pa.ipc.new_file(stream, table.schema) as writer:
-        writer.write_table(table)
-
-
-def _read_sidecar(tar: Path) -> pa.Table | None:
-    path = sidecar_of(tar)
-    if not path.is_file():
-        return None
-    try:
-        with pa.memory_map(str(path)) as stream:
-            table = pa.ipc.open_file(stream).read_all()
-    except (pa.ArrowInvalid, OSError):
-        return None
-    described = (table.schema.metadata or {}).get(b"tar", b"").decode()
-    return table if described == _stamp(tar) else None  # stale: the tar was written anew, or copied
-
-
-def _stamp(tar: Path) -> str:
-    # The time too: tar pads to 10 KiB, so a tar that was made again is often just as long.
-    found = tar.stat()
-    return f"{found.st_size} {found.st_mtime_ns}"
-
-
-def _load_index(tar: Path) -> pa.Table:
-    table = _read_sidecar(tar)
-    if table is None:
-        table = index_tar(tar)
-        try:
-            write_sidecar(tar, table)
-        except ClipkitError:
-            note(f"{tar.parent} cannot be written: the index of {tar.name} is not kept")
-    return table
 
 
 class Shards(Sequence[dict[str, bytes]]):
     """Random access to the samples of many shards, in shard order and tar order.
 
-    ``shards[i]`` reads sample `i`: extension to bytes. Memory is four numbers per member, not the data.
+    ``shards[i]`` reads sample `i`: extension to bytes. Memory is a few numbers per shard: the indexes of the samples
+    are memory-mapped and opened when they are needed. Safe from several threads and after a fork.
+
+    Args:
+        tars: the shards.
+        spool: where they come from, when that is not the local disk.
     """
 
-    def __init__(self, tars: Sequence[Path]):
+    def __init__(self, tars: Sequence[Path], spool: Spool | None = None):
         self.tars = list(tars)
-        keys: list[pa.Array] = []
-        exts: list[pa.Array] = []
-        offsets, sizes, shard_of, starts = [], [], [], []
-        base = 0
-        for number, tar in enumerate(self.tars):
-            table = _load_index(tar)
-            if table.num_rows == 0:
-                warn(f"{tar} is empty")
-                continue
-            # Members of one key are one sample, by first appearance; plain tar does not keep them together.
-            coded = table["key"].combine_chunks().dictionary_encode()
-            codes = coded.indices.to_numpy()
-            order = np.argsort(codes, kind="stable")
-            keys.append(coded.dictionary)
-            exts.append(table["ext"].take(pa.array(order)).combine_chunks())
-            offsets.append(table["offset"].to_numpy()[order])
-            sizes.append(table["size"].to_numpy()[order])
-            shard_of.append(np.full(len(coded.dictionary), number, np.int32))
-            starts.append(np.searchsorted(codes[order], np.arange(len(coded.dictionary))) + base)
-            base += table.num_rows
-        self._offset = np.concatenate(offsets) if offsets else np.zeros(0, np.int64)
-        self._size = np.concatenate(sizes) if sizes else np.zeros(0, np.int64)
-        self._shard = np.concatenate(shard_of) if shard_of else np.zeros(0, np.int32)
-        self._start = np.concatenate([*starts, [base]]).astype(np.int64)
-        self._ext = pa.concat_arrays(exts) if exts else pa.array([], pa.string())
-        self._key = pa.concat_arrays(keys) if keys else pa.array([], pa.string())
+        self.spool = spool
+        self._indexes: OrderedDict[int, TarIndex] = OrderedDict()
+        self._lock = threading.Lock()
+        self.problems: list[dict[str, Any]] = []
+        """What was passed over when the tars were indexed: ``shard, key, reason``."""
+        counts, digests, ranges = [], [], []
+        self.extensions: set[str] = set()
+        """Every extension that a member has."""
+        for number in progress(range(len(self.tars)), "index", len(self.tars), "shards"):
+            index = self.index_of(number)
+            if not len(index):
+                warn(f"{self.tars[number]} is empty")
+            for problem in index.problems:
+                self.problems.append({"shard": self.tars[number].name, **problem})
+                if problem["key"] is None:
+                    warn(f"{self.tars[number]}: {problem['reason']}; what stands before it is used")
+            counts.append(len(index))
+            digests.append(index.digest)
+            self.extensions |= index.extensions
+            if len(index):
+                ranges.append(index.key_range)
+        self.ends = np.cumsum(counts, dtype=np.int64)
+        """For each shard, how many samples stand in it and in those before it; int64 ``[shards]``."""
+        self._identity = digest(digests)
         # Shards that number their samples from zero, each anew, are common: there the shard is part of the key.
-        self._named_by_shard = len(self._key.unique()) < len(self._key)
+        self._named_by_shard = _overlap(ranges) and self._repeat_keys()
+
+    def _repeat_keys(self) -> bool:
+        # 8 bytes per sample for a moment, and only where the key ranges of shards overlap.
+        hashes = [
+            np.fromiter((hash(key) for key in self.index_of(number).table["key"].to_pylist()), np.int64)
+            for number in range(len(self.tars))
+        ]
+        joined = np.concatenate(hashes)
+        return len(np.unique(joined)) < len(joined)
+
+    def index_of(self, number: int) -> TarIndex:
+        """The index of one shard, made and kept beside it where there is none yet."""
+        with self._lock:
+            found = self._indexes.get(number)
+            if found is not None:
+                self._indexes.move_to_end(number)
+                return found
+        tar = self.tars[number]
+        found = self.spool.index(tar) if self.spool else load_index(tar)
+        if found is None:
+            found = index_tar(self.local(number))
+            write_index(tar, found, self._stamp(number))
+        with self._lock:
+            self._indexes[number] = found
+            if len(self._indexes) > MAX_OPEN:
+                self._indexes.popitem(last=False)
+        return found
+
+    def _stamp(self, number: int) -> str | None:
+        return self.spool.stamp(self.tars[number]) if self.spool else None
+
+    def defects(self, number: int) -> dict[str, str]:
+        """What a check found in one shard: key in the shard to reason; empty where it was not checked or is clean."""
+        return read_defects(self.tars[number], self._stamp(number))
+
+    def keep_defects(self, number: int, defects: dict[str, str]) -> None:
+        """Keep what a check found in one shard; training leaves these samples out of its plan."""
+        write_defects(self.tars[number], defects, self._stamp(number))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_indexes": OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
 
     @classmethod
-    def open(cls, spec: str) -> "Shards":
-        """Open what `expand` finds.
+    def open(cls, spec: str, cache_bytes: int | None = None) -> "Shards":
+        """Open what `expand` finds, or what stands at a URL.
+
+        Args:
+            spec: a folder, a tar, a brace pattern; all of them may be URLs.
+            cache_bytes: most bytes of remote shards that are kept on the local disk at a time.
 
         Raises:
             ClipkitError: where there are no shards or they hold no sample.
         """
-        shards = cls(expand(spec))
+        if is_remote(spec):
+            spool = Spool(_remote_tars(spec), cache_bytes)
+            shards = cls(spool.tars, spool)
+        else:
+            shards = cls(expand(spec))
         if not len(shards):
             raise ClipkitError(f"the shards in {spec} hold no samples")
         return shards
 
     def __len__(self) -> int:
-        return len(self._shard)
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def locate(self, i: int) -> tuple[int, int]:
+        """Number of the shard that sample `i` stands in, and its row there.
+
+        Raises:
+            IndexError: where there is no such sample.
+        """
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        number = int(np.searchsorted(self.ends, i, side="right"))
+        return number, i - (int(self.ends[number - 1]) if number else 0)
 
     def key(self, i: int) -> str:
         """The key of sample `i`; with the shard's name before it where several shards use one key."""
-        key = self._key[i].as_py()
-        return f"{self.tar_of(i).stem}/{key}" if self._named_by_shard else key
-
-    @property
-    def extensions(self) -> set[str]:
-        """Every extension that a member has."""
-        return set(self._ext.unique().to_pylist())
+        number, row = self.locate(i)
+        key = self.index_of(number).key(row)
+        return f"{self.tars[number].stem}/{key}" if self._named_by_shard else key
 
     def identity(self) -> str:
         """A hash over every member's key, extension and size: the same samples in the same order, wherever they are."""
-        hasher = hashlib.blake2b(digest_size=16)
-        for text in (self._key, self._ext):
-            hasher.update("\0".join(text.to_pylist()).encode("utf-8", "surrogatepass"))
-        hasher.update(self._size.tobytes())
-        hasher.update(self._start.tobytes())
-        return hasher.hexdigest()
+        return self._identity
 
     def tar_of(self, i: int) -> Path:
         """The shard that sample `i` stands in."""
-        return self.tars[self._shard[i]]
+        return self.tars[self.locate(i)[0]]
 
-    def members(self, i: int) -> dict[str, tuple[int, int]]:
+    def local(self, number: int) -> Path:
+        """The shard as a file on the local disk; a remote one is fetched where it is not there."""
+        return self.spool.get(self.tars[number]) if self.spool else self.tars[number]
+
+    def members(self, i: int) -> dict[str, Member]:
         """Extension to ``(offset, size)`` in the shard, without reading."""
-        return {
-            self._ext[m].as_py(): (int(self._offset[m]), int(self._size[m]))
-            for m in range(self._start[i], self._start[i + 1])
-        }
+        number, row = self.locate(i)
+        return self.index_of(number).members(row)
 
     def read(self, i: int, *extensions: str) -> dict[str, bytes]:
         """Read the named members of sample `i` (all of them where none is named; those it lacks are left out).
@@ -258,8 +250,10 @@ class Shards(Sequence[dict[str, bytes]]):
         Raises:
             ClipkitError: where the shard is gone or shorter than its index says.
         """
-        wanted = {ext: at for ext, at in self.members(i).items() if not extensions or ext in extensions}
-        path = self.tar_of(i)
+        number, row = self.locate(i)
+        members = self.index_of(number).members(row)
+        wanted = {ext: at for ext, at in members.items() if not extensions or ext in extensions}
+        path = self.local(number)
         try:
             # Opening costs some 10 us and needs no cache of descriptors that forks and threads would share.
             with path.open("rb", buffering=0) as handle:
@@ -275,6 +269,21 @@ class Shards(Sequence[dict[str, bytes]]):
 
     def __iter__(self) -> Iterator[dict[str, bytes]]:
         return (self[i] for i in range(len(self)))
+
+
+def _remote_tars(spec: str) -> list[str]:
+    from webdataset.shardlists import expand_urls
+
+    named = spec.partition("?")[0].endswith(".tar")
+    urls = list(expand_urls(spec)) if named else list_files(spec, ".tar")
+    if not urls:
+        raise ClipkitError(f"no shards (*.tar) in {spec}")
+    return urls
+
+
+def _overlap(ranges: list[tuple[str, str]]) -> bool:
+    ordered = sorted(ranges)
+    return any(before[1] >= after[0] for before, after in pairwise(ordered))
 
 
 def image_extension(extensions: Iterable[str]) -> str | None:

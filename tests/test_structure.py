@@ -12,8 +12,11 @@ JOBS = [path for folder in ("train", "index", "eval") for path in sorted((ROOT /
 # A module may import modules of lower floors, and of its own floor where the package says so.
 FLOORS = [
     {"errors"},
-    {"log", "artifact", "preprocess", "config", "metrics", "loss", "optim", "scenes", "report", "lists"},
-    {"shards", "cli", "augment", "storage"},
+    {"log", "artifact", "preprocess", "config", "metrics", "loss", "optim", "scenes", "report", "lists", "order"},
+    {"storage", "cli", "augment"},
+    {"tar_index"},
+    {"spool"},
+    {"shards"},
     {"sources", "towers"},
     {"pack", "embeddings", "loader", "checkpoint"},
     {"embed", "search", "run"},
@@ -30,7 +33,7 @@ HOMES = {
     "torchvision": {"augment"},
     "matplotlib": {"report"},
     "rich": {"log"},
-    "filelock": {"artifact"},
+    "filelock": {"artifact", "spool"},
     "fsspec": {"storage"},
     "aiohttp": {"storage"},
     "yaml": {"config"},

@@ -254,7 +254,7 @@ def pick(members: dict[str, bytes], config: DataConfig, rng: np.random.Generator
         weights = columns.get(config.caption_weights)
         try:
             share = np.asarray(weights, np.float64)
-            number = int(rng.choice(len(captions), p=share / share.sum()))
+            number = int(rng.choice(len(captions), p=share / (share.sum() or np.nan)))
         except (TypeError, ValueError):
             raise BadSample(
                 f"column {config.caption_weights!r} must hold a number per caption ({len(captions)}), got {weights!r}"

@@ -72,25 +72,29 @@ def open_train_data(
     return TrainSet(shards, config, seed, excluded)
 
 
-def describe(data: TrainData) -> str:
-    """How many samples there are and how they are shuffled, in a few words for a person."""
+def describe(data: TrainData, samples: int) -> str:
+    """What a run of so many samples reads and how it is shuffled, in a few words for a person."""
     if data.size is None:
         order = f"shuffled in blocks of {data.window:,}" if data.window else "in its own order"
         return f"a stream {order} (each rank reads all of it, a resumed run passes over what was used)"
-    return f"{data.size:,} samples" + (f" shuffled in windows of {data.window:,}" if data.window else "")
+    epochs, rest = divmod(samples, data.size)
+    length = f"{epochs:,} epochs" + (f" and {rest:,} samples" if rest else "")
+    shuffled = f" shuffled in windows of {data.window:,}" if data.window else ""
+    return f"{data.size:,} samples{shuffled}, {length} of them"
 
 
 class _Threads:
     """Daemon threads that work through a queue: unlike an executor's, one that is stuck does not hold up the exit."""
 
     def __init__(self, number: int):
-        self._todo: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]]] = queue.SimpleQueue()
+        self.number = number
+        self._todo: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]] | None] = queue.SimpleQueue()
         for _ in range(number):
             threading.Thread(target=self._work, daemon=True, name="clipkit-loader").start()
 
     def _work(self) -> None:
-        while True:
-            function, answer = self._todo.get()
+        while (task := self._todo.get()) is not None:
+            function, answer = task
             try:
                 answer.put((function(), None))
             except BaseException as error:  # it belongs to whoever waits, not to this thread
@@ -100,6 +104,10 @@ class _Threads:
         answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._todo.put((function, answer))
         return answer
+
+    def end(self) -> None:
+        for _ in range(self.number):
+            self._todo.put(None)
 
 
 class Batches(Dataset["Batch | str"]):
@@ -165,6 +173,12 @@ class Batches(Dataset["Batch | str"]):
             text_ids=torch.tensor([sample_id(caption.lower()) for caption in captions]),
             left_out=self.data.drain() + [line for item in items for line in item["left_out"]],
         )
+
+    def close(self) -> None:
+        """Let the threads go; a batch that is begun later has new ones."""
+        if self._pool is not None and self._owner == os.getpid():
+            self._pool.end()
+        self._pool = None
 
     def _one(self, position: int, reference: Any) -> dict[str, Any]:
         left_out: list[dict[str, Any]] = []
@@ -294,6 +308,8 @@ def _from_threads(batches: Batches, positions: _Positions, pin_memory: bool) -> 
             offer(str(error))
         except BaseException as error:
             offer(error)
+        finally:
+            batches.close()
 
     threading.Thread(target=make, daemon=True, name="clipkit-batches").start()
     try:

@@ -208,7 +208,7 @@ def test_remote_shards_are_shuffled_in_a_window_and_fetched_once(web, shards, wo
     url, requests = web
     config = DataConfig(train=url, workers=workers, window=20)
     data = open_train_data(config, 0)
-    assert describe(data) == "48 samples shuffled in windows of 20"
+    assert describe(data, 100) == "48 samples shuffled in windows of 20, 2 epochs and 4 samples of them"
     assert not any(path.endswith(".tar") for path in requests), "the sidecars tell all that the plan needs"
     local = open_train_data(DataConfig(train=str(shards), window=20), 0)
     assert names(data, range(100)) == names(local, range(100))

@@ -146,8 +146,8 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
     )
     parameters = sum(p.numel() for p in model.parameters())
     note(
-        f"{parameters / 1e6:.1f} M parameters, {describe(data)}, steps {first:,} to {steps:,} of {config.batch_size}, "
-        f"{accelerator.mixed_precision} on {world_size} x {device.type}"
+        f"{parameters / 1e6:.1f} M parameters, {describe(data, steps * config.batch_size)}, steps {first:,} to {steps:,} of "
+        f"{config.batch_size}, {accelerator.mixed_precision} on {world_size} x {device.type}"
     )
 
     log = MetricsLog(run, is_main=accelerator.is_main_process)

@@ -145,10 +145,8 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
         pin_memory=device.type == "cuda",
     )
     parameters = sum(p.numel() for p in model.parameters())
-    note(
-        f"{parameters / 1e6:.1f} M parameters, {describe(data, steps * config.batch_size)}, steps {first:,} to {steps:,} of "
-        f"{config.batch_size}, {accelerator.mixed_precision} on {world_size} x {device.type}"
-    )
+    note(f"{parameters / 1e6:.1f} M parameters, {accelerator.mixed_precision} on {world_size} x {device.type}")
+    note(f"steps {first:,} to {steps:,} of {config.batch_size}: {describe(data, steps * config.batch_size)}")
 
     log = MetricsLog(run, is_main=accelerator.is_main_process)
     max_log_scale = torch.tensor(config.loss.max_logit_scale).log().item()

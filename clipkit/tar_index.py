@@ -43,7 +43,7 @@ __all__ = [
 
 SIDECAR_SUFFIX = ".idx.arrow"
 DEFECTS_SUFFIX = ".defects.json"
-LAYOUT = "2"
+LAYOUT = "3"
 # webdataset's rule: the key ends at the first dot of the last path component.
 MEMBER = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 SCHEMA = pa.schema(

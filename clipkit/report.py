@@ -12,7 +12,7 @@ from PIL import Image
 
 from clipkit.artifact import atomic_write
 
-__all__ = ["Report", "confusion_figure", "curve_figure"]
+__all__ = ["Report", "confusion_figure", "curve_figure", "histogram_figure", "sizes_figure"]
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --soft: #626a78; --line: #d9dde4; --card: #f6f7f9; --paper: #fff;
@@ -36,6 +36,12 @@ img.plot { max-width: 100%; background: #fff; border-radius: 6px }
 .figures { display: flex; gap: .9rem; flex-wrap: wrap; margin: 1rem 0 }
 .figures div { background: var(--card); border-radius: 8px; padding: .8rem 1.1rem; min-width: 9rem }
 .figures b { display: block; font-size: 1.55rem; font-variant-numeric: tabular-nums }
+table.words td + td, table.words th + th { text-align: left }
+.words td { overflow-wrap: anywhere; vertical-align: top }
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: .6rem }
+.pairs figure { margin: 0; background: var(--card); border-radius: 6px; padding: 6px }
+.pairs div { display: flex; gap: 6px } .pairs img { width: calc(50% - 3px); object-fit: contain; border-radius: 3px }
+.pairs figcaption { font-size: .72rem; line-height: 1.3; margin-top: .35rem; overflow-wrap: anywhere }
 pre { background: var(--card); padding: .8rem 1rem; border-radius: 6px; overflow-x: auto; font-size: .85rem }
 """
 
@@ -74,13 +80,14 @@ class Report:
         )
         self._parts.append(f'<div class="figures">{inside}</div>')
 
-    def table(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Rows with the same keys."""
+    def table(self, rows: Sequence[Mapping[str, Any]], words: bool = False) -> None:
+        """Rows with the same keys; `words` where the columns after the first hold no numbers."""
+        style = ' class="words"' if words else ""
         head = "".join(f"<th>{html.escape(str(key))}</th>" for key in rows[0])
         body = "".join(
             "<tr>" + "".join(f"<td>{html.escape(str(value))}</td>" for value in row.values()) + "</tr>" for row in rows
         )
-        self._parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+        self._parts.append(f"<table{style}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
     def plot(self, figure: Any, alt: str) -> None:
         """A matplotlib figure; it is closed."""
@@ -95,18 +102,22 @@ class Report:
         """A contact sheet: pictures with what to say under each, and whether to frame it as a hit."""
         cells = []
         for picture, label, hit in pictures:
-            image = Image.open(picture) if isinstance(picture, Path) else picture
-            image = image.convert("RGB")
-            image.thumbnail((side, side))
-            buffer = io.BytesIO()
-            image.save(buffer, "PNG")
             mark = ' class="hit"' if hit else ""
             shown = html.escape(label)
             cells.append(
-                f'<figure{mark}><img alt="{shown}" src="{_data_url(buffer.getvalue(), "png")}">'
+                f'<figure{mark}><img alt="{shown}" src="{_thumbnail(picture, side)}">'
                 f"<figcaption>{shown}</figcaption></figure>"
             )
         self._parts.append(f'<div class="sheet">{"".join(cells)}</div>')
+
+    def pairs(self, pairs: Sequence[tuple[Image.Image, Image.Image, str]], side: int = 128) -> None:
+        """Two pictures beside each other with what to say under both."""
+        cells = []
+        for one, other, label in pairs:
+            shown = html.escape(label)
+            images = "".join(f'<img alt="{shown}" src="{_thumbnail(image, side)}">' for image in (one, other))
+            cells.append(f"<figure><div>{images}</div><figcaption>{shown}</figcaption></figure>")
+        self._parts.append(f'<div class="pairs">{"".join(cells)}</div>')
 
     def write(self, path: Path) -> None:
         """Write the page."""
@@ -119,6 +130,15 @@ class Report:
             )
             handle.write("\n".join(self._parts))
             handle.write("\n</body></html>\n")
+
+
+def _thumbnail(picture: Image.Image | Path, side: int) -> str:
+    image = Image.open(picture) if isinstance(picture, Path) else picture
+    image = image.convert("RGB")
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return _data_url(buffer.getvalue(), "png")
 
 
 def _data_url(data: bytes, kind: str) -> str:
@@ -150,6 +170,37 @@ def curve_figure(
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.set_ylim(bottom=0)
+    return figure
+
+
+def histogram_figure(values: np.ndarray, x_label: str, y_label: str, mark: tuple[float, str] | None = None) -> Any:
+    """How often values occur, in whole numbers, and a dashed line at one of them with its name."""
+    figure, axes = _axes(7, 2.6)
+    low, high = int(values.min()), int(values.max())
+    step = max(1, -(-(high - low + 1) // 60))
+    axes.hist(values, bins=np.arange(low, high + step + 1, step) - 0.5, color="#2f6fde")
+    if mark is not None:
+        axes.axvline(mark[0], color="#999", linestyle="--", linewidth=1)
+        axes.annotate(
+            f"{mark[1]} ", (mark[0], 0.97), xycoords=("data", "axes fraction"), ha="right", va="top", color="#777"
+        )
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    return figure
+
+
+def sizes_figure(widths: np.ndarray, heights: np.ndarray) -> Any:
+    """Widths against heights in pixels, darker where there are more images."""
+    figure, axes = _axes(4.6, 3.8)
+    longest = float(max(widths.max(), heights.max()))
+    cells = axes.hexbin(
+        widths, heights, gridsize=36, extent=(0, longest, 0, longest), mincnt=1, bins="log", cmap="Blues"
+    )
+    cells.set_clim(vmin=0.5)
+    axes.plot([0, longest], [0, longest], color="#999", linestyle="--", linewidth=1)
+    axes.set_xlabel("width in pixels")
+    axes.set_ylabel("height in pixels")
+    axes.set_aspect("equal")
     return figure
 
 

@@ -12,15 +12,28 @@ JOBS = [path for folder in ("train", "index", "eval") for path in sorted((ROOT /
 # A module may import modules of lower floors, and of its own floor where the package says so.
 FLOORS = [
     {"errors"},
-    {"log", "artifact", "preprocess", "config", "metrics", "loss", "optim", "scenes", "report", "lists", "order"},
+    {
+        "log",
+        "artifact",
+        "preprocess",
+        "config",
+        "metrics",
+        "loss",
+        "optim",
+        "scenes",
+        "report",
+        "lists",
+        "order",
+        "perceptual",
+    },
     {"storage", "cli", "augment"},
     {"tar_index"},
     {"spool"},
     {"shards"},
-    {"sources", "towers"},
-    {"pack", "embeddings", "trainset", "checkpoint"},
-    {"streams"},
-    {"loader"},
+    {"sources", "towers", "verify"},
+    {"pack", "embeddings", "trainset", "checkpoint", "scan"},
+    {"streams", "findings"},
+    {"loader", "clean", "check_page"},
     {"embed", "search", "run"},
     {"zeroshot", "evaluation"},
 ]
@@ -41,7 +54,7 @@ HOMES = {
     "yaml": {"config"},
     "click": {"cli", "train", "index", "eval"},
     "pydantic": {"config", "preprocess", "towers"},
-    "PIL": {"preprocess", "augment", "scenes", "report", "towers"},
+    "PIL": {"preprocess", "augment", "scenes", "report", "towers", "perceptual", "check_page"},
 }
 
 

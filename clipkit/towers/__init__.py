@@ -4,6 +4,7 @@ open_clip and transformers are imported here and nowhere else, and only when a m
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DualEncoder",
     "create_model",
+    "download",
     "load_model",
     "load_model_of",
     "model_folder",
@@ -28,6 +30,8 @@ __all__ = [
     "openai_templates",
     "pick_device",
 ]
+
+MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 
 
 def create_model(config: str | ModelConfig, preprocess: dict[str, Any] | None = None) -> DualEncoder:
@@ -83,7 +87,7 @@ def load_model(spec: str | Path, device: "str | torch.device" = "cpu") -> DualEn
             raise ClipkitError(f"{spec} names no weights; say which: open_clip:{name}/TAG")
         model = OpenClipEncoder.from_name(name, tag)
     elif spec.startswith("hf:"):
-        model = _load_folder(_download(spec.removeprefix("hf:")))
+        model = _load_folder(download(spec.removeprefix("hf:")))
     else:
         forms = "a run or model folder, open_clip:NAME/TAG, or hf:ORG/NAME"
         raise ClipkitError(f"no such model: {spec}; name {forms}")
@@ -170,13 +174,18 @@ def _load_folder(folder: Path) -> DualEncoder:
     raise ClipkitError(f"{folder} is no model: {what}")
 
 
-def _download(name: str) -> Path:
+def download(name: str, patterns: Sequence[str] = MODEL_FILES) -> Path:
+    """Fetch the files of a model on the Hugging Face hub that match patterns; returns the local folder.
+
+    Raises:
+        ClipkitError: where it does not come.
+    """
     from huggingface_hub import snapshot_download
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ClipkitError(f"hf:{name} is no model name; it has the form hf:ORG/NAME")
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:
         # huggingface_hub raises a dozen kinds here, httpx's among them; each means that the model did not come.
         reason = str(error).strip().partition("\n")[0] or type(error).__name__

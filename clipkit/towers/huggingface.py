@@ -13,7 +13,7 @@ from clipkit.errors import ClipkitError
 from clipkit.preprocess import Preprocess
 from clipkit.towers.dual_encoder import MODEL_FILE, DualEncoder
 
-__all__ = ["HuggingFaceEncoder"]
+__all__ = ["HuggingFaceEncoder", "load_tokenizer"]
 
 # Dual encoders whose text tower pools a position that padding cannot reach (CLIP: the first end token under a causal
 # mask; SigLIP: the last position, trained on padded texts), so tokens alone say everything.
@@ -102,6 +102,23 @@ class HuggingFaceEncoder(DualEncoder):
         self.backbone.save_pretrained(folder)
         self.tokenizer.tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
         self.processor.save_pretrained(folder)
+
+
+def load_tokenizer(folder: Path) -> PaddedTokenizer:
+    """The tokenizer of a local folder with the context length of its model; no weights are read.
+
+    Raises:
+        ClipkitError: where a file is missing or broken.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return PaddedTokenizer(tokenizer, config.text_config.max_position_embeddings)
+    except Exception as error:  # as in `HuggingFaceEncoder.from_folder`
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ClipkitError(f"cannot load the tokenizer in {folder}: {reason}") from error
 
 
 def _preprocess_of(processor: Any, folder: Path) -> Preprocess:

@@ -25,7 +25,7 @@ from clipkit.errors import ClipkitError, did_you_mean
 from clipkit.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
 from clipkit.towers.dual_encoder import MODEL_FILE, DualEncoder, Tokenizer
 
-__all__ = ["OpenClipEncoder"]
+__all__ = ["OpenClipEncoder", "load_tokenizer"]
 
 CONFIG = "open_clip_config.json"
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
@@ -53,7 +53,7 @@ class OpenClipEncoder(DualEncoder):
         model_cfg = config.model_dump(exclude_none=True)
         model = _build(model_cfg)
         size = {"size": _image_size(model)}
-        return cls(model, model_cfg, _tokenizer(model_cfg, None), _preprocess({**size, **(preprocess or {})}))
+        return cls(model, model_cfg, load_tokenizer(model_cfg, None), _preprocess({**size, **(preprocess or {})}))
 
     @classmethod
     def from_name(cls, name: str, tag: str | None, preprocess: dict[str, Any] | None = None) -> "OpenClipEncoder":
@@ -80,7 +80,7 @@ class OpenClipEncoder(DualEncoder):
                 )
             found = dict(model.visual.preprocess_cfg)
         settings = {**_known(found), "size": _image_size(model), **(preprocess or {})}
-        return cls(model, model_cfg, _tokenizer(model_cfg, name), _preprocess(settings))
+        return cls(model, model_cfg, load_tokenizer(model_cfg, name), _preprocess(settings))
 
     @classmethod
     def from_folder(cls, folder: Path) -> "OpenClipEncoder":
@@ -99,7 +99,7 @@ class OpenClipEncoder(DualEncoder):
             settings = read_json(folder / MODEL_FILE)["preprocess"]
         else:
             settings = {**_known(config.get("preprocess_cfg", {})), "size": _image_size(model)}
-        return cls(model, model_cfg, _tokenizer(model_cfg, None, folder), _preprocess(settings))
+        return cls(model, model_cfg, load_tokenizer(model_cfg, None, folder), _preprocess(settings))
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         return self.backbone.encode_image(pixels)
@@ -172,7 +172,8 @@ def _load_weights(model: Any, folder: Path) -> None:
         raise ClipkitError(f"{path} does not fit {folder / CONFIG}: {detail}") from error
 
 
-def _tokenizer(model_cfg: dict[str, Any], name: str | None, folder: Path | None = None) -> Tokenizer:
+def load_tokenizer(model_cfg: dict[str, Any], name: str | None, folder: Path | None = None) -> Tokenizer:
+    """The tokenizer of an open_clip configuration: from the model's folder, by the model's name, or the usual one."""
     text_cfg = model_cfg["text_cfg"]
     length = text_cfg.get("context_length", 77)
     options = text_cfg.get("tokenizer_kwargs") or {}

@@ -1,0 +1,93 @@
+"""Whether a shard as a whole is as it should be: there, a tar to its end, and what its manifest says of it."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+
+from clipkit.artifact import kind_of, read_manifest
+from clipkit.errors import ClipkitError
+from clipkit.shards import Shards, brace_expand, expand
+
+__all__ = ["named_shards", "shard_problems"]
+
+BLOCK = 512  # of a tar
+
+
+def named_shards(spec: str) -> list[tuple[Path, dict[str, Any]]]:
+    """Every local tar that `spec` names with the manifest's record of it, which is empty where there is none.
+
+    One that the manifest or a pattern names and that is gone is listed too.
+
+    Raises:
+        ClipkitError: where there are none.
+    """
+    folder = Path(spec)
+    if folder.is_dir() and kind_of(folder) == "shards":
+        tars = [folder / record["name"] for record in read_manifest(folder, "shards")["shards"]]
+    else:
+        named = [] if folder.is_dir() else [Path(name) for name in brace_expand(spec)]
+        tars = named if any(tar.is_file() for tar in named) else expand(spec)
+    records: dict[Path, dict[str, Any]] = {}
+    for parent in {tar.parent for tar in tars}:
+        if kind_of(parent) == "shards":
+            records |= {parent / record["name"]: record for record in read_manifest(parent, "shards")["shards"]}
+    return [(tar, records.get(tar, {})) for tar in tars]
+
+
+def shard_problems(tar: Path, record: dict[str, Any]) -> Iterator[tuple[str, str | None, str]]:
+    """What is wrong with one shard, as kind (see `clipkit.scan.KINDS`), key or None, and reason.
+
+    Args:
+        tar: the shard.
+        record: of it in the manifest: ``bytes``, ``blake2b`` (hex, 16 bytes) and ``samples`` are held against it where
+            they stand there. The checksum reads the whole file.
+    """
+    if not tar.is_file():
+        yield "shard_missing", None, "it is named, and it is not there"
+        return
+    size = tar.stat().st_size
+    if size != record.get("bytes", size):
+        yield "shard_changed", None, f"{size:,} bytes, the manifest says {record['bytes']:,}"
+    elif "blake2b" in record:
+        with tar.open("rb") as handle:
+            found = hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        if found != record["blake2b"]:
+            yield "shard_changed", None, f"checksum {found[:12]}, the manifest says {record['blake2b'][:12]}"
+    if size == 0:
+        yield "shard_empty", None, "the file is empty (0 bytes)"
+        return
+    try:
+        shards = Shards([tar])
+    except ClipkitError as error:
+        yield "shard_unreadable", None, str(error)
+        return
+    cut = [problem["reason"] for problem in shards.problems if problem["key"] is None]
+    if not len(shards) and not cut:
+        yield "shard_empty", None, "it holds no sample"
+        return
+    for problem in shards.problems:
+        if problem["key"] is not None:
+            yield "key_twice", problem["key"], problem["reason"]
+    reason = cut[0] if cut else _ending(tar, shards, size)
+    if reason:
+        yield "shard_truncated", None, reason
+    if len(shards) != record.get("samples", len(shards)):
+        yield "shard_changed", None, f"{len(shards):,} samples, the manifest says {record['samples']:,}"
+
+
+def _ending(tar: Path, shards: Shards, size: int) -> str | None:
+    """What is wrong with the end of a tar: tarfile takes damage after the first member for the end and says nothing."""
+    table = shards.index_of(0).table
+    end = pc.max(pc.add(pc.list_flatten(table["offset"]), pc.list_flatten(table["size"]))).as_py()
+    end = -(-end // BLOCK) * BLOCK
+    with tar.open("rb") as handle:
+        handle.seek(end)
+        block = handle.read(BLOCK)
+    if len(block) < BLOCK:
+        return "it has no end-of-archive mark: cut short between two members"
+    if not any(block) or block[257:262] == b"ustar":  # a member that is no sample's, such as a folder
+        return None
+    return f"damaged at byte {end:,}: the {size - end:,} bytes from there on are not read"

@@ -1,0 +1,133 @@
+"""Check a set of images and captions: broken samples, duplicates, leaks into a test set, lengths and sizes.
+
+Reads every sample once. What cannot be trained on is remembered beside the shards, and training leaves it out.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from clipkit.cli import Job, format_option, list_options, model_option
+
+SHOWN = 5  # findings of a kind in the table for people
+
+
+@click.command(cls=Job)
+@click.argument("source")
+@list_options
+@click.option("--against", multiple=True, metavar="OTHER", help="A set that must share no image; may be repeated.")
+@click.option(
+    "--near",
+    default=6,
+    show_default=True,
+    type=click.IntRange(0, 12),
+    help="Most of 64 bits in which pictures that look alike differ: 6 finds copies, 12 shots of one scene too.",
+)
+@model_option
+@click.option("--quick", is_flag=True, help="Headers, sizes and bytes only: no decoding, no looks.")
+@click.option("--strict", is_flag=True, help="Notes count too: near duplicates, duplicate and cut captions.")
+@click.option("--fix", is_flag=True, help="Write a copy into --out without what is wrong and without duplicates.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for the shards of --fix.")
+@click.option("--overwrite", is_flag=True, help="Replace another artifact that stands in --out.")
+@click.option("--report", type=click.Path(path_type=Path), help="Folder or .html file for a page with pictures.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the page's random samples.")
+@click.option("--threads", type=click.IntRange(1), help="That decode images [default: one per core].")
+@format_option
+def main(
+    source: str,
+    image_column: str | None,
+    caption_column: str | None,
+    image_root: Path | None,
+    against: tuple[str, ...],
+    near: int,
+    model: str | None,
+    quick: bool,
+    strict: bool,
+    fix: bool,
+    out: Path | None,
+    overwrite: bool,
+    report: Path | None,
+    seed: int,
+    threads: int | None,
+    fmt: str,
+) -> int:
+    """Check SOURCE (shards, a list, or a folder): what is broken, empty, twice there, cut, or in another set too.
+
+    Status 1 where there is a defect. Captions are measured with the model's own tokenizer; without a model with
+    open_clip's, of 77 tokens.
+    """
+    from time import perf_counter
+
+    from clipkit.artifact import refuse_own_input
+    from clipkit.check_page import summary, write_page
+    from clipkit.clean import pack_clean
+    from clipkit.errors import ClipkitError
+    from clipkit.findings import judge
+    from clipkit.log import emit, note, warn
+    from clipkit.scan import scan
+    from clipkit.towers.tokens import token_counter
+
+    if fix != (out is not None):
+        raise ClipkitError("--fix and --out belong together: clipkit check SOURCE --fix --out CLEAN")
+    if out is not None:
+        refuse_own_input(out, [source, *against])
+    tokens = token_counter(model)
+    began = perf_counter()
+    options = {"image_column": image_column, "caption_column": caption_column, "image_root": image_root}
+    mine = scan(source, quick=quick, count_tokens=tokens.count, threads=threads, **options)
+    others = [scan(other, quick=quick, captions=False, threads=threads) for other in against]
+    seconds = perf_counter() - began
+    verdict = judge(mine, others, near=near, context_length=tokens.context_length, strict=strict)
+    if not quick:
+        mine.keep_defects()
+    looked = len(mine) + sum(len(other) for other in others)
+    note(f"{looked:,} samples in {seconds:,.1f} s, {looked / max(seconds, 1e-9):,.0f} per second")
+
+    found = summary(mine, verdict)
+    if fmt == "json":
+        emit(found, fmt)
+    elif fmt == "human":
+        show(found)
+    else:
+        emit(found["findings"], fmt)
+    for other in verdict.against:
+        if other["unreadable"]:
+            warn(f"{other['unreadable']:,} samples or shards of {other['source']} cannot be read and were not compared")
+    if report is not None:
+        note(f"report: {write_page(mine, verdict, others, report, seed)}")
+    if out is not None:
+        counts = pack_clean(mine, verdict, out, overwrite=overwrite)["counts"]
+        left = f"{len(verdict.left_out):,} left out, listed in {out / 'ledger.jsonl'}" if verdict.left_out else "all"
+        note(f"{out}: {counts['samples']:,} samples in {counts['shards']:,} shards; {left}")
+    return 0 if verdict.clean else 1
+
+
+def show(found: dict[str, Any]) -> None:
+    """The figures and the first findings, for people."""
+    from clipkit.findings import FIGURES
+    from clipkit.log import emit, note
+    from clipkit.scan import KINDS
+
+    always = {"samples", "captions", "bytes", "defects"}
+    rows = [
+        {"figure": name, "value": found[name], "meaning": FIGURES.get(name) or KINDS[name][1]}
+        for name in [*FIGURES, *KINDS]
+        if name in always or (found[name] and name != "shared")
+    ]
+    rows += [
+        {"figure": "shared", "value": other["shared"], "meaning": f"images that are also in {other['source']}"}
+        for other in found["against"]
+    ]
+    emit(rows, "human", title=found["source"])
+    shown = ("kind", "shard", "key", "reason")
+    some = [[line for line in found["findings"] if line["kind"] == kind][:SHOWN] for kind in KINDS]
+    lines = [{name: line[name] for name in shown} for of_kind in some for line in of_kind]
+    if lines:
+        emit(lines, "human")
+    if len(lines) < len(found["findings"]):
+        note(f"… and {len(found['findings']) - len(lines):,} more: --format jsonl lists all, --report shows them")
+
+
+if __name__ == "__main__":
+    main()

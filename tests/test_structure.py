@@ -12,8 +12,8 @@ JOBS = [path for folder in ("train", "index", "eval") for path in sorted((ROOT /
 # A module may import modules of lower floors, and of its own floor where the package says so.
 FLOORS = [
     {"errors"},
-    {"log", "artifact", "preprocess", "config", "metrics", "loss", "optim", "scenes", "report", "order"},
-    {"storage", "cli", "augment"},
+    {"log", "artifact", "preprocess", "config", "metrics", "loss", "optim", "scenes", "report", "order", "parallel"},
+    {"storage", "cli", "augment", "shrink"},
     {"tar_index", "lists"},
     {"spool"},
     {"shards"},
@@ -39,7 +39,7 @@ HOMES = {
     "yaml": {"config"},
     "click": {"cli", "train", "index", "eval"},
     "pydantic": {"config", "preprocess", "towers"},
-    "PIL": {"preprocess", "augment", "scenes", "report", "towers"},
+    "PIL": {"preprocess", "shrink", "augment", "scenes", "report", "towers"},
 }
 
 

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -57,7 +58,8 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
     The data is flushed to the disk before the rename, so a power cut leaves the old file or the new one.
     """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Threads, and processes of several machines on one disk, may write the same file at once.
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}

@@ -4,6 +4,7 @@ Precedence: defaults < recipe YAML < ``--set a.b=c``, each later one over the ea
 name the nearest key. What a run resolved to stands in its folder as ``config.yaml`` and can be trained from again.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from clipkit.errors import ClipkitError, did_you_mean
 
 __all__ = [
     "AugmentConfig",
+    "DataConfig",
     "ModelConfig",
     "TrainConfig",
     "changed_keys",
@@ -77,16 +79,56 @@ class AugmentConfig(Settings):
         return self
 
 
+class PartConfig(Settings):
+    """One of several sets of shards that are trained on together."""
+
+    shards: str
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Its share of the samples, in any unit; all parts have one or none has."""
+
+
 class DataConfig(Settings):
     """Where samples come from and how they are turned into batches."""
 
-    train: str | None = None
-    """Shards to train on: a folder, a tar, or a brace pattern."""
+    train: str | list[PartConfig] | None = None
+    """Shards to train on: a folder, a tar or a brace pattern, also as URLs, or ``pipe:COMMAND``; or several of them,
+    one after another in an epoch, or mixed by weight."""
     val: str | None = None
     """Any source (list, folder with captions, shards) for retrieval while training."""
     workers: Annotated[int, Field(ge=0)] = 1
     """Loader processes per rank; 0 loads in the training process."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """That decode, in each loader process; where not set, 1, or as many as cores where `workers` is 0."""
+    window: Positive | None = None
+    """How many samples are shuffled among each other; where not set, all of them, or 65,536 where shards are remote."""
+    replacement: bool = False
+    """Draw every sample from the whole set, instead of each once per epoch."""
+    caption: Literal["random", "first"] = "random"
+    """Which of an image's captions stands for it."""
+    caption_weights: str | None = None
+    """A column of the shards' json with a number per caption: how often each is drawn."""
+    templates: list[str] = []
+    """Texts to put the caption and other columns into, such as ``a photo of {caption}``; one is drawn each time."""
+    missing: Literal["skip", "stop"] = "skip"
+    """What to do with samples that have no image or no caption."""
+    max_bad_share: Share = 0.1
+    """The run stops where more of the samples than this cannot be used."""
+    timeout: Annotated[float, Field(gt=0)] = 300.0
+    """Seconds after which a sample that is not read is given up, with the name of its shard."""
+    cache_gib: Annotated[float, Field(gt=0)] = 64.0
+    """Most GiB of remote shards that are kept on the local disk."""
     augment: AugmentConfig = AugmentConfig()
+
+    @property
+    def parts(self) -> list[PartConfig]:
+        """`train` as a list, whichever way it was written."""
+        return [PartConfig(shards=self.train)] if isinstance(self.train, str) else list(self.train or [])
+
+    @model_validator(mode="after")
+    def _all_or_none(self) -> "DataConfig":
+        if len({part.weight is None for part in self.parts}) > 1:
+            raise ValueError("give every part of train a weight, or none of them")
+        return self
 
 
 class OptimConfig(Settings):
@@ -158,8 +200,8 @@ class TrainConfig(Settings):
             raise ValueError(f"{' and '.join(given)} say the same thing; keep one")
         return self
 
-    def total_steps(self, dataset_size: int) -> int:
-        """How many steps the run has, given how many samples an epoch has.
+    def total_steps(self, dataset_size: int | None) -> int:
+        """How many steps the run has, given how many samples an epoch has. Epochs are filled up to a whole batch.
 
         Raises:
             ClipkitError: where no length is set.
@@ -169,14 +211,21 @@ class TrainConfig(Settings):
         if self.samples:
             return max(1, round(self.samples / self.batch_size))
         if self.epochs:
-            return max(1, round(self.epochs * dataset_size / self.batch_size))
+            if dataset_size is None:
+                raise ClipkitError("nobody knows how long an epoch of a pipe is; set steps=N or samples=N")
+            return max(1, math.ceil(self.epochs * dataset_size / self.batch_size))
         raise ClipkitError("the recipe sets no length; add --set steps=N (or samples=N, or epochs=N)")
 
 
 LENGTHS = ("steps", "samples", "epochs")
 # What may differ between a run and its resumption: the length, the logging, the cadence, the hands that load, and the
 # place of the shards (that they are the same ones is told by their identity in the checkpoint).
-CHANGEABLE = (*LENGTHS, "checkpoint", "log", "data.workers", "data.train")
+CHANGEABLE = (
+    *LENGTHS,
+    "checkpoint",
+    "log",
+    *(f"data.{name}" for name in ("train", "workers", "threads", "timeout", "cache_gib", "max_bad_share")),
+)
 
 
 class _Loader(yaml.SafeLoader):
@@ -271,7 +320,7 @@ def explain_validation(error: ValidationError, model: type[BaseModel], prefix: s
     # Of a union's complaints the deepest one is about the branch that the user meant.
     problem = max(error.errors(), key=lambda e: (e["type"] == "extra_forbidden", len(e["loc"])))
     # pydantic puts the union's branch into the location; the user never wrote that.
-    parts = [str(p) for p in problem["loc"] if p not in ("str", "ModelConfig")]
+    parts = [str(p) for p in problem["loc"] if p not in ("str", "ModelConfig", "list[PartConfig]")]
     key = prefix + ".".join(parts)
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key}{did_you_mean(key, known_keys(model, prefix))}"

@@ -1,11 +1,16 @@
-"""Training batches whose order is a pure function of (seed, position).
+"""Training batches: what stands at the positions of a step, read, decoded and augmented by threads and processes.
 
-A run reads one endless sequence of samples: epoch after epoch, each a permutation of the set. Position `p` of the
-sequence decides everything about what stands there: which sample, which of its captions, how it is augmented. Ranks
-and workers only divide the positions, and a resumed run starts at another position of the same sequence.
+Position `p` of the sequence (`clipkit.trainset`) decides everything about what stands there: which sample, which of its
+captions, how it is augmented, and what replaces it where it cannot be used. Ranks, processes and threads only divide
+the positions, and a resumed run starts at another position of the same sequence. Nothing is waited for without end: a
+sample that does not come within the timeout stops the run with the name of its shard.
 """
 
-from collections.abc import Iterator
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -14,16 +19,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clipkit.augment import augmented_pixels
-from clipkit.config import AugmentConfig
-from clipkit.errors import BadSample, ClipkitError
+from clipkit.config import DataConfig
+from clipkit.errors import ClipkitError
 from clipkit.preprocess import Preprocess, decode
-from clipkit.shards import Shards, captions_of, image_extension
+from clipkit.shards import Shards
 from clipkit.sources import sample_id
+from clipkit.storage import is_pipe
+from clipkit.streams import StreamSet
 from clipkit.towers.dual_encoder import Tokenizer
+from clipkit.trainset import TrainData, TrainSet, pick
 
-__all__ = ["Batch", "TrainSet", "sample_at", "train_batches"]
+__all__ = ["Batch", "Batches", "describe", "open_train_data", "train_batches"]
 
 MAX_REPLACEMENTS = 20
+AHEAD = 3  # batches that are being made while one is used
 
 
 class Batch(TypedDict):
@@ -36,84 +45,167 @@ class Batch(TypedDict):
     left_out: list[dict[str, Any]]  # ledger lines of samples that could not be used and were replaced
 
 
-class _Permutations:
-    """The permutation of the epoch that was asked for last; making one costs 20 ms per million samples."""
+def open_train_data(
+    config: DataConfig, seed: int, *, excluded: list[list[int]] | None = None, is_main: bool = True
+) -> TrainData:
+    """Open what ``data.train`` names.
 
-    def __init__(self, size: int, seed: int):
-        self.size, self.seed = size, seed
-        self._epoch, self._order = -1, np.zeros(0, np.int64)
+    Args:
+        config: the settings; `parts` must not be empty.
+        seed: chooses the order.
+        excluded: what a run that is resumed had left out of its plan.
+        is_main: whether this rank keeps the ledger of what all ranks pass over.
 
-    def at(self, position: int) -> int:
-        epoch, within = divmod(position, self.size)
-        if epoch != self._epoch:
-            generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-            self._epoch, self._order = epoch, generator.permutation(self.size)
-        return int(self._order[within])
+    Raises:
+        ClipkitError: where shards are missing, or nothing in them can be used.
+    """
+    specs = [part.shards for part in config.parts]
+    if any(is_pipe(spec) for spec in specs):
+        if len(specs) > 1 or config.replacement:
+            raise ClipkitError(
+                f"{specs[0]}: a pipe is read in order and cannot be mixed or drawn from; fetch it to shards first"
+            )
+        return StreamSet(
+            specs[0], seed, window=config.window, missing=config.missing, timeout=config.timeout, is_main=is_main
+        )
+    shards = [Shards.open(spec, int(config.cache_gib * 2**30)) for spec in specs]
+    return TrainSet(shards, config, seed, excluded)
 
 
-def sample_at(position: int, size: int, seed: int) -> int:
-    """The index of the sample at a position of the training sequence."""
-    return _Permutations(size, seed).at(position)
+def describe(data: TrainData, samples: int) -> str:
+    """What a run of so many samples reads and how it is shuffled, in a few words for a person."""
+    if data.size is None:
+        order = f"shuffled in blocks of {data.window:,}" if data.window else "in its own order"
+        return f"a stream {order} (each rank reads all of it, a resumed run passes over what was used)"
+    epochs, rest = divmod(samples, data.size)
+    length = f"{epochs:,} epochs" + (f" and {rest:,} samples" if rest else "")
+    shuffled = f" shuffled in windows of {data.window:,}" if data.window else ""
+    return f"{data.size:,} samples{shuffled}, {length} of them"
 
 
-class TrainSet(Dataset[dict[str, Any]]):
-    """Item `p` is the sample at position `p` of the training sequence, decoded, augmented, with one caption."""
+class _Threads:
+    """Daemon threads that work through a queue: unlike an executor's, one that is stuck does not hold up the exit."""
 
-    def __init__(self, shards: Shards, preprocess: Preprocess, augment: AugmentConfig, seed: int):
-        self.shards = shards
-        self.preprocess = preprocess
-        self.augment = augment
-        self.seed = seed
-        self._order = _Permutations(len(shards), seed)
+    def __init__(self, number: int):
+        self.number = number
+        self._todo: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]] | None] = queue.SimpleQueue()
+        for _ in range(number):
+            threading.Thread(target=self._work, daemon=True, name="clipkit-loader").start()
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        index = self._order.at(position)
-        left_out: list[dict[str, Any]] = []
-        for attempt in range(MAX_REPLACEMENTS):
-            # A generator per attempt, so that a replacement is as reproducible as the sample it stands for.
-            rng = np.random.default_rng([self.seed, position, attempt])
-            if attempt:
-                index = int(rng.integers(len(self.shards)))
+    def _work(self) -> None:
+        while (task := self._todo.get()) is not None:
+            function, answer = task
             try:
-                return {**self._load(index, rng), "left_out": left_out}
-            except ClipkitError as error:
-                where = {"shard": self.shards.tar_of(index).name, "key": self.shards.key(index)}
-                left_out.append({**where, "reason": str(error), "position": position})
-        last = left_out[-1]
-        # Returned, not raised: a worker process would wrap the message in its traceback.
-        place = f"{last['key']!r} in {last['shard']}: {last['reason']}"
-        return {"failed": f"{MAX_REPLACEMENTS} samples in a row cannot be used, the last {place}"}
+                answer.put((function(), None))
+            except BaseException as error:  # it belongs to whoever waits, not to this thread
+                answer.put((None, error))
 
-    def _load(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        members = self.shards[index]
-        captions, _ = captions_of(members)
-        extension = image_extension(members)
-        if extension is None:
-            raise BadSample("the sample has no image")
-        if not captions:
-            raise BadSample("the sample has no caption")
-        caption = captions[int(rng.integers(len(captions)))]
-        image = decode(members[extension], self.preprocess.background)
-        pixels = augmented_pixels(image, self.preprocess, self.augment, rng)
-        return {"pixels": pixels, "caption": caption, "image_id": sample_id(self.shards.key(index))}
+    def submit(self, function: Callable[[], Any]) -> "queue.SimpleQueue[Any]":
+        answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._todo.put((function, answer))
+        return answer
+
+    def end(self) -> None:
+        for _ in range(self.number):
+            self._todo.put(None)
 
 
-class _Collate:
-    def __init__(self, tokenizer: Tokenizer):
+class Batches(Dataset["Batch | str"]):
+    """Makes the batch that stands at some positions of the sequence.
+
+    Args:
+        data: the sequence.
+        preprocess: of the model.
+        tokenizer: of the model.
+        config: captions, augmentation, threads, timeout.
+        seed: of all draws; with the position it decides everything.
+    """
+
+    def __init__(self, data: TrainData, preprocess: Preprocess, tokenizer: Tokenizer, config: DataConfig, seed: int):
+        self.data = data
+        self.preprocess = preprocess
         self.tokenizer = tokenizer
+        self.config = config
+        self.seed = seed
+        self.threads = config.threads or (1 if config.workers else os.cpu_count() or 1)
+        self._pool: _Threads | None = None
+        self._owner = 0
 
-    def __call__(self, items: list[dict[str, Any]]) -> Batch | str:
-        for item in items:
-            if "failed" in item:
-                return item["failed"]
+    def __getitem__(self, positions: Sequence[int]) -> "Batch | str":
+        try:
+            return self.result(self.begin(positions))
+        except ClipkitError as error:
+            return str(error)
+
+    def begin(self, positions: Sequence[int]) -> list[tuple[Any, "queue.SimpleQueue[Any]"]]:
+        """Start on a batch; threads take its samples one by one."""
+        if self._pool is None or self._owner != os.getpid():  # threads do not survive a fork
+            self._pool, self._owner = _Threads(self.threads), os.getpid()
+        references = self.data.first(positions)
+        submit = self._pool.submit
+        return [
+            (reference, submit(lambda p=position, r=reference: self._one(p, r)))
+            for position, reference in zip(positions, references, strict=True)
+        ]
+
+    def result(self, begun: list[tuple[Any, "queue.SimpleQueue[Any]"]]) -> "Batch | str":
+        """Wait for a batch that was begun. Failures come as text: a worker process would wrap them in its traceback."""
+        items = []
+        for reference, answer in begun:
+            try:
+                item, error = answer.get(timeout=self.config.timeout)
+            except queue.Empty:
+                shard, key = self.data.name(reference)
+                return (
+                    f"{shard} has not given sample {key!r} for {self.config.timeout:g} s; look at its disk or network, "
+                    "or raise data.timeout"
+                )
+            if isinstance(error, ClipkitError):
+                return str(error)
+            if error is not None:
+                raise error
+            items.append(item)
         captions = [item["caption"] for item in items]
         return Batch(
             pixels=torch.from_numpy(np.stack([item["pixels"] for item in items])),
             tokens=self.tokenizer(captions),
             image_ids=torch.tensor([item["image_id"] for item in items]),
             text_ids=torch.tensor([sample_id(caption.lower()) for caption in captions]),
-            left_out=[line for item in items for line in item["left_out"]],
+            left_out=self.data.drain() + [line for item in items for line in item["left_out"]],
         )
+
+    def close(self) -> None:
+        """Let the threads go; a batch that is begun later has new ones."""
+        if self._pool is not None and self._owner == os.getpid():
+            self._pool.end()
+        self._pool = None
+
+    def _one(self, position: int, reference: Any) -> dict[str, Any]:
+        left_out: list[dict[str, Any]] = []
+        for attempt in range(MAX_REPLACEMENTS):
+            # A generator per attempt, so that a replacement is as reproducible as the sample it stands for.
+            rng = np.random.default_rng([self.seed, position, attempt])
+            if attempt:
+                reference = self.data.other(reference, rng)
+            try:
+                image, caption = pick(self.data.read(reference), self.config, rng)
+                pixels = self._pixels(image, rng)
+            except ClipkitError as error:
+                shard, key = self.data.name(reference)
+                left_out.append({"shard": shard, "key": key, "reason": str(error), "position": position})
+                continue
+            image_id = self.data.image_id(reference)
+            return {"pixels": pixels, "caption": caption, "image_id": image_id, "left_out": left_out}
+        last = left_out[-1]
+        place = f"{last['key']!r} in {last['shard']}: {last['reason']}"
+        raise ClipkitError(f"{MAX_REPLACEMENTS} samples in a row cannot be used, the last {place}")
+
+    def _pixels(self, image: bytes, rng: np.random.Generator) -> np.ndarray:
+        decoded = decode(image, self.preprocess.background)
+        return augmented_pixels(decoded, self.preprocess, self.config.augment, rng)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pool": None}
 
 
 class _Positions(Sampler[list[int]]):
@@ -134,40 +226,110 @@ class _Positions(Sampler[list[int]]):
 
 
 def train_batches(
-    data: TrainSet,
-    tokenizer: Tokenizer,
+    batches: Batches,
     *,
     first_step: int,
     steps: int,
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
-    workers: int = 1,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Batches of steps ``first_step … steps - 1`` for one rank.
+    """Batches of steps ``first_step … steps - 1`` for one rank, made ahead of their use.
+
+    Args:
+        batches: makes them, in `config.workers` processes or in threads of this one.
+        first_step: where to start.
+        steps: where to stop.
+        batch_size: of all ranks together.
+        rank, world_size: whose part of each batch.
+        pin_memory: for copies to a GPU that do not wait.
 
     Raises:
-        ClipkitError: where the batch cannot be divided evenly among the ranks, or no usable sample is found.
+        ClipkitError: where the batch cannot be divided evenly among the ranks, no usable sample is found, or a shard
+            does not answer.
     """
     if batch_size % world_size:
         raise ClipkitError(f"batch_size {batch_size} cannot be divided among {world_size} ranks; make it a multiple")
+    positions = _Positions(first_step, steps, batch_size, rank, world_size)
+    if batches.config.workers and batches.data.size is not None:
+        return _checked(_from_processes(batches, positions, pin_memory))
+    return _checked(_from_threads(batches, positions, pin_memory))
+
+
+def _from_processes(batches: Batches, positions: _Positions, pin_memory: bool) -> Iterator["Batch | str"]:
     loader = DataLoader(
-        data,
-        batch_sampler=_Positions(first_step, steps, batch_size, rank, world_size),
-        collate_fn=_Collate(tokenizer),
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        persistent_workers=bool(workers),
+        batches,
+        batch_size=None,
+        sampler=positions,
+        num_workers=batches.config.workers,
+        prefetch_factor=AHEAD,
         pin_memory=pin_memory,
+        # A worker gives up by itself; this is for one that cannot even do that.
+        timeout=2 * batches.config.timeout,
         # Of its own: an iterator draws a seed, and from the global generator that would shift the model's dropout.
-        generator=torch.Generator().manual_seed(data.seed),
+        generator=torch.Generator().manual_seed(batches.seed),
     )
-    return _checked(loader)
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        # Killed from outside, mostly for memory; torch's own message runs over several lines.
+        raise ClipkitError(f"a loader process is gone or stuck: {' '.join(str(error).split())[:300]}") from error
 
 
-def _checked(loader: DataLoader[Any]) -> Iterator[Batch]:
-    for batch in loader:
+def _from_threads(batches: Batches, positions: _Positions, pin_memory: bool) -> Iterator["Batch | str"]:
+    done: queue.Queue[Any] = queue.Queue(AHEAD)
+    stopped = threading.Event()
+
+    def offer(value: Any) -> None:
+        while not stopped.is_set():
+            try:
+                done.put(value, timeout=0.2)
+                return
+            except queue.Full:
+                continue
+
+    def make() -> None:
+        try:
+            begun: deque[Any] = deque()
+            for wanted in positions:
+                # Two at once, so that the threads have work while the last samples of a batch are awaited.
+                begun.append(batches.begin(wanted))
+                if len(begun) == 2:
+                    offer(_pinned(batches.result(begun.popleft()), pin_memory))
+                if stopped.is_set():
+                    return
+            while begun:
+                offer(_pinned(batches.result(begun.popleft()), pin_memory))
+            offer(None)
+        except ClipkitError as error:
+            offer(str(error))
+        except BaseException as error:
+            offer(error)
+        finally:
+            batches.close()
+
+    threading.Thread(target=make, daemon=True, name="clipkit-batches").start()
+    try:
+        while (batch := done.get()) is not None:
+            if isinstance(batch, BaseException):
+                raise batch
+            yield batch
+    finally:
+        stopped.set()
+
+
+def _pinned(batch: "Batch | str", pin_memory: bool) -> "Batch | str":
+    if pin_memory and not isinstance(batch, str):
+        for name in ("pixels", "tokens", "image_ids", "text_ids"):
+            batch[name] = batch[name].pin_memory()
+    return batch
+
+
+def _checked(batches: Iterator["Batch | str"]) -> Iterator[Batch]:
+    for batch in batches:
         if isinstance(batch, str):
             raise ClipkitError(batch)
         yield batch

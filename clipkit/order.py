@@ -70,7 +70,9 @@ class Order:
         replacement: draw each position by itself from all samples; there are no epochs then.
     """
 
-    def __init__(self, sizes: Sequence[int], seed: int, *, window: int | None = None, replacement: bool = False):
+    def __init__(
+        self, sizes: Sequence[int] | np.ndarray, seed: int, *, window: int | None = None, replacement: bool = False
+    ):
         self.sizes = np.asarray(sizes, np.int64)
         self.size = int(self.sizes.sum())
         self.seed = seed

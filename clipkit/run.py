@@ -18,15 +18,17 @@ from clipkit.artifact import (
     refuse_own_input,
     remove_folder,
     write_json,
+    write_ledger,
 )
 from clipkit.checkpoint import checkpoints
 from clipkit.config import TrainConfig, changed_keys, dump_yaml, load_config
 from clipkit.errors import ClipkitError
 from clipkit.towers import DualEncoder
 
-__all__ = ["MetricsLog", "Run"]
+__all__ = ["MetricsLog", "Run", "refuse_too_many"]
 
 CONFIG = "config.yaml"
+PLAN = "plan.json"
 
 
 class Run:
@@ -85,6 +87,17 @@ class Run:
         with atomic_write(self.folder / CONFIG, "w") as handle:
             handle.write(dump_yaml(self.config))
 
+    def pin_plan(self, excluded: list[list[int]], left_out: Sequence[dict[str, Any]]) -> None:
+        """Keep what this run leaves out of its data from the start, and begin the ledger with it."""
+        write_ledger(self.folder, left_out)
+        write_json(self.folder / PLAN, {"excluded": excluded})
+
+    @property
+    def excluded(self) -> list[list[int]] | None:
+        """What `pin_plan` kept; None for a run that has not come that far."""
+        path = self.folder / PLAN
+        return read_json(path)["excluded"] if path.is_file() else None
+
     @property
     def _stands(self) -> bool:
         return (self.folder / CONFIG).is_file() and self.metrics_path.is_file()
@@ -117,7 +130,7 @@ class Run:
         """Drop what was written of steps that will be done again, so that each step stands there once."""
         samples = step * self.config.batch_size
         self._keep(self.metrics_path, lambda line: line["step"] <= step)
-        self._keep(self._ledger, lambda line: line["position"] < samples)
+        self._keep(self._ledger, lambda line: line.get("position", -1) < samples)
 
     def _keep(self, path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
         if path.is_file():
@@ -131,7 +144,7 @@ class Run:
     def _ledger(self) -> Path:
         return self.folder / "ledger.jsonl"
 
-    def write_ledger(self, lines: Sequence[dict[str, Any]]) -> None:
+    def add_to_ledger(self, lines: Sequence[dict[str, Any]]) -> None:
         """Add unusable samples to ``ledger.jsonl``. Every rank adds its own; short appends do not tear."""
         if lines:
             with self._ledger.open("a", encoding="utf-8") as handle:
@@ -167,6 +180,19 @@ class Run:
         }
         write_json(self.folder / "manifest.json", manifest)
         return manifest
+
+
+def refuse_too_many(bad: float, samples: int, share: float, run: Path) -> None:
+    """Stop a run whose data is worse than its settings allow. Below 1,000 samples the share says too little.
+
+    Raises:
+        ClipkitError: where more than `share` of the samples could not be used.
+    """
+    if bad > share * max(samples, 1000):
+        raise ClipkitError(
+            f"{bad:,.0f} of {samples:,} samples could not be used, more than data.max_bad_share={share:g} allows; "
+            f"they are listed in {run / 'ledger.jsonl'}; clipkit check tells what is wrong with the shards"
+        )
 
 
 class MetricsLog:

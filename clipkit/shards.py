@@ -28,7 +28,16 @@ from clipkit.tar_index import (
     write_index,
 )
 
-__all__ = ["Shards", "captions_of", "expand", "image_extension", "is_shard_spec", "load_writer", "write_shard"]
+__all__ = [
+    "Shards",
+    "brace_expand",
+    "captions_of",
+    "expand",
+    "image_extension",
+    "is_shard_spec",
+    "load_writer",
+    "write_shard",
+]
 
 MAX_OPEN = 4096  # memory-mapped indexes at a time; Linux allows a process 65,530 mappings
 
@@ -63,9 +72,7 @@ def expand(spec: str) -> list[Path]:
         else:
             found = sorted(folder.glob("*.tar"))
     else:
-        from webdataset.shardlists import expand_urls
-
-        found = [Path(url) for url in expand_urls(spec)]
+        found = [Path(name) for name in brace_expand(spec)]
     for path in found:
         if not path.is_file():
             raise ClipkitError(f"no such shard: {path}")
@@ -295,11 +302,16 @@ class Shards(Sequence[dict[str, bytes]]):
         return (self[i] for i in range(len(self)))
 
 
-def _remote_tars(spec: str) -> list[str]:
+def brace_expand(spec: str) -> list[str]:
+    """The names that a brace pattern such as ``{000..012}.tar`` stands for, as webdataset has it."""
     from webdataset.shardlists import expand_urls
 
+    return list(expand_urls(spec))
+
+
+def _remote_tars(spec: str) -> list[str]:
     named = spec.partition("?")[0].endswith(".tar")
-    urls = list(expand_urls(spec)) if named else list_files(spec, ".tar")
+    urls = brace_expand(spec) if named else list_files(spec, ".tar")
     if not urls:
         raise ClipkitError(f"no shards (*.tar) in {spec}")
     return urls

@@ -93,6 +93,10 @@ class Spool:
         return tar
 
     def _make_room(self) -> None:
+        for scratch in self.folder.glob(".*.tmp"):  # of a process that was killed while it fetched
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - scratch.stat().st_mtime > 3600:
+                    scratch.unlink()
         standing = []
         for path in self.folder.glob("*.tar"):
             try:

@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 from clipkit.artifact import atomic_write, write_json
 from clipkit.errors import ClipkitError
 from clipkit.log import note
+from clipkit.preprocess import IMAGE_SUFFIXES
 from clipkit.storage import user_cache
 
 __all__ = [
@@ -42,7 +43,7 @@ __all__ = [
 
 SIDECAR_SUFFIX = ".idx.arrow"
 DEFECTS_SUFFIX = ".defects.json"
-LAYOUT = "2"
+LAYOUT = "3"
 # webdataset's rule: the key ends at the first dot of the last path component.
 MEMBER = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 SCHEMA = pa.schema(
@@ -97,15 +98,24 @@ class TarIndex:
             hasher.update(json.dumps(self.table[name].to_pylist(), ensure_ascii=False).encode("utf-8", "surrogatepass"))
         return hasher.hexdigest()
 
-    def having(self, wanted: Callable[[str], bool]) -> np.ndarray:
-        """For each sample, whether it has a member whose extension is wanted; bool ``[samples]``."""
+    @cached_property
+    def without_image(self) -> list[int]:
+        """Rows of the samples that have no member with the extension of an image."""
+        return self._without(lambda ext: f".{ext}" in IMAGE_SUFFIXES)
+
+    @cached_property
+    def without_text(self) -> list[int]:
+        """Rows of the samples that have neither a ``txt`` nor a ``json`` member, so no caption."""
+        return self._without(lambda ext: ext in ("txt", "json"))
+
+    def _without(self, wanted: Callable[[str], bool]) -> list[int]:
         column = self.table["ext"].combine_chunks()
         flat = pc.list_flatten(column).dictionary_encode()
         good = np.array([wanted(ext) for ext in flat.dictionary.to_pylist()], bool)
         owner = pc.list_parent_indices(column).to_numpy(zero_copy_only=False)
         found = np.zeros(len(self), bool)
         found[owner[good[flat.indices.to_numpy(zero_copy_only=False)]]] = True
-        return found
+        return np.flatnonzero(~found).tolist()
 
 
 def stamp_of(tar: Path) -> str:
@@ -189,6 +199,8 @@ def write_index(tar: Path, index: TarIndex, stamp: str | None = None) -> None:
         "digest": index.digest,
         "key_range": json.dumps(index.key_range),
         "extensions": json.dumps(sorted(index.extensions)),
+        "without_image": json.dumps(index.without_image),
+        "without_text": json.dumps(index.without_text),
     }
     table = index.table.replace_schema_metadata(about)
 
@@ -237,6 +249,7 @@ def parse_index(stream: Any) -> tuple[TarIndex, str]:
     low, high = json.loads(about["key_range"])
     index.key_range = low, high
     index.extensions = set(json.loads(about["extensions"]))
+    index.without_image, index.without_text = json.loads(about["without_image"]), json.loads(about["without_text"])
     return index, about["tar"]
 
 

@@ -18,7 +18,9 @@ FLOORS = [
     {"spool"},
     {"shards"},
     {"sources", "towers"},
-    {"pack", "embeddings", "loader", "checkpoint"},
+    {"pack", "embeddings", "trainset", "checkpoint"},
+    {"streams"},
+    {"loader"},
     {"embed", "search", "run"},
     {"zeroshot", "evaluation"},
 ]

@@ -15,11 +15,10 @@ import yaml
 from safetensors.torch import load_file
 
 from clipkit import checkpoint
-from clipkit.loader import TrainSet, train_batches
+from clipkit.loader import Batches, open_train_data, train_batches
 from clipkit.loss import info_nce
 from clipkit.optim import learning_rate, parameter_groups
 from clipkit.preprocess import Preprocess
-from clipkit.shards import Shards
 from clipkit.towers import load_model
 from tests.conftest import tiny_model
 
@@ -95,8 +94,9 @@ def test_the_loop_is_the_loop_written_plainly(trained, shards):
     config = load_config(trained / "config.yaml")
     model = create_model(config.model).train()
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-3, betas=(0.9, 0.98), eps=1e-6, fused=True)
-    data = TrainSet(Shards.open(str(shards)), Preprocess(size=32), config.data.augment, 0)
-    loader = train_batches(data, model.tokenizer, first_step=0, steps=6, batch_size=16, workers=0)
+    data = open_train_data(config.data, 0)
+    batches = Batches(data, Preprocess(size=32), model.tokenizer, config.data, 0)
+    loader = train_batches(batches, first_step=0, steps=6, batch_size=16)
     for step, batch in enumerate(loader):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps=6, peak=1e-3, warmup=2)

@@ -72,21 +72,18 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
     from clipkit.embed import fast_bf16
     from clipkit.errors import ClipkitError
     from clipkit.evaluation import evaluate_retrieval
-    from clipkit.loader import TrainSet, train_batches
+    from clipkit.loader import Batches, describe, open_train_data, train_batches
     from clipkit.log import note, progress, warn
     from clipkit.loss import info_nce, sigmoid_loss
     from clipkit.optim import learning_rate, parameter_groups
-    from clipkit.run import MetricsLog, Run
-    from clipkit.shards import Shards
+    from clipkit.run import MetricsLog, Run, refuse_too_many
     from clipkit.sources import open_source
     from clipkit.towers import create_model, load_model, pick_device
 
     # accelerate joins the ranks of a CPU launch only when it is told that the CPU is meant.
     process = PartialState(cpu=pick_device().type == "cpu")
     if process.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
-        raise ClipkitError(
-            f"accelerate joined {process.num_processes} of {os.environ['WORLD_SIZE']} launched processes"
-        )
+        raise ClipkitError(f"accelerate joined {process.num_processes} of {os.environ['WORLD_SIZE']} processes")
     device = torch.device(process.device or "cpu")
     rank, world_size = process.process_index, process.num_processes
     bf16 = config.precision == "bf16" or (config.precision == "auto" and fast_bf16(device))
@@ -94,12 +91,13 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
 
     # Everything that can be wrong with the input is found before the run folder is touched.
-    shards = Shards.open(config.data.train)
-    identity = shards.identity()
-    steps = config.total_steps(len(shards))
-    validation = None if config.data.val is None else open_source(config.data.val, captions_required=True)
     run = Run(out, config, is_main=accelerator.is_main_process)
     run.check(resume=resume, overwrite=overwrite)
+    excluded = run.excluded if resume else None
+    data = open_train_data(config.data, config.seed, excluded=excluded, is_main=accelerator.is_main_process)
+    identity = data.identity()
+    steps = config.total_steps(data.size)
+    validation = None if config.data.val is None else open_source(config.data.val, captions_required=True)
     if resume and run.finished_steps >= steps:
         note(f"{out} is trained to step {run.finished_steps} already; a larger --set steps=N goes on")
         return 1 if run.left_out else 0
@@ -122,51 +120,43 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
     )
     if state["data"] != identity:
         raise ClipkitError(
-            f"{config.data.train} holds other samples than {out} was trained on; use --init-from to go on"
+            f"{config.data.train} holds other samples than {out} was trained on, or mixes them otherwise; "
+            "use --init-from to go on"
         )
     first = state["step"]
     accelerator.wait_for_everyone()  # every rank has looked at the folder before one changes it
     if accelerator.is_main_process:
         run.begin(resume=resume)
+        if excluded is None:
+            run.pin_plan(data.excluded, data.left_out)
         run.rewind(first)
     accelerator.wait_for_everyone()
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    set_rank_seed = first == 0 and world_size > 1
-    if set_rank_seed:
+    if first == 0 and world_size > 1:
         set_seed(config.seed + rank)  # dropout differs between ranks; the weights are made already
 
-    data = TrainSet(shards, model.preprocess, config.data.augment, config.seed)
     batches = train_batches(
-        data,
-        model.tokenizer,
+        Batches(data, model.preprocess, model.tokenizer, config.data, config.seed),
         first_step=first,
         steps=steps,
         batch_size=config.batch_size,
         rank=rank,
         world_size=world_size,
-        workers=config.data.workers,
         pin_memory=device.type == "cuda",
     )
     parameters = sum(p.numel() for p in model.parameters())
-    note(
-        f"{parameters / 1e6:.1f} M parameters, {len(shards):,} samples, steps {first:,} to {steps:,} of "
-        f"{config.batch_size}, {accelerator.mixed_precision} on {world_size} x {device.type}"
-    )
+    note(f"{parameters / 1e6:.1f} M parameters, {accelerator.mixed_precision} on {world_size} x {device.type}")
+    note(f"steps {first:,} to {steps:,} of {config.batch_size}: {describe(data, steps * config.batch_size)}")
 
     log = MetricsLog(run, is_main=accelerator.is_main_process)
     max_log_scale = torch.tensor(config.loss.max_logit_scale).log().item()
     began = ended = time.perf_counter()
-    waited, reported, losses = 0.0, first, math.nan
+    waited, reported, losses, bad = 0.0, first, math.nan, 0
     for step, batch in enumerate(progress(batches, "train", steps - first, "steps"), first):
         fetched = time.perf_counter()
         waited += fetched - ended
-        rate = learning_rate(
-            step,
-            steps=steps,
-            peak=config.optim.lr,
-            warmup=config.optim.warmup_steps,
-            floor=config.optim.min_lr,
-        )
+        schedule = {"peak": config.optim.lr, "warmup": config.optim.warmup_steps, "floor": config.optim.min_lr}
+        rate = learning_rate(step, steps=steps, **schedule)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
@@ -186,7 +176,8 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
         with torch.no_grad():
             model.logit_scale.clamp_(0, max_log_scale)
 
-        run.write_ledger(batch["left_out"])
+        run.add_to_ledger(batch["left_out"])
+        bad += sum("position" in line for line in batch["left_out"])
         done = step + 1
         state.update(step=done, samples=done * config.batch_size)
         last_step = done == steps
@@ -194,7 +185,11 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
         reports = done % config.log.every_steps == 0 or last_step
         if saves or reports:
             # The .item() calls wait for the device; that is why they happen only here.
-            losses = accelerator.reduce(loss.detach(), "mean").item()
+            figures = torch.tensor([loss.detach().item(), bad], device=device)
+            losses, bad_of_rank = accelerator.reduce(figures, "mean").tolist()
+            refuse_too_many(
+                bad_of_rank * world_size, (done - first) * config.batch_size, config.data.max_bad_share, out
+            )
             if not math.isfinite(losses):
                 raise ClipkitError(
                     f"the loss is {losses} at step {done}; lower optim.lr, and look at {run.metrics_path}"

@@ -287,6 +287,10 @@ class Stage:
             if left:
                 time.sleep(0.2)
 
+    def is_finished(self, name: str) -> bool:
+        """Whether somebody has finished this part."""
+        return self._record(name).is_file()
+
     def finish_part(self, name: str, record: dict[str, Any]) -> None:
         """Say that every file of this part stands under its final name; `record` is kept for the manifest."""
         write_json(self._record(name), record)

@@ -12,6 +12,7 @@ from clipkit.artifact import digest, write_ledger
 from clipkit.errors import ClipkitError
 from clipkit.findings import Verdict
 from clipkit.pack import pack
+from clipkit.parallel import cores
 from clipkit.scan import Scan
 from clipkit.sources import Sample
 
@@ -30,6 +31,7 @@ class Kept:
 
     def __init__(self, scanned: Scan, left_out: Collection[int]):
         self.spec = scanned.spec
+        self.remote = any(part.source.remote for part in scanned.parts)
         self._scan = scanned
         self._rows = np.setdiff1d(np.arange(len(scanned)), np.fromiter(left_out, np.int64))
         # A key that several shards use goes with the shard's name, as `clipkit.shards.Shards` tells them apart.
@@ -74,7 +76,7 @@ def pack_clean(scanned: Scan, verdict: Verdict, out: Path, *, overwrite: bool = 
     source = Kept(scanned, verdict.left_out)
     if not len(source):
         raise ClipkitError(f"nothing in {scanned.spec} is left for a clean copy; see what was found")
-    manifest = pack(source, out, overwrite=overwrite)
+    manifest = pack(source, out, workers=cores(), overwrite=overwrite)
     shards = [finding for finding in scanned.findings if finding.row < 0 and finding.key is None]
     lines = [{"shard": f.shard, "key": None, "kind": f.kind, "reason": f.reason} for f in shards]
     for row, line in sorted(verdict.left_out.items()):

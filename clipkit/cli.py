@@ -103,8 +103,7 @@ list_options = _together(
     click.option("--caption-column", help="A list's column of captions [default: by usual names, such as caption]."),
     click.option(
         "--image-root",
-        type=click.Path(path_type=Path),
-        help="Where a list's relative paths start [default: its folder].",
+        help="Folder or URL where a list's relative paths start [default: its folder].",
     ),
 )
 

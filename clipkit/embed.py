@@ -1,11 +1,7 @@
 """From a source and a model to embeddings: in memory for a few thousand, or as an artifact that survives a kill."""
 
-import os
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ from clipkit.artifact import Stage, read_manifest, write_ledger
 from clipkit.embeddings import Embedded, Side, table_path, write_part
 from clipkit.errors import BadSample, ClipkitError
 from clipkit.log import progress
+from clipkit.parallel import cores, in_threads
 from clipkit.preprocess import decode
 from clipkit.sources import Sample, Source, check_ids
 from clipkit.towers import DualEncoder
@@ -86,7 +83,7 @@ def embed_source(
         return i, kept, pixels, {}
 
     pixels_waiting: list[np.ndarray] = []
-    loaded = _in_threads(load, rows, threads or os.cpu_count() or 1, ahead=4 * batch_size)
+    loaded = in_threads(load, rows, threads or cores(), ahead=4 * batch_size)
     with torch.inference_mode(), _evaluating(model):
         for row, sample, pixels, complaint in progress(loaded, show, len(rows), "samples") if show else loaded:
             if sample is None:
@@ -136,20 +133,6 @@ def _evaluating(model: DualEncoder) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def _in_threads(load: Any, rows: range, threads: int, ahead: int) -> Iterator[Any]:
-    """Results in order, at most `ahead` of them waiting, so that memory stays flat whatever the source's size."""
-    with ThreadPoolExecutor(threads, "decode") as pool:
-        todo = iter(rows)
-        waiting = deque(pool.submit(load, i) for i in islice(todo, ahead))
-        try:
-            while waiting:
-                yield waiting.popleft().result()
-                waiting.extend(pool.submit(load, i) for i in islice(todo, 1))
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 def embed(

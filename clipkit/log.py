@@ -8,7 +8,8 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -16,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["FORMATS", "console", "emit", "is_main_process", "note", "progress", "warn"]
+__all__ = ["FORMATS", "console", "emit", "is_main_process", "meter", "note", "progress", "warn"]
 
 FORMATS = ("human", "json", "jsonl", "csv")
 
@@ -47,11 +48,27 @@ def warn(message: str) -> None:
 
 def progress(items: Iterable[Item], what: str, total: int | None = None, unit: str = "") -> Iterator[Item]:
     """Iterate with a bar, a count, a rate and the time that remains, where somebody watches."""
-    if not (is_main_process() and sys.stderr.isatty()):
-        yield from items
-        return
     if total is None and isinstance(items, Sequence):
         total = len(items)
+    with meter(what, total, unit) as advance:
+        for item in items:
+            yield item
+            advance(1)
+
+
+@contextmanager
+def meter(what: str, total: int | None, unit: str = "", done: int = 0) -> Iterator[Callable[..., None]]:
+    """A bar as `progress` shows it, for work that is told in steps: gives ``advance(steps, bytes=0)``.
+
+    Args:
+        what: stands before the bar.
+        total: steps; None where it is not known.
+        unit: of a step.
+        done: steps that were done before.
+    """
+    if not (is_main_process() and sys.stderr.isatty()):
+        yield lambda steps, size=0: None
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -60,11 +77,19 @@ def progress(items: Iterable[Item], what: str, total: int | None = None, unit: s
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console(), transient=True) as bar:
-        task = bar.add_task(what, total=total, rate="")
-        for item in items:
-            yield item
+        task = bar.add_task(what, total=total, completed=done, rate="")
+        seen, seen_bytes = 0, 0
+
+        def advance(steps: int, size: int = 0) -> None:
+            nonlocal seen, seen_bytes
+            seen, seen_bytes = seen + steps, seen_bytes + size
             speed = bar.tasks[task].speed
-            bar.update(task, advance=1, rate=f"{speed:,.0f} {unit}/s" if speed else "")
+            rate = f"{speed:,.0f} {unit}/s" if speed else ""
+            if speed and seen_bytes:
+                rate += f" {speed * seen_bytes / max(seen, 1) / 1e6:,.1f} MB/s"
+            bar.update(task, advance=steps, rate=rate)
+
+        yield advance
 
 
 def _plain(value: Any) -> Any:

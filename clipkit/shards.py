@@ -1,5 +1,6 @@
 """Webdataset shards: written with webdataset itself, read by seeking (see `clipkit.tar_index`)."""
 
+import hashlib
 import json
 import os
 import threading
@@ -7,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -27,7 +28,16 @@ from clipkit.tar_index import (
     write_index,
 )
 
-__all__ = ["Shards", "brace_expand", "captions_of", "expand", "image_extension", "is_shard_spec", "write_shard"]
+__all__ = [
+    "Shards",
+    "brace_expand",
+    "captions_of",
+    "expand",
+    "image_extension",
+    "is_shard_spec",
+    "load_writer",
+    "write_shard",
+]
 
 MAX_OPEN = 4096  # memory-mapped indexes at a time; Linux allows a process 65,530 mappings
 
@@ -71,22 +81,45 @@ def expand(spec: str) -> list[Path]:
     return found
 
 
-def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> int:
+class WrittenShard(NamedTuple):
+    """What was written."""
+
+    samples: int
+    bytes: int
+    """Of the tar."""
+    blake2b: str
+    """Of the tar's bytes, in hexadecimal digits, as ``b2sum`` prints it."""
+
+
+class _Hashed:
+    def __init__(self, stream: IO[Any]):
+        self.stream, self.size, self.hash = stream, 0, hashlib.blake2b()
+
+    def write(self, data: bytes) -> int:
+        self.hash.update(data)
+        self.size += len(data)
+        return self.stream.write(data)
+
+
+def load_writer() -> Any:
+    """webdataset's class for writing a tar. Its import brings torch, seconds that are better spent before a fork."""
+    from webdataset.writer import TarWriter
+
+    return TarWriter
+
+
+def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> WrittenShard:
     """Write one shard and its sidecar, each atomically. Equal samples give equal bytes.
 
     Args:
         path: the tar to write.
         samples: pairs of a key and its members, extension to bytes, in order.
-
-    Returns:
-        The number of samples written.
     """
-    from webdataset.writer import TarWriter
-
+    TarWriter = load_writer()
     count = 0
     with atomic_write(path) as stream:
         # A fixed time and owner make the bytes a function of the content; PAX carries long and unicode names.
-        output: Any = stream
+        output: Any = _Hashed(stream)
         writer = TarWriter(output, encoder=False, mtime=0, user="clipkit", group="clipkit", format="PAX_FORMAT")
         try:
             for key, members in samples:
@@ -98,7 +131,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
             writer.tarstream.fileobj.closed = True
             raise
     write_index(path, index_tar(path))
-    return count
+    return WrittenShard(count, output.size, output.hash.hexdigest())
 
 
 class Shards(Sequence[dict[str, bytes]]):

@@ -39,7 +39,7 @@ def main(
     model: str | None,
     image_column: str | None,
     caption_column: str | None,
-    image_root: Path | None,
+    image_root: str | None,
     fmt: str,
 ) -> int:
     """Say for every image of SOURCE (a folder, a list, shards, or embeddings) which of the labels fits best.

@@ -3,8 +3,6 @@
 `retrieval` measures recall at k in both directions, as CLIP_benchmark defines it.
 """
 
-from pathlib import Path
-
 import click
 
 from clipkit.cli import Job, format_option, list_options, model_option
@@ -38,7 +36,7 @@ def main(
     model: str | None,
     image_column: str | None,
     caption_column: str | None,
-    image_root: Path | None,
+    image_root: str | None,
     ks: tuple[int, ...],
     precision: str,
     batch_size: int,

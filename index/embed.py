@@ -38,7 +38,7 @@ def main(
     model: str | None,
     image_column: str | None,
     caption_column: str | None,
-    image_root: Path | None,
+    image_root: str | None,
     sides: str,
     precision: str,
     batch_size: int,

@@ -1,13 +1,18 @@
 """Folders, lists and shards as one thing."""
 
 import json
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from clipkit.errors import BadSample, ClipkitError
+from clipkit.pack import pack, shard_keys
 from clipkit.sources import check_ids, open_source, sample_id
 
 ROWS = [
@@ -74,6 +79,10 @@ def test_columns_are_found_by_name_and_named_when_missing(tmp_path):
         ("x.csv", "path,caption\n", "no rows"),
         ("x.parquet", "not parquet", "no readable parquet"),
         ("x.txt", "a", "is no source"),
+        ("x.json", "{", "is not valid JSON"),
+        ("x.json", '{"a": 1}', "is no list: expected COCO's captions"),
+        ("x.json", '{"images": [{"id": 1}]}', r"images\[0\] has no id or no file_name"),
+        ("x.json", '{"images": []}', "no rows"),
     ],
 )
 def test_a_broken_list_is_named(tmp_path, name, text, message):
@@ -142,3 +151,186 @@ def test_a_folder_of_pictures_with_an_archive_among_them_stays_one(tmp_path):
     source = open_source(tmp_path)
     assert len(source) == 1
     assert source[0].captions == ("a cat",)
+
+
+COCO = {
+    "info": {"year": 2017},
+    "images": [
+        {"id": 9, "file_name": "b.png", "width": 4, "height": 4, "license": 3},
+        {"id": 5, "file_name": "a.png", "width": 4, "height": 4, "license": 3},
+        {"id": 7, "file_name": "none.png", "width": 4, "height": 4, "license": 3},
+    ],
+    "annotations": [
+        {"id": 1, "image_id": 5, "caption": "zebra "},
+        {"id": 2, "image_id": 9, "caption": "b"},
+        {"id": 3, "image_id": 5, "caption": "a second"},
+        {"id": 4, "image_id": 5, "caption": "a first"},
+        {"id": 5, "image_id": 77, "caption": "of nothing"},
+    ],
+}
+
+
+@pytest.fixture
+def coco(tmp_path):
+    """COCO's layout: annotations in one folder, pictures in another."""
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "val").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (4, 4), (len(name), 0, ord(name[0]))).save(tmp_path / "val" / name)
+    (tmp_path / "annotations" / "captions_val.json").write_text(json.dumps(COCO))
+    return tmp_path
+
+
+def check_coco(source, folder):
+    assert [source.key(i) for i in range(len(source))] == ["b.png", "a.png", "none.png"]
+    assert [source[i].captions for i in range(3)] == [("b",), ("zebra", "a second", "a first"), ()]
+    assert source[1].columns == {"path": "a.png", "image_id": 5, "license": 3}
+    assert source[1].read() == (folder / "val" / "a.png").read_bytes()
+    assert source.size(1) == (folder / "val" / "a.png").stat().st_size
+    assert source.size(2) == 0
+    with pytest.raises(BadSample):
+        source[2].read()
+
+
+def test_coco_captions(coco, run, capsys):
+    listed = coco / "annotations" / "captions_val.json"
+    check_coco(open_source(listed, image_root=coco / "val", captions_required=True), coco)
+    assert "1 captions are of no image that it lists" in capsys.readouterr().err
+    assert run("pack", listed, "--image-root", coco / "val", "--out", coco / "s").status == 1
+    (line,) = [json.loads(line) for line in (coco / "s" / "ledger.jsonl").read_text().splitlines()]
+    assert (line["key"], line["row"]) == ("none.png", 2)
+
+
+def test_an_image_of_coco_without_a_caption_is_in_the_ledger(coco, run):
+    Image.new("RGB", (4, 4)).save(coco / "val" / "none.png")
+    assert run("pack", coco / "annotations/captions_val.json", "--image-root", coco / "val", "--out", coco / "s").status
+    line = json.loads((coco / "s" / "ledger.jsonl").read_text())
+    assert line == {"row": 2, "key": "none.png", "reason": "the sample has no caption"}
+
+
+def test_cocos_boxes_are_no_captions(tmp_path):
+    boxes = {**COCO, "annotations": [{"id": 1, "image_id": 5, "bbox": [0, 0, 1, 1]}]}
+    (tmp_path / "instances.json").write_text(json.dumps(boxes))
+    with pytest.raises(ClipkitError, match="has no caption column; its columns are file_name, image_id, license"):
+        open_source(tmp_path / "instances.json", captions_required=True)
+    assert len(open_source(tmp_path / "instances.json")) == 3
+
+
+def test_a_json_list_of_objects_is_a_list(tmp_path):
+    (tmp_path / "list.json").write_text(json.dumps(ROWS))
+    assert open_source(tmp_path / "list.json")[0].captions == ('a "quoted" cat', "the same cat")
+
+
+@pytest.fixture
+def memory(tmp_path):
+    """A folder in fsspec's memory, named for the test; gives its URL and a function that copies a folder there."""
+    files = fsspec.filesystem("memory")
+    root = f"/{tmp_path.parent.name}-{tmp_path.name}"
+
+    def put(folder, name=""):
+        for path in folder.rglob("*"):
+            if path.is_file():
+                files.pipe("/".join(filter(None, [root, name, str(path.relative_to(folder))])), path.read_bytes())
+
+    yield f"memory:/{root}", put
+    files.rm(root, recursive=True)
+
+
+def test_coco_at_a_url(coco, memory, capsys):
+    url, put = memory
+    put(coco)
+    check_coco(open_source(f"{url}/annotations/captions_val.json", image_root=f"{url}/val"), coco)
+    assert "asking for the size and state of 3 remote files" in capsys.readouterr().err
+
+
+def test_a_list_at_a_url_and_urls_in_a_list(pictures, memory, tmp_path):
+    url, put = memory
+    put(pictures.parent)
+    here, there = open_source(pictures), open_source(f"{url}/list.tsv")
+    assert there.remote
+    assert not here.remote
+    assert len(here) == len(there)
+    assert [there.key(i) for i in range(48)] == [here.key(i) for i in range(48)]
+    assert there[5].columns == here[5].columns
+    assert there[5].read() == here[5].read()
+    assert there.identity() == open_source(f"{url}/list.tsv").identity()
+    pack(there, tmp_path / "there", shard_samples=13, workers=2)
+    pack(here, tmp_path / "here", shard_samples=13)
+    for path in (tmp_path / "here").glob("*.tar"):
+        assert path.read_bytes() == (tmp_path / "there" / path.name).read_bytes()
+    mixed = tmp_path / "mixed.tsv"
+    mixed.write_text(f"path\tcaption\n{url}/images/001.png\tfar\n{pictures.parent}/images/002.png\tnear\n")
+    source = open_source(mixed)
+    assert [source[i].read() for i in range(2)] == [here[1].read(), here[2].read()]
+    assert [source[i].extension for i in range(2)] == ["png", "png"]
+    before = source.identity()
+    fsspec.filesystem("memory").pipe(f"{url}/images/001.png", b"other")
+    assert open_source(mixed).identity() != before
+
+
+def test_a_folder_at_a_url(memory, tmp_path):
+    url, put = memory
+    for name in ("b/x.JPG", "a.png", ".hidden.png", ".git/c.png"):
+        (tmp_path / "f" / name).parent.mkdir(exist_ok=True, parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "f" / name)
+    (tmp_path / "f/a.txt").write_text("a cat")
+    (tmp_path / "f/b/x.json").write_text('{"captions": ["one", "two"], "w": 3}')
+    put(tmp_path / "f", "deep/f")
+    here = open_source(tmp_path / "f", captions_required=True)
+    for spec in (f"{url}/deep/f", f"{url}/deep/f/", f"file://{tmp_path}/f"):
+        there = open_source(spec, captions_required=True)
+        assert [there.key(i) for i in range(len(there))] == ["a.png", "b/x.JPG"]
+        for i in range(2):
+            assert (there[i].captions, there[i].columns) == (here[i].captions, here[i].columns)
+            assert there[i].read() == here[i].read()
+            assert there.size(i) == here.size(i)
+    with pytest.raises(ClipkitError, match=r"no images in memory://.*/deep/f/a.txt"):
+        open_source(f"{url}/deep/f/a.txt")
+    with pytest.raises(ClipkitError, match="there is no such file"):
+        open_source(f"{url}/nowhere")
+
+
+def test_shards_at_a_url(shards, memory, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLIPKIT_CACHE", str(tmp_path / "cache"))
+    url, put = memory
+    put(shards)
+    here = open_source(shards)
+    for spec in (url, f"{url}/{{000000..000003}}.tar"):
+        there = open_source(spec, captions_required=True)
+        assert there.identity() == here.identity()
+        assert there[20].read() == here[20].read()
+    pack(there, tmp_path / "again", shard_samples=13, workers=2)
+    for path in shards.glob("*.tar"):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+def test_a_list_at_a_url_by_the_command(run, refused, pictures, memory, tmp_path):
+    url, put = memory
+    put(pictures.parent)
+    (tmp_path / "list.tsv").write_text("path\tcaption\n001.png\tone\nnone.png\ttwo\n")
+    call = ["pack", tmp_path / "list.tsv", "--image-root", f"{url}/images", "--out", tmp_path / "s"]
+    assert run(*call).status == 1
+    line = json.loads((tmp_path / "s" / "ledger.jsonl").read_text())
+    assert line["reason"] == f"{url}/images/none.png: there is no such file"
+    assert f"{url}/none.tsv: there is no such file" in refused("pack", f"{url}/none.tsv", "--out", tmp_path / "t")
+
+
+def test_keys_of_urls_are_plain():
+    assert shard_keys(["https://a.org/b/c.d.jpg?size=3#x", "s3://bucket/d.png"]) == ["a.org/b/c_d", "bucket/d"]
+
+
+def test_images_behind_a_web_server_are_read_by_forked_workers(pictures, shards, tmp_path):
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=pictures.parent))
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    try:
+        source = open_source(f"http://127.0.0.1:{server.server_port}/list.tsv")
+        pack(source, tmp_path / "s", shard_samples=13, workers=2)
+    finally:
+        server.shutdown()
+        server.server_close()
+    for path in shards.glob("*.tar"):
+        assert path.read_bytes() == (tmp_path / "s" / path.name).read_bytes()

@@ -12,22 +12,9 @@ JOBS = [path for folder in ("train", "index", "eval") for path in sorted((ROOT /
 # A module may import modules of lower floors, and of its own floor where the package says so.
 FLOORS = [
     {"errors"},
-    {
-        "log",
-        "artifact",
-        "preprocess",
-        "config",
-        "metrics",
-        "loss",
-        "optim",
-        "scenes",
-        "report",
-        "lists",
-        "order",
-        "perceptual",
-    },
-    {"storage", "cli", "augment"},
-    {"tar_index"},
+    {"log", "artifact", "preprocess", "config", "metrics", "loss", "optim", "scenes", "report", "order"},
+    {"storage", "cli", "augment", "shrink", "perceptual", "parallel"},
+    {"tar_index", "lists"},
     {"spool"},
     {"shards"},
     {"sources", "towers", "verify"},
@@ -54,7 +41,7 @@ HOMES = {
     "yaml": {"config"},
     "click": {"cli", "train", "index", "eval"},
     "pydantic": {"config", "preprocess", "towers"},
-    "PIL": {"preprocess", "augment", "scenes", "report", "towers", "perceptual", "check_page"},
+    "PIL": {"preprocess", "shrink", "augment", "scenes", "report", "towers", "perceptual", "check_page"},
 }
 
 

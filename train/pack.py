@@ -1,7 +1,8 @@
 """Pack images and their captions into webdataset shards.
 
-Reads a list (csv, tsv, jsonl, parquet), a folder of images with same-stem .txt or .json, or other shards. Each image
-keeps its own bytes and extension; several captions of one image stay together in one sample.
+Reads a list (csv, tsv, jsonl, parquet, COCO's json), a folder of images with same-stem .txt or .json, or other shards,
+from the disk or from a URL. Each image keeps its own bytes and extension (but see --max-side); several captions of one
+image stay together in one sample.
 """
 
 from pathlib import Path
@@ -14,40 +15,48 @@ from clipkit.cli import Job, list_options, out_options
 @click.command(cls=Job)
 @click.argument("source")
 @list_options
+@click.option("--shard-samples", type=click.IntRange(1), help="Most samples per shard [default: 10000].")
+@click.option("--shard-mib", type=click.IntRange(1), help="Most MiB of the source's images per shard [default: 512].")
+@click.option("--shards", type=click.IntRange(1), help="How many shards to make, of equal numbers of samples, instead.")
 @click.option(
-    "--shard-samples",
-    default=10_000,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Most samples per shard.",
+    "--max-side", type=click.IntRange(1), help="Make larger images smaller: the long side to this many pixels."
 )
 @click.option(
-    "--shard-mib",
-    default=512,
+    "--quality",
+    default=95,
     show_default=True,
-    type=click.IntRange(1),
-    help="Most MiB of images per shard.",
+    type=click.IntRange(1, 100),
+    help="Of JPEG and lossy WebP that --max-side writes.",
 )
+@click.option("--workers", type=click.IntRange(1), help="Processes at work [default: one per core].")
 @out_options("the shards")
 def main(
     source: str,
     image_column: str | None,
     caption_column: str | None,
-    image_root: Path | None,
-    shard_samples: int,
-    shard_mib: int,
+    image_root: str | None,
+    shard_samples: int | None,
+    shard_mib: int | None,
+    shards: int | None,
+    max_side: int | None,
+    quality: int,
+    workers: int | None,
     out: Path,
     overwrite: bool,
 ) -> int:
     """Pack SOURCE into webdataset shards: images with their captions, any webdataset reader can read them.
 
     An image that is missing or no image goes to OUT/ledger.jsonl and the status is 1. Killed and run again, it goes on
-    with the shards that are not finished.
+    with the shards that are not finished; several processes may share the work of one OUT.
     """
+    from clipkit.errors import ClipkitError
     from clipkit.log import note, warn
     from clipkit.pack import pack
+    from clipkit.parallel import cores
     from clipkit.sources import open_source
 
+    if shards and (shard_samples or shard_mib):
+        raise ClipkitError("--shards says how many, --shard-samples and --shard-mib say how large; choose one way")
     opened = open_source(
         source,
         image_column=image_column,
@@ -55,12 +64,24 @@ def main(
         image_root=image_root,
         captions_required=True,
     )
-    manifest = pack(opened, out, shard_samples=shard_samples, shard_bytes=shard_mib << 20, overwrite=overwrite)
+    manifest = pack(
+        opened,
+        out,
+        shard_samples=shard_samples or 10_000,
+        shard_bytes=(shard_mib or 512) << 20,
+        shards=shards,
+        max_side=max_side,
+        quality=quality,
+        workers=workers or cores(),
+        overwrite=overwrite,
+    )
     counts = manifest["counts"]
     note(
         f"{out}: {counts['samples']:,} samples with {counts['captions']:,} captions in {counts['shards']:,} shards, "
         f"{counts['bytes'] / 1e6:,.1f} MB"
     )
+    if counts["repeated_captions"]:
+        note(f"{counts['repeated_captions']:,} captions repeat one of their image's, listed in {out / 'ledger.jsonl'}")
     if counts["left_out"]:
         first = manifest["first_left_out"]
         reason = f"{first['key']}: {first['reason']}"

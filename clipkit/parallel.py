@@ -1,0 +1,106 @@
+"""Work done at once, in order where that matters: threads for what waits, processes for what computes in Python."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from multiprocessing.connection import Connection, wait
+from typing import Any, NoReturn, TypeVar
+
+from clipkit.errors import ClipkitError
+
+__all__ = ["cores", "in_processes", "in_threads"]
+
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_threads(load: Callable[[Item], Value], items: Iterable[Item], threads: int, ahead: int) -> Iterator[Value]:
+    """``load(item)`` of each, in order, at most `ahead` of them waiting, so that memory stays flat; 0 threads: here."""
+    if not threads:
+        yield from map(load, items)
+        return
+    with ThreadPoolExecutor(threads, "load") as pool:
+        todo = iter(items)
+        waiting = deque(pool.submit(load, item) for item in islice(todo, ahead))
+        try:
+            while waiting:
+                yield waiting.popleft().result()
+                waiting.extend(pool.submit(load, item) for item in islice(todo, 1))
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def in_processes(work: Callable[[Callable[[Any], None]], None], count: int) -> Iterator[Any]:
+    """Run ``work(tell)`` in each of `count` forked processes and give what they tell, until all are done.
+
+    They are forked, so that what `work` refers to is shared and not copied. They end with this process, be it killed.
+
+    Raises:
+        ClipkitError: the first that one of them raised; the others are ended then, and clean up after themselves.
+    """
+    context = multiprocessing.get_context("fork")
+    running: dict[Connection, Any] = {}
+    try:
+        for _ in range(count):
+            reader, writer = context.Pipe(duplex=False)
+            running[reader] = context.Process(target=_run, args=(work, writer, os.getpid()), daemon=True)
+            running[reader].start()
+            writer.close()
+        while running:
+            for reader in wait(list(running)):
+                try:
+                    told, value = reader.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    _check(running.pop(reader))  # type: ignore[arg-type]
+                    continue
+                if not told:
+                    raise ClipkitError(value[0]) from RuntimeError(value[1])
+                yield value
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.join(10.0)
+            process.kill()
+
+
+def _check(process: Any) -> None:
+    process.join()
+    if process.exitcode:
+        how = signal.Signals(-process.exitcode).name if process.exitcode < 0 else f"status {process.exitcode}"
+        raise ClipkitError(
+            f"a worker process ended with {how}; the same command goes on, with --workers 1 it needs less"
+        )
+
+
+def _run(work: Callable[[Callable[[Any], None]], None], writer: Connection, parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this one
+    signal.signal(signal.SIGTERM, _leave)
+
+    def tell(value: Any) -> None:
+        if os.getppid() != parent:
+            os._exit(1)  # it was killed: what is left is done when the command is run again
+        writer.send((True, value))
+
+    try:
+        work(tell)
+    except Exception as error:
+        message = str(error) if isinstance(error, ClipkitError) else f"{type(error).__name__}: {error}"
+        with contextlib.suppress(BrokenPipeError):
+            writer.send((False, (message, traceback.format_exc())))
+
+
+def _leave(*_: Any) -> NoReturn:
+    raise SystemExit(0)  # an exception, so that files half written are removed on the way out

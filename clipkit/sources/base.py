@@ -1,0 +1,177 @@
+"""What every source gives: samples with ids, from files on the disk and at URLs."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol, runtime_checkable
+
+from clipkit.errors import BadSample, ClipkitError
+from clipkit.log import note
+from clipkit.storage import describe, is_remote, read_bytes
+
+__all__ = ["Files", "Sample", "Source", "check_ids", "extension_of", "own_columns", "sample_id"]
+
+PATIENCE = 20.0  # seconds for one image: long lists of URLs hold many dead ones
+
+
+def sample_id(key: str) -> int:
+    """A 63-bit id of a sample: BLAKE2b of its key. 63, because FAISS ids are signed."""
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1
+
+
+def check_ids(keys: Sequence[str], ids: Sequence[int]) -> None:
+    """Refuse two samples with one id, be it one key twice or two that hash alike.
+
+    Raises:
+        ClipkitError: naming both. Among a million keys the chance of this is about one in ten million.
+    """
+    seen: dict[int, str] = {}
+    for key, number in zip(keys, ids, strict=True):
+        if number in seen:
+            raise ClipkitError(f"{key!r} and {seen[number]!r} have the same id; rename one of them")
+        seen[number] = key
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image with its captions."""
+
+    key: str
+    """Unique within the source: the source-relative path, or the key in the shards."""
+    image: bytes | Path | str | None
+    """The image's own bytes, or the file or URL that holds them; None where the sample has no image."""
+    extension: str
+    """Of the image, lower case without the dot."""
+    captions: tuple[str, ...] = ()
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Everything else that the source says of it."""
+    left_out: tuple[str, ...] = ()
+    """What the source says of this image that cannot be used, such as an empty caption among others."""
+
+    @property
+    def id(self) -> int:
+        """The 63-bit id, see `sample_id`."""
+        return sample_id(self.key)
+
+    def read(self) -> bytes:
+        """The image's own bytes.
+
+        Raises:
+            BadSample: where there is no such file or no image in the sample.
+        """
+        if isinstance(self.image, bytes):
+            return self.image
+        if self.image is None:
+            raise BadSample("the sample has no image")
+        try:
+            if isinstance(self.image, str):
+                return read_bytes(self.image, timeout=PATIENCE, retries=2)
+            return self.image.read_bytes()
+        except ClipkitError as error:
+            raise BadSample(str(error)) from error
+        except OSError as error:
+            raise BadSample(f"cannot be read: {error.strerror}") from error
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What folder, list and shards have in common."""
+
+    spec: str
+    has_captions: bool
+    """Whether captions can be expected; single samples may still lack them."""
+    remote: bool
+    """Whether samples come one by one over the network, so that many should be asked for at once."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> Sample:
+        """Sample `i`. `BadSample` where it cannot be read at all."""
+        ...
+
+    def key(self, i: int, /) -> str:
+        """The key of sample `i`, without reading it."""
+        ...
+
+    def size(self, i: int, /) -> int:
+        """Bytes of the image of sample `i`, without reading it; 0 where there is none."""
+        ...
+
+    def identity(self) -> str:
+        """A hash of what the source holds (names, sizes, times, captions), by which a stage knows its input."""
+        ...
+
+
+# What clipkit itself says of a sample in shards, metadata and results; a user's column of such a name gets a ``_``.
+RESERVED = frozenset({"captions", "caption", "id", "image_path", "key", "path", "rank", "score"})
+
+
+def own_columns(columns: dict[str, Any]) -> dict[str, Any]:
+    """A user's columns under names that do not hide what clipkit says."""
+    return {f"{name}_" if name in RESERVED else name: value for name, value in columns.items()}
+
+
+def extension_of(name: str) -> str:
+    """The extension of a path or URL, lower case without the dot."""
+    plain = name.partition("?")[0].partition("#")[0] if is_remote(name) else name
+    return PurePosixPath(plain).suffix.lower().lstrip(".")
+
+
+class Files:
+    """Files that a source names: below a folder, below a URL, at URLs of their own, or all of these.
+
+    Args:
+        root: where relative names start; a folder or a URL.
+        names: relative or absolute paths, or URLs.
+    """
+
+    def __init__(self, root: str | Path, names: Sequence[str]):
+        self.root = str(root)
+        self.names = names
+        self._root_is_remote = is_remote(self.root)
+        self._remote: dict[int, tuple[int, str] | None] | None = None
+
+    @property
+    def remote(self) -> bool:
+        """Whether any of them is at a URL."""
+        return self._root_is_remote or any(is_remote(name) for name in self.names)
+
+    def at(self, i: int) -> Path | str:
+        """Where file `i` is: a path on the disk or a URL."""
+        return self.place(self.names[i])
+
+    def place(self, name: str) -> Path | str:
+        """Where a file of this name is."""
+        if is_remote(name):
+            return name
+        return f"{self.root.rstrip('/')}/{name}" if self._root_is_remote else Path(self.root, name)
+
+    def size(self, i: int) -> int:
+        """Bytes of file `i`; 0 where it is missing, or a server does not tell."""
+        about = self._about(i)
+        return about[0] if about else 0
+
+    def stamps(self) -> list[tuple[str, int, int | str]]:
+        """For each file what tells its content from another: name, size, and time or mark; -1 where it is missing."""
+        found = [self._about(i) or (-1, -1) for i in range(len(self.names))]
+        return [(name, size, mark) for name, (size, mark) in zip(self.names, found, strict=True)]
+
+    def _about(self, i: int) -> tuple[int, int | str] | None:
+        place = self.at(i)
+        if isinstance(place, str):
+            return self._asked()[i]
+        try:
+            found = place.stat()
+        except OSError:
+            return None
+        return found.st_size, found.st_mtime_ns
+
+    def _asked(self) -> dict[int, tuple[int, str] | None]:
+        # A request each with most servers, so all of them at once, and once.
+        if self._remote is None:
+            places = {i: place for i in range(len(self.names)) if isinstance(place := self.at(i), str)}
+            note(f"asking for the size and state of {len(places):,} remote files")
+            found = describe(list(places.values()), timeout=PATIENCE, retries=2)
+            self._remote = dict(zip(places, found, strict=True))
+        return self._remote

@@ -1,0 +1,116 @@
+"""A list file: a table with an image per row."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from clipkit.artifact import digest
+from clipkit.errors import ClipkitError
+from clipkit.lists import read_rows
+from clipkit.sources.base import Files, Sample, extension_of, own_columns
+from clipkit.storage import is_remote, stamp
+
+__all__ = ["ListSource"]
+
+IMAGE_COLUMNS = (
+    "path",
+    "image",
+    "image_path",
+    "filepath",
+    "file_path",
+    "filename",
+    "file_name",
+    "file",
+    "img",
+)
+CAPTION_COLUMNS = ("caption", "captions", "text", "title", "sentence", "alt_text", "description")
+
+
+class ListSource:
+    """A table with an image per row; rows that name one image are one sample with several captions.
+
+    Args:
+        spec: path or URL of the list.
+        image_column, caption_column, image_root, captions_required: see `clipkit.sources.open_source`.
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        image_column: str | None,
+        caption_column: str | None,
+        image_root: str | Path | None,
+        captions_required: bool,
+    ):
+        self.spec = spec
+        rows = read_rows(spec)
+        if not rows:
+            raise ClipkitError(f"{spec} has no rows")
+        columns = list(rows[0])
+        self._image = _find_column(spec, columns, image_column, IMAGE_COLUMNS, "image", True) or ""
+        self._caption = _find_column(spec, columns, caption_column, CAPTION_COLUMNS, "caption", captions_required)
+        self.has_captions = self._caption is not None
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for number, row in enumerate(rows):
+            name = row.get(self._image)
+            if not isinstance(name, str) or not name.strip():
+                raise ClipkitError(f"{spec}: row {number + 1} names no image in column {self._image!r}")
+            groups.setdefault(name, []).append(row)
+        self._names = list(groups)
+        self._rows = list(groups.values())
+        home = spec.partition("?")[0].rpartition("/")[0] if is_remote(spec) else Path(spec).parent
+        self._files = Files(image_root or home, self._names)
+        self.remote = self._files.remote
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def key(self, i: int) -> str:
+        return self._names[i]
+
+    def size(self, i: int) -> int:
+        return self._files.size(i)
+
+    def __getitem__(self, i: int) -> Sample:
+        name, rows = self._names[i], self._rows[i]
+        listed: list[Any] = []
+        for row in rows if self._caption else []:
+            value = row.get(self._caption or "")
+            listed += value if isinstance(value, list) else [value]
+        captions = [text.strip() if isinstance(text, str) else "" for text in listed]
+        empty = [f"caption {k} of {len(captions)} is empty" for k, text in enumerate(captions, 1) if not text]
+        columns = {}
+        for column in dict.fromkeys(name for row in rows for name in row):
+            if column not in (self._image, self._caption):
+                values = [row.get(column) for row in rows]
+                alike = all(value == values[0] for value in values[1:])
+                columns[column] = values[0] if alike else values
+        about = {"path": name, **own_columns(columns)}
+        kept = tuple(text for text in captions if text)
+        return Sample(name, self._files.at(i), extension_of(name), kept, about, tuple(empty))
+
+    def identity(self) -> str:
+        if is_remote(self.spec):
+            listed = stamp(self.spec)
+        else:
+            listed = hashlib.blake2b(Path(self.spec).read_bytes(), digest_size=16).hexdigest()
+        return digest([listed, [self._image, self._caption], self._files.stamps()])
+
+
+def _find_column(
+    spec: str, columns: list[str], wanted: str | None, usual: Sequence[str], what: str, required: bool
+) -> str | None:
+    if wanted is not None:
+        if wanted in columns:
+            return wanted
+        raise ClipkitError(
+            f"{spec} has no column {wanted!r}; its columns are {', '.join(columns)}; name one with --{what}-column"
+        )
+    by_lower = {column.lower(): column for column in reversed(columns)}
+    found = next((by_lower[name] for name in usual if name in by_lower), None)
+    if found is None and required:
+        raise ClipkitError(
+            f"{spec} has no {what} column; its columns are {', '.join(columns)}; name it with --{what}-column"
+        )
+    return found

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from clipkit.augment import augmented_pixels
 from clipkit.config import DataConfig
 from clipkit.errors import ClipkitError
+from clipkit.parallel import cores
 from clipkit.preprocess import Preprocess, decode
 from clipkit.shards import Shards
 from clipkit.sources import sample_id
@@ -127,7 +128,7 @@ class Batches(Dataset["Batch | str"]):
         self.tokenizer = tokenizer
         self.config = config
         self.seed = seed
-        self.threads = config.threads or (1 if config.workers else os.cpu_count() or 1)
+        self.threads = config.threads or (1 if config.workers else cores())
         self._pool: _Threads | None = None
         self._owner = 0
 

@@ -5,20 +5,17 @@ sample 86 bytes stay in memory and per caption 20; keys stay in the source, whic
 """
 
 import hashlib
-import os
 import re
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from clipkit.errors import BadSample, ClipkitError
 from clipkit.log import progress
+from clipkit.parallel import cores, in_threads
 from clipkit.perceptual import COARSE, FLAT_BELOW, looks_of
 from clipkit.preprocess import decode, identify
 from clipkit.shards import Shards, is_shard_spec
@@ -297,7 +294,7 @@ def scan(
 
     # Decoding in threads changes the process's warning filters back and forth; here they are put back for good.
     with warnings.catch_warnings():
-        looks = _in_threads(parts, quick, captions, threads or os.cpu_count() or 1)
+        looks = _looks(parts, quick, captions, threads or cores())
         for row, look in progress(looks, f"check {spec}", total, "samples"):
             record = samples[row]
             if look.digest:
@@ -318,21 +315,15 @@ def scan(
     return Scan(spec, parts, samples, np.concatenate(blocks), findings, quick)
 
 
-def _in_threads(parts: Sequence[Part], quick: bool, captions: bool, threads: int) -> Iterator[tuple[int, _Look]]:
-    """What each sample shows, in order, with few tasks under way, so that memory stays flat whatever the size."""
+def _looks(parts: Sequence[Part], quick: bool, captions: bool, threads: int) -> Iterator[tuple[int, _Look]]:
+    """What each sample shows, in order."""
 
-    def task(part: Part, first: int) -> list[tuple[int, _Look]]:
+    def task(place: tuple[Part, int]) -> list[tuple[int, _Look]]:
+        part, first = place
         rows = range(first, min(first + TASK, len(part.source)))
         wanted = captions and (part.shards is not None or part.source.has_captions)
         return [(part.start + i, _look(part, i, quick, wanted)) for i in rows]
 
-    with ThreadPoolExecutor(threads, "check") as pool:
-        todo = iter((part, first) for part in parts for first in range(0, len(part.source), TASK))
-        under_way = deque(pool.submit(task, *place) for place in islice(todo, 4 * threads))
-        try:
-            while under_way:
-                yield from under_way.popleft().result()
-                under_way.extend(pool.submit(task, *place) for place in islice(todo, 1))
-        finally:
-            for future in under_way:
-                future.cancel()
+    places = ((part, first) for part in parts for first in range(0, len(part.source), TASK))
+    for found in in_threads(task, places, threads, ahead=4 * threads):
+        yield from found

@@ -38,7 +38,7 @@ def main(
     source: str,
     image_column: str | None,
     caption_column: str | None,
-    image_root: Path | None,
+    image_root: str | None,
     against: tuple[str, ...],
     near: int,
     model: str | None,

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from clipkit.augment import augmented_pixels
 from clipkit.config import AugmentConfig
 from clipkit.errors import BadSample, ClipkitError
-from clipkit.preprocess import Preprocess, decode
+from clipkit.preprocess import Preprocess
 from clipkit.shards import Shards, captions_of, image_extension
 from clipkit.sources import sample_id
 from clipkit.towers.dual_encoder import Tokenizer
@@ -93,8 +93,7 @@ class TrainSet(Dataset[dict[str, Any]]):
         if not captions:
             raise BadSample("the sample has no caption")
         caption = captions[int(rng.integers(len(captions)))]
-        image = decode(members[extension], self.preprocess.background)
-        pixels = augmented_pixels(image, self.preprocess, self.augment, rng)
+        pixels = augmented_pixels(members[extension], self.preprocess, self.augment, rng)
         return {"pixels": pixels, "caption": caption, "image_id": sample_id(self.shards.key(index))}
 
 

@@ -8,9 +8,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clipkit.artifact import Stage, read_manifest, write_ledger
+from clipkit.decode import IMAGE_SUFFIXES, identify
 from clipkit.errors import BadSample, ClipkitError
 from clipkit.log import progress
-from clipkit.preprocess import IMAGE_SUFFIXES, identify
 from clipkit.shards import write_shard
 from clipkit.sources import Sample, Source, check_ids, sample_id
 

@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 
 from clipkit.artifact import WORK, atomic_write, kind_of, read_manifest
+from clipkit.decode import IMAGE_SUFFIXES
 from clipkit.errors import BadSample, ClipkitError
 from clipkit.log import note, warn
-from clipkit.preprocess import IMAGE_SUFFIXES
 
 __all__ = ["Shards", "captions_of", "expand", "index_tar", "is_shard_spec", "write_shard"]
 

@@ -12,9 +12,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, runtime_checkable
 
 from clipkit.artifact import digest
+from clipkit.decode import IMAGE_SUFFIXES
 from clipkit.errors import BadSample, ClipkitError
 from clipkit.lists import LIST_SUFFIXES, read_rows
-from clipkit.preprocess import IMAGE_SUFFIXES
 from clipkit.shards import Shards, captions_of, image_extension, is_shard_spec
 
 __all__ = ["Sample", "Source", "check_ids", "open_source", "sample_id"]

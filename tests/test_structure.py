@@ -12,7 +12,7 @@ JOBS = [path for folder in ("train", "index", "eval") for path in sorted((ROOT /
 # A module may import modules of lower floors, and of its own floor where the package says so.
 FLOORS = [
     {"errors"},
-    {"log", "artifact", "preprocess", "config", "metrics", "loss", "optim", "scenes", "report", "lists"},
+    {"log", "artifact", "decode", "preprocess", "config", "metrics", "loss", "optim", "scenes", "report", "lists"},
     {"shards", "cli", "augment"},
     {"sources", "towers"},
     {"pack", "embeddings", "loader", "checkpoint"},
@@ -27,14 +27,14 @@ HOMES = {
     "transformers": {"towers"},
     "huggingface_hub": {"towers"},
     "accelerate": {"train"},
-    "torchvision": {"augment"},
+    "simplejpeg": {"decode"},
     "matplotlib": {"report"},
     "rich": {"log"},
     "filelock": {"artifact"},
     "yaml": {"config"},
     "click": {"cli", "train", "index", "eval"},
     "pydantic": {"config", "preprocess", "towers"},
-    "PIL": {"preprocess", "augment", "scenes", "report", "towers"},
+    "PIL": {"decode", "preprocess", "augment", "scenes", "report", "towers"},
 }
 
 

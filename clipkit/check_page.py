@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image
 
 from clipkit.artifact import write_json
+from clipkit.decode import decode
 from clipkit.errors import BadSample
 from clipkit.findings import FIGURES, Verdict
-from clipkit.preprocess import decode
 from clipkit.report import Report, histogram_figure, sizes_figure
 from clipkit.scan import KINDS, Finding, Scan
 

@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 import torch
 
 from clipkit.artifact import Stage, read_manifest, write_ledger
+from clipkit.decode import decode
 from clipkit.embeddings import Embedded, Side, table_path, write_part
 from clipkit.errors import BadSample, ClipkitError
 from clipkit.log import progress
 from clipkit.parallel import cores, in_threads
-from clipkit.preprocess import decode
 from clipkit.sources import Sample, Source, check_ids
 from clipkit.towers import DualEncoder
 

@@ -9,6 +9,7 @@ sample that does not come within the timeout stops the run with the name of its 
 import os
 import queue
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypedDict
@@ -22,7 +23,7 @@ from clipkit.augment import augmented_pixels
 from clipkit.config import DataConfig
 from clipkit.errors import ClipkitError
 from clipkit.parallel import cores
-from clipkit.preprocess import Preprocess, decode
+from clipkit.preprocess import Preprocess
 from clipkit.shards import Shards
 from clipkit.sources import sample_id
 from clipkit.storage import is_pipe
@@ -202,8 +203,8 @@ class Batches(Dataset["Batch | str"]):
         raise ClipkitError(f"{MAX_REPLACEMENTS} samples in a row cannot be used, the last {place}")
 
     def _pixels(self, image: bytes, rng: np.random.Generator) -> np.ndarray:
-        decoded = decode(image, self.preprocess.background)
-        return augmented_pixels(decoded, self.preprocess, self.config.augment, rng)
+        exact = self.config.decode == "exact"
+        return augmented_pixels(image, self.preprocess, self.config.augment, rng, exact=exact)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pool": None}
@@ -259,7 +260,20 @@ def train_batches(
 
 
 def _from_processes(batches: Batches, positions: _Positions, pin_memory: bool) -> Iterator["Batch | str"]:
-    loader = DataLoader(
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores is the user's choice
+        loader = _data_loader(batches, positions, pin_memory)
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        # Killed from outside, mostly for memory; torch's own message runs over several lines.
+        raise ClipkitError(f"a loader process is gone or stuck: {' '.join(str(error).split())[:300]}") from error
+
+
+def _data_loader(batches: Batches, positions: _Positions, pin_memory: bool) -> DataLoader[Any]:
+    return DataLoader(
         batches,
         batch_size=None,
         sampler=positions,
@@ -271,13 +285,6 @@ def _from_processes(batches: Batches, positions: _Positions, pin_memory: bool) -
         # Of its own: an iterator draws a seed, and from the global generator that would shift the model's dropout.
         generator=torch.Generator().manual_seed(batches.seed),
     )
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader" not in str(error):
-            raise
-        # Killed from outside, mostly for memory; torch's own message runs over several lines.
-        raise ClipkitError(f"a loader process is gone or stuck: {' '.join(str(error).split())[:300]}") from error
 
 
 def _from_threads(batches: Batches, positions: _Positions, pin_memory: bool) -> Iterator["Batch | str"]:

@@ -10,10 +10,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clipkit.artifact import Stage, read_manifest, write_ledger
+from clipkit.decode import IMAGE_SUFFIXES, identify
 from clipkit.errors import BadSample, ClipkitError
 from clipkit.log import meter
 from clipkit.parallel import in_processes, in_threads
-from clipkit.preprocess import IMAGE_SUFFIXES, identify
 from clipkit.shards import load_writer, write_shard
 from clipkit.shrink import shrink
 from clipkit.sources import Sample, Source, check_ids, sample_id

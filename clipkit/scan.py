@@ -6,18 +6,17 @@ sample 86 bytes stay in memory and per caption 20; keys stay in the source, whic
 
 import hashlib
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from clipkit.decode import decode, identify
 from clipkit.errors import BadSample, ClipkitError
 from clipkit.log import progress
 from clipkit.parallel import cores, in_threads
 from clipkit.perceptual import COARSE, FLAT_BELOW, looks_of
-from clipkit.preprocess import decode, identify
 from clipkit.shards import Shards, is_shard_spec
 from clipkit.sources import Sample, Source, open_source, sample_id
 from clipkit.storage import is_remote
@@ -292,26 +291,24 @@ def scan(
         blocks.append(block)
         waiting.clear()
 
-    # Decoding in threads changes the process's warning filters back and forth; here they are put back for good.
-    with warnings.catch_warnings():
-        looks = _looks(parts, quick, captions, threads or cores())
-        for row, look in progress(looks, f"check {spec}", total, "samples"):
-            record = samples[row]
-            if look.digest:
-                record["digest"] = np.frombuffer(look.digest, "u8")
-            record["bytes"], record["width"], record["height"] = look.bytes, look.width, look.height
-            record["read"] = look.read
-            if look.looks is not None:
-                record["hash"], record["colours"] = look.looks.hash, look.looks.colours
-                record["flat"] = look.looks.contrast < FLAT_BELOW
-            if look.findings:
-                part = next(p for p in reversed(parts) if p.start <= row)
-                findings += [Finding(kind, *part.place(row - part.start), why, row) for kind, why in look.findings]
-            if captions:
-                waiting += [(row, text) for text in look.captions]
-                if len(waiting) >= AT_ONCE:
-                    count()
-        count()
+    looks = _looks(parts, quick, captions, threads or cores())
+    for row, look in progress(looks, f"check {spec}", total, "samples"):
+        record = samples[row]
+        if look.digest:
+            record["digest"] = np.frombuffer(look.digest, "u8")
+        record["bytes"], record["width"], record["height"] = look.bytes, look.width, look.height
+        record["read"] = look.read
+        if look.looks is not None:
+            record["hash"], record["colours"] = look.looks.hash, look.looks.colours
+            record["flat"] = look.looks.contrast < FLAT_BELOW
+        if look.findings:
+            part = next(p for p in reversed(parts) if p.start <= row)
+            findings += [Finding(kind, *part.place(row - part.start), why, row) for kind, why in look.findings]
+        if captions:
+            waiting += [(row, text) for text in look.captions]
+            if len(waiting) >= AT_ONCE:
+                count()
+    count()
     return Scan(spec, parts, samples, np.concatenate(blocks), findings, quick)
 
 

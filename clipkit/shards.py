@@ -13,9 +13,9 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from clipkit.artifact import WORK, atomic_write, digest, kind_of, read_manifest
+from clipkit.decode import IMAGE_SUFFIXES
 from clipkit.errors import BadSample, ClipkitError
 from clipkit.log import progress, warn
-from clipkit.preprocess import IMAGE_SUFFIXES
 from clipkit.spool import Spool
 from clipkit.storage import is_remote, list_files
 from clipkit.tar_index import (

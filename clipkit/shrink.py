@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageOps
 
+from clipkit.decode import to_rgb
 from clipkit.errors import BadSample
-from clipkit.preprocess import to_rgb
 
 __all__ = ["Shrunk", "shrink"]
 

@@ -22,9 +22,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipkit.artifact import atomic_write, write_json
+from clipkit.decode import IMAGE_SUFFIXES
 from clipkit.errors import ClipkitError
 from clipkit.log import note
-from clipkit.preprocess import IMAGE_SUFFIXES
 from clipkit.storage import user_cache
 
 __all__ = [

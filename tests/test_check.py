@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
-from clipkit import preprocess
+from clipkit import decode
 from clipkit.artifact import read_json
 from clipkit.pack import pack
 from clipkit.perceptual import (
@@ -115,7 +115,7 @@ def test_a_bad_sample_is_named_and_remembered_for_training(run, tmp_path, kind):
 
 
 def test_other_ways_to_be_bad(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(preprocess, "MAX_PIXELS", 10_000)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 10_000)
     members = good(0) | {"x.jpg": jpeg(50), "x.json": b'{"caption"', "y.png": b"no picture", "y.txt": b"y"}
     tar_of(tmp_path / "a.tar", members | {"z.jpg": encoded(photo(51, 200, 100)), "z.txt": b"z"})
     _, found = checked(run, tmp_path)

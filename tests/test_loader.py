@@ -129,7 +129,7 @@ def test_augmentation_off_is_the_plain_preprocessing():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
     plain = Preprocess(size=24)
     rng = np.random.default_rng(1)
-    assert np.array_equal(augmented_pixels(image, plain, AugmentConfig(), rng), plain(image))
+    assert np.array_equal(augmented_pixels(image, plain, AugmentConfig(), rng, exact=True), plain(image))
 
 
 @pytest.mark.parametrize(
@@ -149,10 +149,11 @@ def test_augmentation_off_is_the_plain_preprocessing():
 def test_every_augmentation_does_something_reproducible(config):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
     plain, settings = Preprocess(size=24), AugmentConfig(**config)
-    first = augmented_pixels(image, plain, settings, np.random.default_rng(5))
+    first = augmented_pixels(image, plain, settings, np.random.default_rng(5), exact=True)
     assert first.shape == (3, 24, 24)
     assert first.dtype == np.uint8
-    assert np.array_equal(first, augmented_pixels(image, plain, settings, np.random.default_rng(5)))
+    again = augmented_pixels(image, plain, settings, np.random.default_rng(5), exact=True)
+    assert np.array_equal(first, again)
     assert not np.array_equal(first, plain(image))
     if "flip" in config:
         assert np.array_equal(first[:, :, ::-1], plain(image))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
+from clipkit.decode import decode
 from clipkit.errors import BadSample
-from clipkit.preprocess import decode
 from clipkit.shrink import shrink
 
 

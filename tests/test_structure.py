@@ -12,7 +12,7 @@ JOBS = [path for folder in ("train", "index", "eval") for path in sorted((ROOT /
 # A module may import modules of lower floors, and of its own floor where the package says so.
 FLOORS = [
     {"errors"},
-    {"log", "artifact", "preprocess", "config", "metrics", "loss", "optim", "scenes", "report", "order"},
+    {"log", "artifact", "decode", "preprocess", "config", "metrics", "loss", "optim", "scenes", "report", "order"},
     {"storage", "cli", "augment", "shrink", "perceptual", "parallel"},
     {"tar_index", "lists"},
     {"spool"},
@@ -32,7 +32,7 @@ HOMES = {
     "transformers": {"towers"},
     "huggingface_hub": {"towers"},
     "accelerate": {"train"},
-    "torchvision": {"augment"},
+    "simplejpeg": {"decode"},
     "matplotlib": {"report"},
     "rich": {"log"},
     "filelock": {"artifact", "spool"},
@@ -41,7 +41,7 @@ HOMES = {
     "yaml": {"config"},
     "click": {"cli", "train", "index", "eval"},
     "pydantic": {"config", "preprocess", "towers"},
-    "PIL": {"preprocess", "shrink", "augment", "scenes", "report", "towers", "perceptual", "check_page"},
+    "PIL": {"decode", "preprocess", "shrink", "augment", "scenes", "report", "towers", "perceptual", "check_page"},
 }
 
 

@@ -74,7 +74,7 @@ def main(
         refuse_own_input(out, [source, *against])
     tokens = token_counter(model)
     began = perf_counter()
-    options = {"image_column": image_column, "caption_column": caption_column, "image_root": image_root}
+    options: dict[str, Any] = {"image_column": image_column, "caption_column": caption_column, "image_root": image_root}
     mine = scan(source, quick=quick, count_tokens=tokens.count, threads=threads, **options)
     others = [scan(other, quick=quick, captions=False, threads=threads) for other in against]
     seconds = perf_counter() - began

@@ -6,9 +6,9 @@ them; it opens no image before it is asked to, and a sample that turns out unusa
 
 from pathlib import Path, PurePosixPath
 
+from clipkit.decode import IMAGE_SUFFIXES
 from clipkit.errors import ClipkitError
 from clipkit.lists import LIST_SUFFIXES
-from clipkit.preprocess import IMAGE_SUFFIXES
 from clipkit.shards import is_shard_spec
 from clipkit.sources.base import Sample, Source, check_ids, sample_id
 from clipkit.sources.folder import FolderSource

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from clipkit.artifact import digest
+from clipkit.decode import IMAGE_SUFFIXES
 from clipkit.errors import BadSample, ClipkitError
-from clipkit.preprocess import IMAGE_SUFFIXES
 from clipkit.shards import captions_of
 from clipkit.sources.base import Files, Sample, extension_of, own_columns
 from clipkit.storage import read_bytes

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from clipkit.artifact import write_json
-from clipkit.preprocess import Preprocess, decode, to_rgb
+from clipkit.decode import decode, to_rgb
+from clipkit.preprocess import Preprocess
 
 __all__ = ["MODEL_FILE", "DualEncoder", "Tokenizer"]
 

@@ -262,9 +262,9 @@ def train_batches(
 def _from_processes(batches: Batches, positions: _Positions, pin_memory: bool) -> Iterator["Batch | str"]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores is the user's choice
-        loader = _data_loader(batches, positions, pin_memory)
+        made = iter(_data_loader(batches, positions, pin_memory))
     try:
-        yield from loader
+        yield from made
     except RuntimeError as error:
         if "DataLoader" not in str(error):
             raise

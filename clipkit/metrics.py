@@ -1,7 +1,8 @@
 """Retrieval and classification metrics as pure functions over arrays.
 
-Scores are float32, compared in chunks. Ties are resolved as if in random order, and the expected value is reported: a
-model whose embeddings all coincide scores exactly what guessing would.
+Scores are float32, compared in chunks; such that differ by no more than 1e-6 are ties, as the same product comes out a
+few units of the last place apart in different rows of a matrix. Ties are resolved as if in random order, and the
+expected value is reported: a model whose embeddings all coincide scores exactly what guessing would.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ __all__ = ["confusion_matrix", "recall_at_k", "retrieval_chance", "retrieval_rec
 
 Array = np.ndarray
 CHUNK = 1024
+TIE = np.float32(1e-6)
 
 
 def recall_at_k(
@@ -23,7 +25,7 @@ def recall_at_k(
 
     Args:
         better: per query, how many irrelevant items score above the best relevant one.
-        tied: how many items have exactly the best relevant score, itself included.
+        tied: how many items have the best relevant score, itself included.
         relevant_tied: how many of the tied are relevant; at least one.
         k: length of the list.
 
@@ -52,8 +54,8 @@ def _ranks(
         scores = queries[rows].astype(np.float32) @ items.T
         relevant = query_group[rows, None] == item_group[None, :]
         best = np.where(relevant, scores, -np.inf).max(axis=1, keepdims=True)
-        tied = scores == best
-        counts[0, rows] = ((scores > best) & ~relevant).sum(axis=1)
+        tied = np.abs(scores - best) <= TIE
+        counts[0, rows] = ((scores > best + TIE) & ~relevant).sum(axis=1)
         counts[1, rows] = tied.sum(axis=1)
         counts[2, rows] = (tied & relevant).sum(axis=1)
     return counts[0], counts[1], counts[2]

@@ -176,7 +176,7 @@ class Run:
                 "path": MODEL_FOLDER,
             },
             "counts": {"steps": state["step"], "samples": state["samples"], "left_out": self.left_out},
-            "made_from": {"config": digest(settings), "train": self.config.data.train},
+            "made_from": {"config": digest(settings), "train": settings["data"]["train"]},
         }
         write_json(self.folder / "manifest.json", manifest)
         return manifest

@@ -14,8 +14,7 @@ from PIL import Image, ImageFilter
 
 from clipkit import decode
 from clipkit.artifact import read_json
-from clipkit.pack import pack
-from clipkit.perceptual import (
+from clipkit.check.looks import (
     COARSE,
     FLAT_BELOW,
     MAX_DISTANCE,
@@ -25,7 +24,8 @@ from clipkit.perceptual import (
     near_pairs,
     nearest,
 )
-from clipkit.scan import KINDS, SAMPLE, scan
+from clipkit.check.scan import KINDS, SAMPLE, scan
+from clipkit.pack import pack
 from clipkit.shards import Shards
 from clipkit.sources import open_source
 from clipkit.towers.tokens import token_counter
@@ -340,7 +340,7 @@ def test_a_fixed_copy_is_clean_and_says_what_it_left_out(run, tmp_path):
 
 
 def test_a_fix_that_was_killed_goes_on(run, tmp_path, monkeypatch):
-    from clipkit import clean
+    from clipkit.check import clean
 
     source = everything_bad(tmp_path / "bad")
     monkeypatch.setattr(clean, "write_ledger", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -491,9 +491,9 @@ def test_near_pairs_are_those_of_brute_force(one, other, distance):
 
 
 def test_near_pairs_come_in_blocks(monkeypatch):
-    from clipkit import perceptual
+    from clipkit.check import looks
 
-    monkeypatch.setattr(perceptual, "CHUNK", 7)
+    monkeypatch.setattr(looks, "CHUNK", 7)
     hashes = bits([5, 5, 5, 4, 5, 1 << 60, 5])
     pairs = {(int(i), int(j)) for rows in near_pairs(hashes, hashes, 2) for i, j in zip(*rows[:2], strict=True)}
     near = [0, 1, 2, 3, 4, 6]

@@ -13,14 +13,14 @@ JOBS = [path for folder in ("train", "index", "eval") for path in sorted((ROOT /
 FLOORS = [
     {"errors"},
     {"log", "artifact", "decode", "preprocess", "config", "metrics", "loss", "optim", "scenes", "report", "order"},
-    {"storage", "cli", "augment", "shrink", "perceptual", "parallel"},
+    {"storage", "cli", "augment", "shrink", "parallel"},
     {"tar_index", "lists"},
     {"spool"},
     {"shards"},
-    {"sources", "towers", "verify"},
-    {"pack", "embeddings", "trainset", "checkpoint", "scan"},
-    {"streams", "findings"},
-    {"loader", "clean", "check_page"},
+    {"sources", "towers"},
+    {"pack", "embeddings", "trainset", "checkpoint"},
+    {"streams", "check"},
+    {"loader"},
     {"embed", "search", "run"},
     {"zeroshot", "evaluation"},
 ]
@@ -41,7 +41,7 @@ HOMES = {
     "yaml": {"config"},
     "click": {"cli", "train", "index", "eval"},
     "pydantic": {"config", "preprocess", "towers"},
-    "PIL": {"decode", "preprocess", "shrink", "augment", "scenes", "report", "towers", "perceptual", "check_page"},
+    "PIL": {"decode", "preprocess", "shrink", "augment", "scenes", "report", "towers", "check"},
 }
 
 

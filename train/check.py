@@ -60,12 +60,9 @@ def main(
     from time import perf_counter
 
     from clipkit.artifact import refuse_own_input
-    from clipkit.check_page import summary, write_page
-    from clipkit.clean import pack_clean
+    from clipkit.check import judge, pack_clean, scan, summary, write_page
     from clipkit.errors import ClipkitError
-    from clipkit.findings import judge
     from clipkit.log import emit, note, warn
-    from clipkit.scan import scan
     from clipkit.towers.tokens import token_counter
 
     if fix != (out is not None):
@@ -105,9 +102,9 @@ def main(
 
 def show(found: dict[str, Any]) -> None:
     """The figures and the first findings, for people."""
-    from clipkit.findings import FIGURES
+    from clipkit.check.findings import FIGURES
+    from clipkit.check.scan import KINDS
     from clipkit.log import emit, note
-    from clipkit.scan import KINDS
 
     always = {"samples", "captions", "bytes", "defects"}
     rows = [

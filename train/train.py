@@ -56,7 +56,7 @@ def main(
         return 0
     if out is None:
         raise ClipkitError("name a folder for the run: --out RUN")
-    if config.data.train is None:
+    if not config.data.parts:
         raise ClipkitError("the recipe names no training data; add --set data.train=SHARDS (made by clipkit pack)")
     return train(config, out, resume=resume, overwrite=overwrite)
 
@@ -120,7 +120,7 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
     )
     if state["data"] != identity:
         raise ClipkitError(
-            f"{config.data.train} holds other samples than {out} was trained on, or mixes them otherwise; "
+            f"data.train holds other samples than {out} was trained on, or mixes them otherwise; "
             "use --init-from to go on"
         )
     first = state["step"]

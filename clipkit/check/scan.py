@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from clipkit.check.looks import COARSE, FLAT_BELOW, looks_of
+from clipkit.check.shards import named_shards, shard_problems
 from clipkit.decode import decode, identify
 from clipkit.errors import BadSample, ClipkitError
 from clipkit.log import progress
 from clipkit.parallel import cores, in_threads
-from clipkit.perceptual import COARSE, FLAT_BELOW, looks_of
 from clipkit.shards import Shards, is_shard_spec
 from clipkit.sources import Sample, Source, open_source, sample_id
 from clipkit.storage import is_remote
-from clipkit.verify import named_shards, shard_problems
 
 __all__ = ["KINDS", "UNUSABLE", "Finding", "Part", "Scan", "open_parts", "scan", "text_hash"]
 

@@ -38,7 +38,7 @@ def named_shards(spec: str) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def shard_problems(tar: Path, record: dict[str, Any]) -> Iterator[tuple[str, str | None, str]]:
-    """What is wrong with one shard, as kind (see `clipkit.scan.KINDS`), key or None, and reason.
+    """What is wrong with one shard, as kind (see `clipkit.check.scan.KINDS`), key or None, and reason.
 
     Args:
         tar: the shard.

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.perceptual import near_duplicates, nearest
-from clipkit.scan import KINDS, Finding, Scan, text_hash
+from clipkit.check.looks import near_duplicates, nearest
+from clipkit.check.scan import KINDS, Finding, Scan, text_hash
 
 __all__ = ["FIGURES", "Verdict", "judge"]
 
 FREQUENT = 20  # captions that are shown
 
-# The figures of a check under their stable names; after them comes one count for each kind in `clipkit.scan.KINDS`.
+# The figures of a check under their stable names; after them comes a count for each kind in `clipkit.check.scan.KINDS`.
 FIGURES = {
     "shards": "shards that could be read",
     "samples": "samples in them",

@@ -7,11 +7,11 @@ import numpy as np
 from PIL import Image
 
 from clipkit.artifact import write_json
+from clipkit.check.findings import FIGURES, Verdict
+from clipkit.check.scan import KINDS, Finding, Scan
 from clipkit.decode import decode
 from clipkit.errors import BadSample
-from clipkit.findings import FIGURES, Verdict
 from clipkit.report import Report, histogram_figure, sizes_figure
-from clipkit.scan import KINDS, Finding, Scan
 
 __all__ = ["page_paths", "summary", "write_page"]
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from clipkit.artifact import digest, write_ledger
+from clipkit.check.findings import Verdict
+from clipkit.check.scan import Scan
 from clipkit.errors import ClipkitError
-from clipkit.findings import Verdict
 from clipkit.pack import pack
 from clipkit.parallel import cores
-from clipkit.scan import Scan
 from clipkit.sources import Sample
 
 __all__ = ["Kept", "pack_clean"]

@@ -117,8 +117,9 @@ class DataConfig(Settings):
     """Seconds after which a sample that is not read is given up, with the name of its shard."""
     cache_gib: Annotated[float, Field(gt=0)] = 64.0
     """Most GiB of remote shards that are kept on the local disk."""
-    decode: Literal["fast", "exact"] = "fast"
-    """fast: large JPEGs are decoded to little more than is needed (`clipkit.augment`); exact: open_clip's pixels."""
+    decode: Literal["fast", "exact", "gpu"] = "fast"
+    """fast: large JPEGs are decoded to little more than is needed (`clipkit.augment`); exact: open_clip's pixels; gpu:
+    baseline JPEGs are decoded by the GPU (nvJPEG), everything else as under fast."""
     augment: AugmentConfig = AugmentConfig()
 
     @property

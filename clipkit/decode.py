@@ -39,7 +39,8 @@ class Encoded:
 
     `size` is its width and height as it stands upright. A JPEG can be decoded to 1/2, 3/8, 1/4 or 1/8 of its size by
     leaving out the fine terms of its cosine transform: at 12 megapixels that takes a fifth of the time. Whatever is no
-    plain JPEG in grey or RGB is decoded exactly, at once.
+    plain JPEG in grey or RGB is decoded exactly, at once. `orientation` is a plain JPEG's Exif tag, 1 where it stands
+    upright, and 0 for anything else.
 
     Args:
         data: the image's bytes, or the file that holds them.
@@ -53,12 +54,12 @@ class Encoded:
         self.data, image = _open(data)
         self.background = background
         self._decoded: Image.Image | None = None
-        self._orientation = _orientation(image) if image.format in ("JPEG", "MPO") else 0
-        if self._orientation and image.mode in ("RGB", "L"):
-            self.size = image.size if self._orientation < 5 else image.size[::-1]
+        self.orientation = _orientation(image) if image.format in ("JPEG", "MPO") else 0
+        if self.orientation and image.mode in ("RGB", "L"):
+            self.size = image.size if self.orientation < 5 else image.size[::-1]
         else:
             image = self._decoded = _loaded(image, background)
-            self.size = image.size
+            self.size, self.orientation = image.size, 0
 
     def decode(self) -> Image.Image:
         """All pixels, exactly as the function `decode` gives them."""
@@ -76,10 +77,10 @@ class Encoded:
         if self._decoded is None:
             least = [max(SMALL, ceil(width)), max(SMALL, ceil(height))]
             # Turned, a partial pixel may be the first one, and all others lie off the grid. Cameras write no such.
-            off_grid = self._orientation > 1 and any(side % 8 for side in self.size)
+            off_grid = self.orientation > 1 and any(side % 8 for side in self.size)
             if off_grid or least[0] > self.size[0] or least[1] > self.size[1]:
                 least = list(self.size)
-            min_width, min_height = least if self._orientation < 5 else least[::-1]
+            min_width, min_height = least if self.orientation < 5 else least[::-1]
             try:
                 # Strict: a truncated or corrupt file is an error, never grey pixels. Scales between 1/2 and 1 are left
                 # out, as they take longer than the full size does.
@@ -87,7 +88,7 @@ class Encoded:
             except ValueError:
                 pass  # Pillow forgives some of these, and names the others
             else:
-                pixels = _upright(pixels, self._orientation)
+                pixels = _upright(pixels, self.orientation)
                 return pixels, round(8 * max(pixels.shape[:2]) / max(self.size)) / 8
         return np.asarray(self.decode()), 1.0
 

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from clipkit.augment import augmented_pixels
+from clipkit.augment import Augmentation, augmented_pixels
 from clipkit.config import DataConfig
+from clipkit.decode import Encoded
 from clipkit.errors import ClipkitError
+from clipkit.gpu_decode import Waiting, can_wait, decode_waiting
 from clipkit.parallel import cores
 from clipkit.preprocess import Preprocess
 from clipkit.shards import Shards
@@ -45,6 +47,7 @@ class Batch(TypedDict):
     image_ids: Tensor  # int64 [n], equal for equal samples
     text_ids: Tensor  # int64 [n], equal for equal captions
     left_out: list[dict[str, Any]]  # ledger lines of samples that could not be used and were replaced
+    waiting: list[Waiting]  # images that `Batches.on_device` decodes; their rows of pixels are empty
 
 
 def open_train_data(
@@ -144,9 +147,9 @@ class Batches(Dataset["Batch | str"]):
         if self._pool is None or self._owner != os.getpid():  # threads do not survive a fork
             self._pool, self._owner = _Threads(self.threads), os.getpid()
         references = self.data.first(positions)
-        submit = self._pool.submit
+        submit, on_gpu = self._pool.submit, self.config.decode == "gpu"
         return [
-            (reference, submit(lambda p=position, r=reference: self._one(p, r)))
+            (reference, submit(lambda p=position, r=reference: self._one(p, r, on_gpu)))
             for position, reference in zip(positions, references, strict=True)
         ]
 
@@ -168,13 +171,35 @@ class Batches(Dataset["Batch | str"]):
                 raise error
             items.append(item)
         captions = [item["caption"] for item in items]
+        high, wide = self.preprocess.size
+        empty = np.zeros((3, high, wide), np.uint8)
         return Batch(
-            pixels=torch.from_numpy(np.stack([item["pixels"] for item in items])),
+            pixels=torch.from_numpy(np.stack([item.get("pixels", empty) for item in items])),
             tokens=self.tokenizer(captions),
             image_ids=torch.tensor([item["image_id"] for item in items]),
-            text_ids=torch.tensor([sample_id(caption.lower()) for caption in captions]),
+            text_ids=torch.tensor([_text_id(caption) for caption in captions]),
             left_out=self.data.drain() + [line for item in items for line in item["left_out"]],
+            waiting=[item["waiting"]._replace(row=row) for row, item in enumerate(items) if "waiting" in item],
         )
+
+    def on_device(self, batch: Batch, device: torch.device) -> Tensor:
+        """The pixels on the device, uint8 ``[n, 3, height, width]``. What waits undecoded is decoded there.
+
+        An image that the GPU refuses is decoded here, and replaced as ever, in `batch` too, where that fails as well.
+        """
+        pixels = batch["pixels"].to(device, non_blocking=True)
+
+        def fall_back(waiting: Waiting) -> None:
+            item = self._one(waiting.position, waiting.reference, on_gpu=False)
+            row = waiting.row
+            pixels[row] = torch.from_numpy(item["pixels"]).to(device)
+            batch["tokens"][row] = self.tokenizer([item["caption"]])[0]
+            batch["image_ids"][row], batch["text_ids"][row] = item["image_id"], _text_id(item["caption"])
+            batch["left_out"].extend(item["left_out"])
+
+        if batch["waiting"]:
+            decode_waiting(pixels, batch["waiting"], self.preprocess, device, fall_back)
+        return pixels
 
     def close(self) -> None:
         """Let the threads go; a batch that is begun later has new ones."""
@@ -182,7 +207,7 @@ class Batches(Dataset["Batch | str"]):
             self._pool.end()
         self._pool = None
 
-    def _one(self, position: int, reference: Any) -> dict[str, Any]:
+    def _one(self, position: int, reference: Any, on_gpu: bool) -> dict[str, Any]:
         left_out: list[dict[str, Any]] = []
         for attempt in range(MAX_REPLACEMENTS):
             # A generator per attempt, so that a replacement is as reproducible as the sample it stands for.
@@ -191,23 +216,31 @@ class Batches(Dataset["Batch | str"]):
                 reference = self.data.other(reference, rng)
             try:
                 image, caption = pick(self.data.read(reference), self.config, rng)
-                pixels = self._pixels(image, rng)
+                about = {"caption": caption, "image_id": self.data.image_id(reference), "left_out": left_out}
+                return about | self._image(image, rng, Waiting(0, position, reference) if on_gpu else None)
             except ClipkitError as error:
                 shard, key = self.data.name(reference)
                 left_out.append({"shard": shard, "key": key, "reason": str(error), "position": position})
-                continue
-            image_id = self.data.image_id(reference)
-            return {"pixels": pixels, "caption": caption, "image_id": image_id, "left_out": left_out}
         last = left_out[-1]
         place = f"{last['key']!r} in {last['shard']}: {last['reason']}"
         raise ClipkitError(f"{MAX_REPLACEMENTS} samples in a row cannot be used, the last {place}")
 
-    def _pixels(self, image: bytes, rng: np.random.Generator) -> np.ndarray:
+    def _image(self, data: bytes, rng: np.random.Generator, waiting: Waiting | None) -> dict[str, Any]:
+        if waiting is not None:
+            source = Encoded(data, self.preprocess.background)
+            if can_wait(data, source, self.preprocess):
+                width, height = source.size
+                drawn = Augmentation.draw(width, height, self.preprocess.size, self.config.augment, rng)
+                return {"waiting": waiting._replace(data=data, drawn=drawn)}
         exact = self.config.decode == "exact"
-        return augmented_pixels(image, self.preprocess, self.config.augment, rng, exact=exact)
+        return {"pixels": augmented_pixels(data, self.preprocess, self.config.augment, rng, exact=exact)}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pool": None}
+
+
+def _text_id(caption: str) -> int:
+    return sample_id(caption.lower())
 
 
 class _Positions(Sampler[list[int]]):

@@ -88,10 +88,9 @@ class Preprocess(BaseModel):
             uint8 array ``[3, height, width]``.
         """
         full = full or (pixels.shape[1], pixels.shape[0])
-        width, height = self.resized(*full)
-        strip = width * height > STRIP * self.size[0] * self.size[1]
-        if strip or self.interpolation not in ("bicubic", "bilinear"):
+        if not self.suits_torch(*full):
             return self(Image.fromarray(pixels))
+        width, height = self.resized(*full)
         # One dense block, made by numpy: torch would make it in its thread pool.
         image = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(2, 0, 1)[None]
         if (height, width) != pixels.shape[:2]:
@@ -103,6 +102,11 @@ class Preprocess(BaseModel):
             ]
             image = interpolate(image, scale_factor=factors, mode=self.interpolation, antialias=True)
         return self._centred(image[0].permute(1, 2, 0).numpy())
+
+    def suits_torch(self, width: int, height: int) -> bool:
+        """Whether torch can resize an image of this size: it has not all filters, and makes all of a long strip."""
+        across, down = self.resized(width, height)
+        return across * down <= STRIP * self.size[0] * self.size[1] and self.interpolation in ("bicubic", "bilinear")
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
         """Width and height that an image is resized to before the crop, in torchvision's and timm's arithmetic."""

@@ -135,8 +135,9 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
     if first == 0 and world_size > 1:
         set_seed(config.seed + rank)  # dropout differs between ranks; the weights are made already
 
+    maker = Batches(data, model.preprocess, model.tokenizer, config.data, config.seed)
     batches = train_batches(
-        Batches(data, model.preprocess, model.tokenizer, config.data, config.seed),
+        maker,
         first_step=first,
         steps=steps,
         batch_size=config.batch_size,
@@ -160,7 +161,7 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-        image, text, scale, bias = wrapped(batch["pixels"].to(device, non_blocking=True), batch["tokens"].to(device))
+        image, text, scale, bias = wrapped(maker.on_device(batch, device), batch["tokens"].to(device))
         ids = {}
         if config.loss.multi_positive:
             ids = {"image_ids": batch["image_ids"].to(device), "text_ids": batch["text_ids"].to(device)}

@@ -314,7 +314,7 @@ def _data_loader(batches: Batches, positions: _Positions, pin_memory: bool) -> D
         prefetch_factor=AHEAD,
         pin_memory=pin_memory,
         # A worker gives up by itself; this is for one that cannot even do that.
-        timeout=2 * batches.config.timeout,
+        timeout=2 * batches.config.timeout + 60,
         # Of its own: an iterator draws a seed, and from the global generator that would shift the model's dropout.
         generator=torch.Generator().manual_seed(batches.seed),
     )

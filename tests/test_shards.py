@@ -2,6 +2,8 @@
 
 import gc
 import io
+import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -165,3 +167,20 @@ def test_keys_are_the_paths_wherever_possible():
     assert twice[2] == "b"
     assert len(set(twice)) == 3
     assert all(key.startswith("a~") for key in twice[:2])
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="there is no tar command here")
+@pytest.mark.parametrize("form", ["gnu", "pax", "ustar"])
+def test_we_read_what_the_tar_command_writes(tmp_path, form):
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    names = ["a", "b", "deep/c", "x" * 90, "é"]
+    for number, name in enumerate(names):
+        (tmp_path / "in" / f"{name}.png").write_bytes(png((number, 0, 0)))
+        (tmp_path / "in" / f"{name}.txt").write_text(f"caption {number}")
+    subprocess.run(["tar", f"--format={form}", "-cf", tmp_path / "s.tar", "-C", tmp_path / "in", "."], check=True)
+    source = open_source(str(tmp_path / "s.tar"))
+    found = {source.key(i).removeprefix("./"): source[i] for i in range(len(source))}
+    assert set(found) == set(names)
+    for number, name in enumerate(names):
+        assert found[name].captions == (f"caption {number}",)
+        assert found[name].read() == png((number, 0, 0))

@@ -5,8 +5,9 @@
 open_clip gets an environment of its own, in the user's cache, with what its `training` extra asks for; made on the
 first run (some minutes), used again after. The photos are packed as they are and blown up to 12 megapixels. Then both
 loaders take turns, each in a fresh process with one worker: open_clip's own `get_wds_dataset` with its own transforms,
-which gives normalised floats, and `train_batches`, which gives bytes that the model normalises on the device. Both use
-open_clip's tokenizer. A figure is the median over the rounds, a ratio the median of the rounds' ratios.
+which gives normalised floats, and `train_batches`, which gives bytes that the model normalises on the device;
+`threads` is the latter with a thread per core in place of the worker. Both use open_clip's tokenizer. A figure is the
+median over the rounds, a ratio the median of the rounds' ratios.
 """
 
 import argparse
@@ -28,7 +29,7 @@ MEGAPIXELS = 12
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipkit-bench"
 REQUIREMENTS = ["open_clip_torch[training]", "psutil"]
 LIBRARIES = ("open_clip_torch", "torch", "torchvision", "pillow", "webdataset", "numpy")
-SIDES = ("open_clip", "clipkit")
+SIDES = ("open_clip", "clipkit", "threads")
 TRANSFORMS = ("train", "val")
 
 
@@ -54,20 +55,19 @@ def open_clip_batches(shards: Path, transform: str) -> Iterator[Any]:
     return (images for images, _ in data.dataloader)
 
 
-def clipkit_batches(shards: Path, transform: str) -> Iterator[Any]:
+def clipkit_batches(shards: Path, transform: str, workers: int) -> Iterator[Any]:
     """The same through clipkit; runs in the environment that this script was started in."""
     from open_clip import get_tokenizer
 
-    from clipkit.config import AugmentConfig
-    from clipkit.loader import TrainSet, train_batches
+    from clipkit.config import AugmentConfig, DataConfig
+    from clipkit.loader import Batches, open_train_data, train_batches
     from clipkit.preprocess import Preprocess
-    from clipkit.shards import Shards
 
     # open_clip's training transform: a random crop of 90 to 100 per cent, no flip, no colours.
     augment = AugmentConfig(scale=(0.9, 1.0) if transform == "train" else (1.0, 1.0))
-    data = TrainSet(Shards.open(str(shards)), Preprocess(size=SIZE), augment, seed=0)
-    tokenizer = get_tokenizer("ViT-B-32")
-    batches = train_batches(data, tokenizer, first_step=0, steps=1_000_000, batch_size=BATCH, workers=1)
+    config = DataConfig(train=str(shards), augment=augment, workers=workers)
+    made = Batches(open_train_data(config, 0), Preprocess(size=SIZE), get_tokenizer("ViT-B-32"), config, 0)
+    batches = train_batches(made, first_step=0, steps=1_000_000, batch_size=BATCH)
     return (batch["pixels"] for batch in batches)
 
 
@@ -180,7 +180,7 @@ def turn(side: str, python: Path, shards: Path, transform: str, seconds: float) 
     """One measurement in a process of its own."""
     command = [str(python), __file__, "--side", side, "--shards", str(shards), "--transform", transform]
     root = str(Path(__file__).parents[2])
-    added = {"PYTHONPATH": root} if side == "clipkit" else {"PYTHONPATH": ""}
+    added = {"PYTHONPATH": ""} if side == "open_clip" else {"PYTHONPATH": root}
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **added}
     done = subprocess.run([*command, "--seconds", str(seconds)], env=environ, capture_output=True, text=True)
     if done.returncode:
@@ -199,12 +199,15 @@ def main() -> None:
     parser.add_argument("--transform", choices=TRANSFORMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        batches = (open_clip_batches if args.side == "open_clip" else clipkit_batches)(args.shards, args.transform)
+        if args.side == "open_clip":
+            batches = open_clip_batches(args.shards, args.transform)
+        else:
+            batches = clipkit_batches(args.shards, args.transform, workers=0 if args.side == "threads" else 1)
         print(json.dumps(measure(batches, args.seconds)), flush=True)
         os._exit(0)  # the workers are of no more use, and webdataset's take long to hear of it
     if not args.photos.is_dir():
         raise SystemExit(f"no such folder: {args.photos}; name one with --photos")
-    pythons = {"open_clip": environment(), "clipkit": Path(sys.executable)}
+    pythons = dict.fromkeys(SIDES, Path(sys.executable)) | {"open_clip": environment()}
     with tempfile.TemporaryDirectory() as folder:
         made = make_shards(args.photos, Path(folder))
         head = f"{'photos':15}{'transform':11}{'loader':11}{'images/s/core':>14}{'images/s':>10}{'ratio/core':>12}"

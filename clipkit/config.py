@@ -95,8 +95,9 @@ class DataConfig(Settings):
     one after another in an epoch, or mixed by weight."""
     val: str | None = None
     """Any source (list, folder with captions, shards) for retrieval while training."""
-    workers: Annotated[int, Field(ge=0)] = 1
-    """Loader processes per rank; 0 loads in the training process."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Loader processes per rank; 0 loads in threads of the training process. Where not set: 0 with up to 4 cores per
+    rank, where threads are as fast and copy nothing, else a process per core, at most 8."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """That decode, in each loader process; where not set, 1, or as many as cores where `workers` is 0."""
     window: Positive | None = None

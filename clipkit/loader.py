@@ -36,6 +36,7 @@ from clipkit.trainset import TrainData, TrainSet, pick
 __all__ = ["Batch", "Batches", "describe", "open_train_data", "train_batches"]
 
 MAX_REPLACEMENTS = 20
+FEW_CORES, MOST_WORKERS = 4, 8  # see `DataConfig.workers`
 AHEAD = 3  # batches that are being made while one is used
 
 
@@ -132,7 +133,14 @@ class Batches(Dataset["Batch | str"]):
         self.tokenizer = tokenizer
         self.config = config
         self.seed = seed
-        self.threads = config.threads or (1 if config.workers else cores())
+        # Ranks on one machine share its cores.
+        own = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        self.workers = min(MOST_WORKERS, own) if own > FEW_CORES else 0
+        if config.workers is not None:
+            self.workers = config.workers
+        if data.size is None:
+            self.workers = 0  # a stream has one reader per rank
+        self.threads = config.threads or (1 if self.workers else own)
         self._pool: _Threads | None = None
         self._owner = 0
 
@@ -273,7 +281,7 @@ def train_batches(
     """Batches of steps ``first_step … steps - 1`` for one rank, made ahead of their use.
 
     Args:
-        batches: makes them, in `config.workers` processes or in threads of this one.
+        batches: makes them, in `batches.workers` processes or in threads of this one.
         first_step: where to start.
         steps: where to stop.
         batch_size: of all ranks together.
@@ -287,7 +295,7 @@ def train_batches(
     if batch_size % world_size:
         raise ClipkitError(f"batch_size {batch_size} cannot be divided among {world_size} ranks; make it a multiple")
     positions = _Positions(first_step, steps, batch_size, rank, world_size)
-    if batches.config.workers and batches.data.size is not None:
+    if batches.workers:
         return _checked(_from_processes(batches, positions, pin_memory))
     return _checked(_from_threads(batches, positions, pin_memory))
 
@@ -310,7 +318,7 @@ def _data_loader(batches: Batches, positions: _Positions, pin_memory: bool) -> D
         batches,
         batch_size=None,
         sampler=positions,
-        num_workers=batches.config.workers,
+        num_workers=batches.workers,
         prefetch_factor=AHEAD,
         pin_memory=pin_memory,
         # A worker gives up by itself; this is for one that cannot even do that.

@@ -75,7 +75,7 @@ class Augmentation:
 
 
 def augmented_pixels(
-    data: bytes | Path | Image.Image,
+    data: bytes | Path | Encoded | Image.Image,
     preprocess: Preprocess,
     config: AugmentConfig,
     rng: np.random.Generator,
@@ -89,7 +89,7 @@ def augmented_pixels(
     as many threads as there are cores: the heavy parts release the GIL, and none starts threads of its own.
 
     Args:
-        data: the image's bytes or its file, or an upright RGB image of any size.
+        data: the image's bytes or its file, its header read or not, or an upright RGB image of any size.
         preprocess: brings it to the model's size.
         config: what may happen.
         rng: decides what does; the same state decides the same, exact or not.
@@ -101,7 +101,7 @@ def augmented_pixels(
     Raises:
         BadSample: where the data cannot be decoded (see `clipkit.decode.decode`).
     """
-    source = data if isinstance(data, Image.Image) else Encoded(data, preprocess.background)
+    source = data if isinstance(data, Image.Image | Encoded) else Encoded(data, preprocess.background)
     width, height = source.size
     drawn = Augmentation.draw(width, height, preprocess.size, config, rng)
     left, top, right, bottom = drawn.box

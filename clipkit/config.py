@@ -86,6 +86,11 @@ class PartConfig(Settings):
     weight: Annotated[float, Field(gt=0)] | None = None
     """Its share of the samples, in any unit; all parts have one or none has."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _plain(cls, value: Any) -> Any:
+        return {"shards": value} if isinstance(value, str) else value
+
 
 class DataConfig(Settings):
     """Where samples come from and how they are turned into batches."""

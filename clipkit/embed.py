@@ -199,7 +199,7 @@ def embed(
     records = stage.records(names)
     if records is None:
         return read_manifest(out, "embeddings")
-    left_out = [line for record in records for line in record["left_out"]]
+    left_out = [*source.problems, *(line for record in records for line in record["left_out"])]
     images = sum(record["images"] for record in records)
     if not images:
         first = left_out[0]

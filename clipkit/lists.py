@@ -71,12 +71,12 @@ def _json_table(name: str, data: bytes) -> list[dict[str, Any]]:
 def _coco_rows(name: str, images: list[Any], annotations: list[Any]) -> Iterator[dict[str, Any]]:
     captions: dict[Any, list[str]] = {}
     for annotation in annotations:
-        if isinstance(annotation, dict) and "caption" in annotation:
+        if isinstance(annotation, dict) and "caption" in annotation and _plain(annotation.get("image_id")):
             captions.setdefault(annotation.get("image_id"), []).append(annotation["caption"])
     # Boxes or none at all: then there is no caption column, which is an error only where captions are needed.
     captioned = bool(captions)
     for number, image in enumerate(images):
-        if not isinstance(image, dict) or not isinstance(image.get("file_name"), str) or "id" not in image:
+        if not isinstance(image, dict) or not isinstance(image.get("file_name"), str) or not _plain(image.get("id")):
             raise ClipkitError(f"{name}: images[{number}] has no id or no file_name")
         # The picture itself tells its width and height, also when it was made smaller on the way.
         about = {key: value for key, value in image.items() if key not in ("id", "file_name", "width", "height")}
@@ -85,6 +85,10 @@ def _coco_rows(name: str, images: list[Any], annotations: list[Any]) -> Iterator
             yield {"file_name": image["file_name"], **said, "image_id": image["id"], **about}
     if captions:
         warn(f"{name}: {sum(map(len, captions.values())):,} captions are of no image that it lists")
+
+
+def _plain(number: Any) -> bool:
+    return isinstance(number, int | str)
 
 
 def _json_rows(spec: str | Path, lines: Any) -> Iterator[dict[str, Any]]:

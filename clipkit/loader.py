@@ -6,12 +6,13 @@ the positions, and a resumed run starts at another position of the same sequence
 sample that does not come within the timeout stops the run with the name of its shard.
 """
 
+import atexit
 import os
 import queue
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -22,16 +23,16 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from clipkit.augment import Augmentation, augmented_pixels
 from clipkit.config import DataConfig
 from clipkit.decode import Encoded
-from clipkit.errors import ClipkitError
+from clipkit.errors import BadSample, ClipkitError
 from clipkit.gpu_decode import Waiting, can_wait, decode_waiting
-from clipkit.parallel import cores
+from clipkit.parallel import Threads, cores
 from clipkit.preprocess import Preprocess
 from clipkit.shards import Shards
 from clipkit.sources import sample_id
 from clipkit.storage import is_pipe
 from clipkit.streams import StreamSet
 from clipkit.towers.dual_encoder import Tokenizer
-from clipkit.trainset import TrainData, TrainSet, pick
+from clipkit.trainset import MISSING_HINT, Incomplete, TrainData, TrainSet, pick
 
 __all__ = ["Batch", "Batches", "describe", "open_train_data", "train_batches"]
 
@@ -66,6 +67,10 @@ def open_train_data(
         ClipkitError: where shards are missing, or nothing in them can be used.
     """
     specs = [part.shards for part in config.parts]
+    if excluded is not None and len(excluded) not in (0, len(specs)):
+        raise ClipkitError(
+            f"data.train names {len(specs)} sets of shards, the run was trained on {len(excluded)}; use --init-from"
+        )
     if any(is_pipe(spec) for spec in specs):
         if len(specs) > 1 or config.replacement:
             raise ClipkitError(
@@ -83,37 +88,12 @@ def describe(data: TrainData, samples: int) -> str:
     if data.size is None:
         order = f"shuffled in blocks of {data.window:,}" if data.window else "in its own order"
         return f"a stream {order} (each rank reads all of it, a resumed run passes over what was used)"
+    if data.replacement:
+        return f"{samples:,} draws from {data.size:,} samples"
     epochs, rest = divmod(samples, data.size)
     length = f"{epochs:,} epochs" + (f" and {rest:,} samples" if rest else "")
     shuffled = f" shuffled in windows of {data.window:,}" if data.window else ""
     return f"{data.size:,} samples{shuffled}, {length} of them"
-
-
-class _Threads:
-    """Daemon threads that work through a queue: unlike an executor's, one that is stuck does not hold up the exit."""
-
-    def __init__(self, number: int):
-        self.number = number
-        self._todo: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]] | None] = queue.SimpleQueue()
-        for _ in range(number):
-            threading.Thread(target=self._work, daemon=True, name="clipkit-loader").start()
-
-    def _work(self) -> None:
-        while (task := self._todo.get()) is not None:
-            function, answer = task
-            try:
-                answer.put((function(), None))
-            except BaseException as error:  # it belongs to whoever waits, not to this thread
-                answer.put((None, error))
-
-    def submit(self, function: Callable[[], Any]) -> "queue.SimpleQueue[Any]":
-        answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._todo.put((function, answer))
-        return answer
-
-    def end(self) -> None:
-        for _ in range(self.number):
-            self._todo.put(None)
 
 
 class Batches(Dataset["Batch | str"]):
@@ -141,7 +121,7 @@ class Batches(Dataset["Batch | str"]):
         if data.size is None:
             self.workers = 0  # a stream has one reader per rank
         self.threads = config.threads or (1 if self.workers else own)
-        self._pool: _Threads | None = None
+        self._pool: Threads | None = None
         self._owner = 0
 
     def __getitem__(self, positions: Sequence[int]) -> "Batch | str":
@@ -153,7 +133,7 @@ class Batches(Dataset["Batch | str"]):
     def begin(self, positions: Sequence[int]) -> list[tuple[Any, "queue.SimpleQueue[Any]"]]:
         """Start on a batch; threads take its samples one by one."""
         if self._pool is None or self._owner != os.getpid():  # threads do not survive a fork
-            self._pool, self._owner = _Threads(self.threads), os.getpid()
+            self._pool, self._owner = Threads(self.threads), os.getpid()
         references = self.data.first(positions)
         submit, on_gpu = self._pool.submit, self.config.decode == "gpu"
         return [
@@ -211,9 +191,9 @@ class Batches(Dataset["Batch | str"]):
 
     def close(self) -> None:
         """Let the threads go; a batch that is begun later has new ones."""
-        if self._pool is not None and self._owner == os.getpid():
-            self._pool.end()
-        self._pool = None
+        pool, self._pool = self._pool, None
+        if pool is not None and self._owner == os.getpid():
+            pool.end()
 
     def _one(self, position: int, reference: Any, on_gpu: bool) -> dict[str, Any]:
         left_out: list[dict[str, Any]] = []
@@ -226,22 +206,25 @@ class Batches(Dataset["Batch | str"]):
                 image, caption = pick(self.data.read(reference), self.config, rng)
                 about = {"caption": caption, "image_id": self.data.image_id(reference), "left_out": left_out}
                 return about | self._image(image, rng, Waiting(0, position, reference) if on_gpu else None)
-            except ClipkitError as error:
+            except BadSample as error:
+                # Of the sample itself. What cannot be read at all (a disk, a network) ends the run instead: the sample
+                # may be good, and a run that is resumed loses nothing.
                 shard, key = self.data.name(reference)
+                if isinstance(error, Incomplete) and self.config.missing == "stop":
+                    raise ClipkitError(f"{shard}: {key}: {error}; {MISSING_HINT}") from error
                 left_out.append({"shard": shard, "key": key, "reason": str(error), "position": position})
         last = left_out[-1]
         place = f"{last['key']!r} in {last['shard']}: {last['reason']}"
         raise ClipkitError(f"{MAX_REPLACEMENTS} samples in a row cannot be used, the last {place}")
 
     def _image(self, data: bytes, rng: np.random.Generator, waiting: Waiting | None) -> dict[str, Any]:
-        if waiting is not None:
-            source = Encoded(data, self.preprocess.background)
-            if can_wait(data, source, self.preprocess):
-                width, height = source.size
-                drawn = Augmentation.draw(width, height, self.preprocess.size, self.config.augment, rng)
-                return {"waiting": waiting._replace(data=data, drawn=drawn)}
+        source = Encoded(data, self.preprocess.background)
+        if waiting is not None and can_wait(data, source, self.preprocess):
+            width, height = source.size
+            drawn = Augmentation.draw(width, height, self.preprocess.size, self.config.augment, rng)
+            return {"waiting": waiting._replace(data=data, drawn=drawn)}
         exact = self.config.decode == "exact"
-        return {"pixels": augmented_pixels(data, self.preprocess, self.config.augment, rng, exact=exact)}
+        return {"pixels": augmented_pixels(source, self.preprocess, self.config.augment, rng, exact=exact)}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pool": None}
@@ -357,17 +340,25 @@ def _from_threads(batches: Batches, positions: _Positions, pin_memory: bool) -> 
             offer(str(error))
         except BaseException as error:
             offer(error)
-        finally:
-            batches.close()
 
-    threading.Thread(target=make, daemon=True, name="clipkit-batches").start()
+    maker = threading.Thread(target=make, daemon=True, name="clipkit-batches")
+
+    def stop() -> None:
+        stopped.set()
+        batches.close()
+        maker.join(2.0)
+
+    # Daemon threads that are inside torch when the interpreter ends would abort the process.
+    atexit.register(stop)
+    maker.start()
     try:
         while (batch := done.get()) is not None:
             if isinstance(batch, BaseException):
                 raise batch
             yield batch
     finally:
-        stopped.set()
+        stop()
+        atexit.unregister(stop)
 
 
 def _pinned(batch: "Batch | str", pin_memory: bool) -> "Batch | str":

@@ -105,8 +105,9 @@ def pack(
     records = stage.records(names)
     if records is None:
         return read_manifest(out, "shards")
-    ledger = [line for record in records for line in record["ledger"]]
+    ledger = [*source.problems, *(line for record in records for line in record["ledger"])]
     total = {key: sum(record[key] for record in records) for key in ("samples", "captions", "bytes", "left_out")}
+    total["left_out"] += len(source.problems)
     repeated = sum(record["repeated"] for record in records)
     if not total["samples"]:
         first = ledger[0]
@@ -208,6 +209,7 @@ def _members(sample: Sample, max_side: int | None, quality: int) -> dict[str, by
         extension: data,
         "txt": sample.captions[0].encode("utf-8", "replace"),
         "json": json.dumps(about, ensure_ascii=False, default=str).encode("utf-8", "replace"),
+        **sample.others,
     }
 
 

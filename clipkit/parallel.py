@@ -3,7 +3,9 @@
 import contextlib
 import multiprocessing
 import os
+import queue
 import signal
+import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 
 from clipkit.errors import ClipkitError
 
-__all__ = ["cores", "in_processes", "in_threads"]
+__all__ = ["Threads", "cores", "in_processes", "in_threads"]
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -40,6 +42,40 @@ def in_threads(load: Callable[[Item], Value], items: Iterable[Item], threads: in
         finally:
             for future in waiting:
                 future.cancel()
+
+
+class Threads:
+    """Daemon threads that work through a queue: unlike an executor's, one that is stuck does not hold up the exit."""
+
+    def __init__(self, number: int):
+        self._todo: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]] | None] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._work, daemon=True, name="clipkit-loader") for _ in range(number)]
+        for thread in self._threads:
+            thread.start()
+
+    def _work(self) -> None:
+        while (task := self._todo.get()) is not None:
+            function, answer = task
+            try:
+                answer.put((function(), None))
+            except BaseException as error:  # it belongs to whoever waits, not to this thread
+                answer.put((None, error))
+
+    def submit(self, function: Callable[[], Any]) -> "queue.SimpleQueue[Any]":
+        """Have a function called; what it returns and the error that it raised come together, one of them None."""
+        answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._todo.put((function, answer))
+        return answer
+
+    def end(self) -> None:
+        """Drop what waits and let the threads go; one that is stuck is waited for no longer than a second."""
+        with contextlib.suppress(queue.Empty):
+            while (task := self._todo.get_nowait()) is not None:
+                task[1].put((None, ClipkitError("the loader was closed")))
+        for _ in self._threads:
+            self._todo.put(None)
+        for thread in self._threads:
+            thread.join(1.0)
 
 
 def in_processes(work: Callable[[Callable[[Any], None]], None], count: int) -> Iterator[Any]:

@@ -1,5 +1,6 @@
 """Webdataset shards: written with webdataset itself, read by seeking (see `clipkit.tar_index`)."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from clipkit.tar_index import (
     index_tar,
     load_index,
     read_defects,
+    stamp_of,
     write_defects,
     write_index,
 )
@@ -147,9 +149,12 @@ class Shards(Sequence[dict[str, bytes]]):
 
     def __init__(self, tars: Sequence[Path], spool: Spool | None = None):
         self.tars = list(tars)
+        self.names = _names(self.tars)
+        """What each shard is called in keys, ledgers and reports: its file's name, with folders where two have one."""
         self.spool = spool
         self._indexes: OrderedDict[int, TarIndex] = OrderedDict()
         self._lock = threading.Lock()
+        self._checksums: dict[Path, dict[str, str]] = {}
         self.problems: list[dict[str, Any]] = []
         """What was passed over when the tars were indexed: ``shard, key, reason``."""
         counts, digests, ranges = [], [], []
@@ -160,7 +165,7 @@ class Shards(Sequence[dict[str, bytes]]):
             if not len(index):
                 warn(f"{self.tars[number]} is empty")
             for problem in index.problems:
-                self.problems.append({"shard": self.tars[number].name, **problem})
+                self.problems.append({"shard": self.names[number], **problem})
                 if problem["key"] is None:
                     warn(f"{self.tars[number]}: {problem['reason']}; what stands before it is used")
             counts.append(len(index))
@@ -203,6 +208,18 @@ class Shards(Sequence[dict[str, bytes]]):
 
     def _stamp(self, number: int) -> str | None:
         return self.spool.stamp(self.tars[number]) if self.spool else None
+
+    def content(self, number: int) -> str:
+        """What tells one content of a shard from another: our manifest's checksum, else the stamp of the file."""
+        tar = self.tars[number]
+        if tar.parent not in self._checksums:
+            ours = kind_of(tar.parent) == "shards"
+            records = read_manifest(tar.parent, "shards")["shards"] if ours else []
+            self._checksums[tar.parent] = {r["name"]: f"{r['bytes']} {r['blake2b']}" for r in records if "blake2b" in r}
+        found = self._checksums[tar.parent].get(tar.name, "")
+        # One that was changed behind the manifest's back has another size, or is found by a check.
+        same = found.partition(" ")[0] == str(tar.stat().st_size) if found else False
+        return found if same else self._stamp(number) or stamp_of(tar)
 
     def defects(self, number: int) -> dict[str, str]:
         """What a check found in one shard: key in the shard to reason; empty where it was not checked or is clean."""
@@ -256,7 +273,7 @@ class Shards(Sequence[dict[str, bytes]]):
         """The key of sample `i`; with the shard's name before it where several shards use one key."""
         number, row = self.locate(i)
         key = self.index_of(number).key(row)
-        return f"{self.tars[number].stem}/{key}" if self._named_by_shard else key
+        return f"{self.names[number].removesuffix('.tar')}/{key}" if self._named_by_shard else key
 
     def identity(self) -> str:
         """A hash over every member's key, extension and size: the same samples in the same order, wherever they are."""
@@ -284,11 +301,18 @@ class Shards(Sequence[dict[str, bytes]]):
         number, row = self.locate(i)
         members = self.index_of(number).members(row)
         wanted = {ext: at for ext, at in members.items() if not extensions or ext in extensions}
-        path = self.local(number)
+        for _ in range(3 if self.spool else 1):  # another reader may make room between fetching and opening
+            with contextlib.suppress(FileNotFoundError):
+                return self._read(self.local(number), i, wanted)
+        raise ClipkitError(f"cannot read {self.tars[number]}: it is gone")
+
+    def _read(self, path: Path, i: int, wanted: dict[str, Member]) -> dict[str, bytes]:
         try:
             # Opening costs some 10 us and needs no cache of descriptors that forks and threads would share.
             with path.open("rb", buffering=0) as handle:
                 found = {ext: os.pread(handle.fileno(), size, offset) for ext, (offset, size) in wanted.items()}
+        except FileNotFoundError:
+            raise
         except OSError as error:
             raise ClipkitError(f"cannot read {path}: {error.strerror}") from error
         if any(len(found[ext]) != size for ext, (_, size) in wanted.items()):
@@ -303,10 +327,21 @@ class Shards(Sequence[dict[str, bytes]]):
 
 
 def brace_expand(spec: str) -> list[str]:
-    """The names that a brace pattern such as ``{000..012}.tar`` stands for, as webdataset has it."""
-    from webdataset.shardlists import expand_urls
+    """The names that a brace pattern such as ``{000..012}.tar`` stands for."""
+    from braceexpand import UnbalancedBracesError, braceexpand
 
-    return list(expand_urls(spec))
+    try:
+        return list(braceexpand(spec))
+    except UnbalancedBracesError as error:
+        raise ClipkitError(f"{spec}: its braces do not match: {error}") from error
+
+
+def _names(tars: Sequence[Path]) -> list[str]:
+    names = [tar.name for tar in tars]
+    if len(set(names)) == len(names):
+        return names
+    root = os.path.commonpath([tar.parent for tar in tars])
+    return [Path(os.path.relpath(tar, root)).as_posix() for tar in tars]
 
 
 def _remote_tars(spec: str) -> list[str]:
@@ -340,11 +375,13 @@ def captions_of(members: dict[str, bytes]) -> tuple[tuple[str, ...], dict[str, A
         text = members["txt"].decode("utf-8-sig") if "txt" in members else None
     except UnicodeDecodeError as error:
         raise BadSample(f"the caption is not UTF-8: {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadSample(f"the .json member is broken: {error}") from error
     if not isinstance(columns, dict):
         raise BadSample("the .json member is no object")
     listed = columns.pop("captions", None)
     single = columns.pop("caption", None)
-    found = listed if isinstance(listed, list) else [text if text is not None else single]
+    if listed is None:
+        listed = text if text is not None else single
+    found = listed if isinstance(listed, list) else [listed]
     return tuple(c.strip() for c in found if isinstance(c, str) and c.strip()), columns

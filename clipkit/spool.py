@@ -17,7 +17,7 @@ from clipkit.artifact import digest
 from clipkit.errors import ClipkitError
 from clipkit.log import note
 from clipkit.storage import describe, fetch, read_bytes, user_cache
-from clipkit.tar_index import SIDECAR_SUFFIX, TarIndex, load_index, parse_index, write_index
+from clipkit.tar_index import SIDECAR_SUFFIX, TarIndex, fits, load_index, parse_index, write_index
 
 __all__ = ["Spool"]
 
@@ -85,7 +85,12 @@ class Spool:
             with FileLock(tar.with_name(f".{tar.name}.lock")):
                 if not tar.exists():
                     self._make_room()
-                    fetch(self.urls[self._number[tar]], tar)
+                    url = self.urls[self._number[tar]]
+                    fetch(url, tar)
+                    index = load_index(tar, self.stamp(tar))
+                    if index is not None and not fits(tar, index):
+                        tar.unlink()
+                        raise ClipkitError(f"{url}: the {SIDECAR_SUFFIX} beside it is of another tar; remove it there")
         elif time.monotonic() - self._used.get(tar, 0.0) > 10.0:
             self._used[tar] = time.monotonic()
             with contextlib.suppress(FileNotFoundError):
@@ -93,12 +98,13 @@ class Spool:
         return tar
 
     def _make_room(self) -> None:
-        for scratch in self.folder.glob(".*.tmp"):  # of a process that was killed while it fetched
+        everything = self.folder.parent  # other sets and older contents are in the cache too
+        for scratch in everything.glob("*/.*.tmp"):  # of a process that was killed while it fetched
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - scratch.stat().st_mtime > 3600:
                     scratch.unlink()
         standing = []
-        for path in self.folder.glob("*.tar"):
+        for path in everything.glob("*/*.tar"):
             try:
                 found = path.stat()
             except FileNotFoundError:
@@ -112,10 +118,12 @@ class Spool:
             total -= size
 
     def ahead(self, tars: list[Path]) -> None:
-        """Begin to fetch these, at most four at a time, without waiting for them."""
+        """Begin to fetch these, at most four at a time and half of the limit, without waiting for them."""
+        held = 0
         with self._lock:
             for tar in tars:
-                if len(self._coming) >= AHEAD:
+                held += self._about[self._number[tar]][0]
+                if len(self._coming) >= AHEAD or held > self.limit // 2:
                     return
                 if tar not in self._coming and not tar.exists():
                     self._coming.add(tar)

@@ -18,6 +18,7 @@ from clipkit.shards import brace_expand, image_extension
 from clipkit.sources import sample_id
 from clipkit.storage import open_stream
 from clipkit.tar_index import MEMBER
+from clipkit.trainset import MISSING_HINT
 
 __all__ = ["StreamSet"]
 
@@ -48,6 +49,7 @@ class StreamSet:
     """
 
     size: int | None = None
+    replacement = False
 
     def __init__(
         self,
@@ -67,6 +69,8 @@ class StreamSet:
         self._ledger: list[dict[str, Any]] = []
         self._records = self._endless()
         self._number = -1
+        self._met = 0  # samples so far
+        self._from: int | None = None  # the first position that was asked for
         self._block: list[_Record] = []
 
     def identity(self) -> str:
@@ -80,6 +84,7 @@ class StreamSet:
             for url in self.urls:
                 for record in self._samples(url, tell=self.is_main and epoch == 0):
                     found += 1
+                    self._met += 1
                     yield record
             if not found:
                 raise ClipkitError(f"no sample of {self.urls[0]} can be used: none has an image and a caption")
@@ -105,7 +110,7 @@ class StreamSet:
                     pass
         except tarfile.TarError as error:
             if tell:
-                self._ledger.append({"shard": url, "key": None, "reason": f"the stream is cut or broken: {error}"})
+                self._tell(url, None, f"the stream is cut or broken: {error}")
         else:
             yield from self._whole(url, key, members, tell)
 
@@ -117,13 +122,18 @@ class StreamSet:
         if lacks is None:
             yield _Record(url, key, members)
         elif self.missing == "stop":
-            raise ClipkitError(f"{url}: {key}: {lacks}; mend it, or set data.missing=skip to leave such samples out")
+            raise ClipkitError(f"{url}: {key}: {lacks}; {MISSING_HINT}")
         elif tell:
-            self._ledger.append({"shard": url, "key": key, "reason": lacks})
+            self._tell(url, key, lacks)
+
+    def _tell(self, url: str, key: str | None, reason: str) -> None:
+        self._ledger.append({"shard": url, "key": key, "reason": reason, "position": self._met})
 
     def first(self, positions: Sequence[int]) -> list[_In]:
         """The samples at these positions, reading on as far as needed."""
         length = self.window or BLOCK
+        if self._from is None and positions:
+            self._from = positions[0]
         found = []
         for position in positions:
             number, place = divmod(position, length)
@@ -157,4 +167,5 @@ class StreamSet:
     def drain(self) -> list[dict[str, Any]]:
         """What was passed over since the last call, each once though every epoch meets it again."""
         lines, self._ledger = self._ledger, []
-        return lines
+        # What is passed over on the way to the first position has its line from the run that was there before.
+        return [line for line in lines if line["position"] >= (self._from or 0)]

@@ -9,6 +9,7 @@ time of its tar and counts for nothing when they differ.
 
 import hashlib
 import json
+import os
 import re
 import tarfile
 from collections.abc import Callable
@@ -32,6 +33,7 @@ __all__ = [
     "SIDECAR_SUFFIX",
     "Member",
     "TarIndex",
+    "fits",
     "index_tar",
     "load_index",
     "parse_index",
@@ -54,6 +56,8 @@ SCHEMA = pa.schema(
         ("size", pa.list_(pa.int64())),
     ]
 )
+
+BLOCK, USTAR = 512, b"ustar"  # of a tar, and what each header has at byte 257
 
 Member = tuple[int, int]  # offset of the data in the tar, and its size in bytes
 
@@ -135,6 +139,7 @@ def index_tar(path: Path) -> TarIndex:
     """
     samples: dict[str, dict[str, Member]] = {}
     problems: list[dict[str, Any]] = []
+    end = 0
     try:
         end = path.stat().st_size
         if end:
@@ -158,6 +163,8 @@ def index_tar(path: Path) -> TarIndex:
         problems.append({"key": None, "reason": f"the tar is broken after {len(samples)} samples: {error}"})
     except OSError as error:
         raise ClipkitError(f"cannot read {path}: {error.strerror or error}") from error
+    if samples and not any(problem["key"] is None for problem in problems):
+        problems += _ending(path, end, max(sum(at) for members in samples.values() for at in members.values()))
     columns = {
         "key": [_text(key) for key in samples],
         "ext": [[_text(ext) for ext in members] for members in samples.values()],
@@ -165,6 +172,36 @@ def index_tar(path: Path) -> TarIndex:
         "size": [[size for _, size in members.values()] for members in samples.values()],
     }
     return TarIndex(pa.table(columns, schema=SCHEMA), problems)
+
+
+def _ending(path: Path, end: int, last: int) -> list[dict[str, Any]]:
+    """What is wrong after the last member: tarfile takes damage there for the end and says nothing."""
+    last = -(-last // BLOCK) * BLOCK
+    with path.open("rb") as handle:
+        handle.seek(last)
+        block = handle.read(BLOCK)
+    if len(block) < BLOCK:
+        reason = "the tar has no end-of-archive mark: it is cut short between two members"
+    elif any(block) and block[257:262] != USTAR:  # that may be a member that is no sample's, such as a folder
+        reason = f"the tar is damaged at byte {last:,}: the {end - last:,} bytes from there on are not read"
+    else:
+        return []
+    return [{"key": None, "reason": reason}]
+
+
+def fits(tar: Path, index: TarIndex) -> bool:
+    """Whether an index can be of this tar: a header with the right size stands before each member's data."""
+    flat = [pc.list_flatten(index.table[name]).to_pylist() for name in ("offset", "size")]
+    with tar.open("rb") as handle:
+        for offset, size in zip(*flat, strict=True):
+            header = os.pread(handle.fileno(), BLOCK, offset - BLOCK)
+            try:
+                found = int(header[124:135].rstrip(b" \0") or b"0", 8)
+            except ValueError:
+                found = size  # a size in base 256, of members above 8 GiB
+            if header[257:262] != USTAR or found != size:
+                return False
+    return True
 
 
 def _text(name: str) -> str:

@@ -18,9 +18,14 @@ from clipkit.order import Mixture, Order
 from clipkit.shards import Shards, captions_of, image_extension
 from clipkit.sources import sample_id
 
-__all__ = ["REMOTE_WINDOW", "TrainData", "TrainSet", "pick"]
+__all__ = ["MISSING_HINT", "REMOTE_WINDOW", "Incomplete", "TrainData", "TrainSet", "pick"]
 
 REMOTE_WINDOW = 65_536
+MISSING_HINT = "mend it, or set data.missing=skip to leave such samples out"
+
+
+class Incomplete(BadSample):
+    """A sample without image or caption, which `DataConfig.missing` decides about."""
 
 
 class TrainData(Protocol):
@@ -30,6 +35,8 @@ class TrainData(Protocol):
     """Samples in an epoch; None where nobody knows."""
     window: int | None
     """How many samples are shuffled among each other; None for all of them."""
+    replacement: bool
+    """Whether each sample is drawn from all of them."""
     excluded: list[list[int]]
     """What is left out of the plan: indices in each set of shards."""
     left_out: list[dict[str, Any]]
@@ -109,6 +116,7 @@ class TrainSet:
         self.weights = [float(w) for w in weights if w is not None] or None
         remote = any(shards.spool for shards in parts)
         self.window = config.window or (REMOTE_WINDOW if remote else None)
+        self.replacement = config.replacement
         together = [list(range(len(parts)))]
         self._groups = [[number] for number in range(len(parts))] if self.weights else together
         self._orders = [
@@ -127,16 +135,14 @@ class TrainSet:
 
     def _unusable(self, shards: Shards, config: DataConfig) -> list[int]:
         found: list[int] = []
-        self.left_out += [problem for problem in shards.problems if problem["key"] is not None]
+        self.left_out += shards.problems
         for number, tar in enumerate(shards.tars):
             index = shards.index_of(number)
             reasons = dict.fromkeys(index.without_text, "the sample has no caption")
             reasons |= dict.fromkeys(index.without_image, "the sample has no image")
             if reasons and config.missing == "stop":
                 row, reason = next(iter(sorted(reasons.items())))
-                raise ClipkitError(
-                    f"{tar}: {index.key(row)}: {reason}; mend it, or set data.missing=skip to leave such samples out"
-                )
+                raise ClipkitError(f"{tar}: {index.key(row)}: {reason}; {MISSING_HINT}")
             defects = shards.defects(number)
             if defects:
                 rows = {key: row for row, key in enumerate(index.table["key"].to_pylist())}
@@ -144,14 +150,16 @@ class TrainSet:
             start = int(shards.ends[number]) - len(index)
             for row, reason in sorted(reasons.items()):
                 found.append(start + row)
-                self.left_out.append({"shard": tar.name, "key": index.key(row), "reason": reason})
+                self.left_out.append({"shard": shards.names[number], "key": index.key(row), "reason": reason})
         return found
 
     def _check(self, config: DataConfig) -> None:
         for part, about in zip(self._parts, config.parts, strict=True):
             usable, all_of_them = int(part.sizes.sum()), len(part.shards)
-            first = self.left_out[0] if self.left_out else {"shard": about.shards, "key": "", "reason": "no samples"}
-            place = f"the first: {first['shard']}: {first['key']}: {first['reason']}"
+            place = "it is empty"
+            if len(part.excluded):
+                first = int(part.excluded[0])
+                place = f"the first is {part.shards.key(first)!r} in {part.shards.tar_of(first).name}"
             if not usable:
                 raise ClipkitError(f"no sample of {about.shards} can be used; {place}")
             if all_of_them - usable > config.max_bad_share * all_of_them:
@@ -220,7 +228,9 @@ class TrainSet:
     def name(self, reference: _At) -> tuple[str, str]:
         """The shard and the key of the sample."""
         shards = self._parts[reference.part].shards
-        return shards.tar_of(reference.row).name, shards.key(reference.row)
+        shard = shards.names[shards.locate(reference.row)[0]]
+        # Sets that are mixed may have shards of one name.
+        return shard if len(self._parts) == 1 else str(shards.tar_of(reference.row)), shards.key(reference.row)
 
     def image_id(self, reference: _At) -> int:
         """The sample's id; with several sets of shards their numbers are part of it, as keys may meet."""
@@ -245,10 +255,10 @@ def pick(members: dict[str, bytes], config: DataConfig, rng: np.random.Generator
     """
     extension = image_extension(members)
     if extension is None:
-        raise BadSample("the sample has no image")
+        raise Incomplete("the sample has no image")
     captions, columns = captions_of(members)
     if not captions:
-        raise BadSample("the sample has no caption")
+        raise Incomplete("the sample has no caption")
     number = 0
     if config.caption_weights:
         weights = columns.get(config.caption_weights)
@@ -266,6 +276,8 @@ def pick(members: dict[str, bytes], config: DataConfig, rng: np.random.Generator
         template = config.templates[int(rng.integers(len(config.templates)))]
         try:
             text = template.format_map({**columns, "caption": text})
-        except (KeyError, IndexError, ValueError, AttributeError) as error:
+        except KeyError as error:
+            raise BadSample(f"the template {template!r} asks for column {error}, which the sample lacks") from None
+        except (IndexError, ValueError, AttributeError) as error:
             raise BadSample(f"the template {template!r} does not fit the sample: {error}") from None
     return members[extension], text

@@ -297,7 +297,7 @@ def test_shards_at_a_url(shards, memory, tmp_path, monkeypatch):
     here = open_source(shards)
     for spec in (url, f"{url}/{{000000..000003}}.tar"):
         there = open_source(spec, captions_required=True)
-        assert there.identity() == here.identity()
+        assert there.shards.identity() == here.shards.identity()
         assert there[20].read() == here[20].read()
     pack(there, tmp_path / "again", shard_samples=13, workers=2)
     for path in shards.glob("*.tar"):

@@ -28,6 +28,7 @@ SAME_FLOOR = {("config", "preprocess"), ("report", "artifact")}
 HOMES = {
     "faiss": {"search"},
     "webdataset": {"shards"},
+    "braceexpand": {"shards"},
     "open_clip": {"towers"},
     "transformers": {"towers"},
     "huggingface_hub": {"towers"},

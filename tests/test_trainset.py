@@ -118,7 +118,7 @@ def test_templates_take_the_caption_and_other_columns():
     config = DataConfig(templates=["a photo of {caption}", "{caption}, {group}"])
     drawn = {pick(members(["a cat"], group="animals"), config, np.random.default_rng(i))[1] for i in range(20)}
     assert drawn == {"a photo of a cat", "a cat, animals"}
-    with pytest.raises(BadSample, match="does not fit the sample: 'group'"):
+    with pytest.raises(BadSample, match="asks for column 'group', which the sample lacks"):
         pick(members(["a cat"]), DataConfig(templates=["{group}"]), np.random.default_rng(0))
 
 

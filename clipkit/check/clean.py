@@ -31,6 +31,7 @@ class Kept:
 
     def __init__(self, scanned: Scan, left_out: Collection[int]):
         self.spec = scanned.spec
+        self.problems: list[dict[str, Any]] = []  # findings of the check, which writes them down itself
         self.remote = any(part.source.remote for part in scanned.parts)
         self._scan = scanned
         self._rows = np.setdiff1d(np.arange(len(scanned)), np.fromiter(left_out, np.int64))

@@ -132,6 +132,13 @@ def open_parts(spec: str, **options: Any) -> tuple[list[Part], list[Finding]]:
     parts: list[Part] = []
     if is_remote(spec) or not is_shard_spec(spec):
         parts.append(Part(open_source(spec, **options)))
+        if (shards := parts[0].shards) is not None:  # remote ones, which are known by their indexes alone
+            for problem in shards.problems:
+                kind = "shard_truncated" if problem["key"] is None else "key_twice"
+                findings.append(Finding(kind, problem["shard"], problem["key"], problem["reason"]))
+            empty = np.diff(shards.ends, prepend=0) == 0
+            reason = "it holds no sample"
+            findings += [Finding("shard_empty", shards.names[n], None, reason) for n in np.flatnonzero(empty)]
     else:
         named = named_shards(spec)
         for tar, record in progress(named, "shards", len(named), "shards"):

@@ -5,15 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow.compute as pc
-
 from clipkit.artifact import kind_of, read_manifest
 from clipkit.errors import ClipkitError
 from clipkit.shards import Shards, brace_expand, expand
 
 __all__ = ["named_shards", "shard_problems"]
-
-BLOCK = 512  # of a tar
 
 
 def named_shards(spec: str) -> list[tuple[Path, dict[str, Any]]]:
@@ -71,23 +67,7 @@ def shard_problems(tar: Path, record: dict[str, Any]) -> Iterator[tuple[str, str
     for problem in shards.problems:
         if problem["key"] is not None:
             yield "key_twice", problem["key"], problem["reason"]
-    reason = cut[0] if cut else _ending(tar, shards, size)
-    if reason:
+    for reason in cut:
         yield "shard_truncated", None, reason
     if len(shards) != record.get("samples", len(shards)):
         yield "shard_changed", None, f"{len(shards):,} samples, the manifest says {record['samples']:,}"
-
-
-def _ending(tar: Path, shards: Shards, size: int) -> str | None:
-    """What is wrong with the end of a tar: tarfile takes damage after the first member for the end and says nothing."""
-    table = shards.index_of(0).table
-    end = pc.max(pc.add(pc.list_flatten(table["offset"]), pc.list_flatten(table["size"]))).as_py()
-    end = -(-end // BLOCK) * BLOCK
-    with tar.open("rb") as handle:
-        handle.seek(end)
-        block = handle.read(BLOCK)
-    if len(block) < BLOCK:
-        return "it has no end-of-archive mark: cut short between two members"
-    if not any(block) or block[257:262] == b"ustar":  # a member that is no sample's, such as a folder
-        return None
-    return f"damaged at byte {end:,}: the {size - end:,} bytes from there on are not read"

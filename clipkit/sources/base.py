@@ -46,6 +46,8 @@ class Sample:
     captions: tuple[str, ...] = ()
     columns: dict[str, Any] = field(default_factory=dict)
     """Everything else that the source says of it."""
+    others: dict[str, bytes] = field(default_factory=dict)
+    """Further members of a sample in shards, extension to bytes."""
     left_out: tuple[str, ...] = ()
     """What the source says of this image that cannot be used, such as an empty caption among others."""
 
@@ -83,6 +85,8 @@ class Source(Protocol):
     """Whether captions can be expected; single samples may still lack them."""
     remote: bool
     """Whether samples come one by one over the network, so that many should be asked for at once."""
+    problems: list[dict[str, Any]]
+    """Ledger lines, with ``key`` and ``reason``, of what is no sample: a row that names no image, a tar that is cut."""
 
     def __len__(self) -> int: ...
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from clipkit.artifact import digest
 from clipkit.decode import IMAGE_SUFFIXES
@@ -26,6 +27,7 @@ class FolderSource:
 
     def __init__(self, root: str, urls: Sequence[str] | None = None):
         self.spec = root
+        self.problems: list[dict[str, Any]] = []
         self.paths: list[str] = []
         companions: dict[tuple[str, str], str] = {}
         for name in _walk(root) if urls is None else _below(root, urls):

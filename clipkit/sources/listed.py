@@ -1,6 +1,7 @@
 """A list file: a table with an image per row."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,16 +48,22 @@ class ListSource:
         rows = read_rows(spec)
         if not rows:
             raise ClipkitError(f"{spec} has no rows")
-        columns = list(rows[0])
+        columns = list(dict.fromkeys(name for row in rows for name in row))
         self._image = _find_column(spec, columns, image_column, IMAGE_COLUMNS, "image", True) or ""
         self._caption = _find_column(spec, columns, caption_column, CAPTION_COLUMNS, "caption", captions_required)
         self.has_captions = self._caption is not None
         groups: dict[str, list[dict[str, Any]]] = {}
-        for number, row in enumerate(rows):
+        self.problems: list[dict[str, Any]] = []
+        for number, row in enumerate(rows, 1):
             name = row.get(self._image)
-            if not isinstance(name, str) or not name.strip():
-                raise ClipkitError(f"{spec}: row {number + 1} names no image in column {self._image!r}")
-            groups.setdefault(name, []).append(row)
+            if isinstance(name, str) and name.strip():
+                # One image under two spellings of its path is one sample.
+                groups.setdefault(name if is_remote(name) else os.path.normpath(name), []).append(row)
+            else:
+                reason = f"names no image in column {self._image!r}"
+                self.problems.append({"key": f"row {number} below the header", "reason": reason})
+        if not groups:
+            raise ClipkitError(f"{spec}: no row names an image in column {self._image!r}")
         self._names = list(groups)
         self._rows = list(groups.values())
         home = spec.partition("?")[0].rpartition("/")[0] if is_remote(spec) else Path(spec).parent
@@ -88,7 +95,7 @@ class ListSource:
                 columns[column] = values[0] if alike else values
         about = {"path": name, **own_columns(columns)}
         kept = tuple(text for text in captions if text)
-        return Sample(name, self._files.at(i), extension_of(name), kept, about, tuple(empty))
+        return Sample(name, self._files.at(i), extension_of(name), kept, about, left_out=tuple(empty))
 
     def identity(self) -> str:
         if is_remote(self.spec):

@@ -1,5 +1,6 @@
 """Samples that are in shards already."""
 
+from clipkit.artifact import digest
 from clipkit.errors import BadSample, ClipkitError
 from clipkit.shards import Shards, captions_of, image_extension
 from clipkit.sources.base import Sample, own_columns
@@ -14,6 +15,7 @@ class ShardSource:
         self.spec = spec
         self.shards = Shards.open(spec)
         self.remote = False  # a shard is one request, whatever is read of it
+        self.problems = [{**problem, "key": problem["key"] or problem["shard"]} for problem in self.shards.problems]
         self.has_captions = bool({"txt", "json"} & self.shards.extensions)
 
     def __len__(self) -> int:
@@ -39,7 +41,10 @@ class ShardSource:
         extension = image_extension(members)
         image = members[extension] if extension else None
         path = columns.pop("path", key)  # what clipkit pack was given
-        return Sample(key, image, extension or "", captions, {"path": path, **own_columns(columns)})
+        others = {ext: data for ext, data in members.items() if ext not in (extension, "txt", "json")}
+        return Sample(key, image, extension or "", captions, {"path": path, **own_columns(columns)}, others)
 
     def identity(self) -> str:
-        return self.shards.identity()
+        """By content where our manifest has checksums, else by the shards' sizes and times."""
+        contents = [self.shards.content(number) for number in range(len(self.shards.tars))]
+        return digest([self.shards.identity(), contents])

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 from collections import Counter
@@ -291,3 +292,20 @@ def test_threads_end_with_the_iterator(uneven):
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert threading.active_count() <= before
+
+
+def test_an_exit_in_the_middle_is_an_exit(uneven):
+    """The interpreter must not end while loader threads are inside torch, which aborts the process."""
+    script = f"""
+import sys, torch
+from clipkit.config import DataConfig
+from clipkit.loader import Batches, open_train_data, train_batches
+from clipkit.preprocess import Preprocess
+config = DataConfig(train={str(uneven)!r}, workers=0, threads=3)
+made = Batches(open_train_data(config, 0), Preprocess(size=64), lambda t: torch.zeros(len(t), 4), config, 0)
+batches = train_batches(made, first_step=0, steps=10**6, batch_size=64)
+next(batches)
+sys.exit(3)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (3, "")

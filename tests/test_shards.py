@@ -184,3 +184,28 @@ def test_we_read_what_the_tar_command_writes(tmp_path, form):
     for number, name in enumerate(names):
         assert found[name].captions == (f"caption {number}",)
         assert found[name].read() == png((number, 0, 0))
+
+
+def test_repacking_keeps_every_member_and_notices_changed_contents(tmp_path):
+    def make(label, caption):
+        with webdataset.ShardWriter(str(tmp_path / "in-%d.tar"), maxcount=9, verbose=0) as writer:
+            writer.write({"__key__": "k", "png": png(), "txt": caption, "cls": label, "npy": b"abc"})
+
+    make(3, "one")
+    source = open_source(str(tmp_path / "in-0.tar"))
+    pack(source, tmp_path / "out")
+    assert Shards.open(str(tmp_path / "out"))[0].keys() == {"png", "txt", "json", "cls", "npy"}
+    make(4, "two")  # of the same size
+    again = open_source(str(tmp_path / "in-0.tar"))
+    assert again.shards.identity() == source.shards.identity()
+    with pytest.raises(ClipkitError, match="made from other input"):
+        pack(again, tmp_path / "out")
+
+
+def test_a_damaged_tar_is_in_the_ledger_of_pack(pictures, tmp_path):
+    pack(open_source(pictures), tmp_path / "s")
+    tar = tmp_path / "s" / "000000.tar"
+    tar.write_bytes(tar.read_bytes()[:50_000])
+    manifest = pack(open_source(str(tar)), tmp_path / "again")
+    assert manifest["counts"]["left_out"] >= 1
+    assert "cut short" in (tmp_path / "again" / "ledger.jsonl").read_text()

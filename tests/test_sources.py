@@ -334,3 +334,26 @@ def test_images_behind_a_web_server_are_read_by_forked_workers(pictures, shards,
         server.server_close()
     for path in shards.glob("*.tar"):
         assert path.read_bytes() == (tmp_path / "s" / path.name).read_bytes()
+
+
+def test_rows_without_an_image_are_ledger_lines_and_the_rest_is_used(pictures, run, tmp_path):
+    first, second = (line.split("\t")[0] for line in pictures.read_text().splitlines()[1:3])
+    lines = [{"path": first}, {"path": "", "caption": "b"}, {"caption": "c"}]
+    lines += [{"path": f"./{first}", "caption": "a"}, {"path": second, "caption": "d"}]
+    listed = tmp_path / "list.jsonl"
+    listed.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = run("pack", listed, "--image-root", pictures.parent, "--out", tmp_path / "s")
+    assert result.status == 1, result
+    source = open_source(tmp_path / "s")
+    assert [source[i].captions for i in range(len(source))] == [("a",), ("d",)]
+    ledger = [json.loads(line) for line in (tmp_path / "s" / "ledger.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in ledger[:2]] == ["row 2 below the header", "row 3 below the header"]
+    listed.write_text('{"path": "", "caption": "b"}\n')
+    with pytest.raises(ClipkitError, match="no row names an image in column 'path'"):
+        open_source(listed)
+
+
+def test_coco_with_ids_that_are_none(tmp_path):
+    (tmp_path / "c.json").write_text('{"images": [{"id": [1], "file_name": "a.jpg"}], "annotations": []}')
+    with pytest.raises(ClipkitError, match=r"images\[0\] has no id or no file_name"):
+        open_source(tmp_path / "c.json")

@@ -129,3 +129,12 @@ def test_members_out_of_order_make_samples_of_their_own(tmp_path):
     data = StreamSet(f"pipe:cat {tmp_path}/a.tar", 0)
     assert {data.name(r)[1] for r in data.first(np.arange(4).tolist())} == {"b"}
     assert [line["key"] for line in data.drain()] == ["a", "a"]
+
+
+def test_a_resumed_pipe_tells_nothing_twice(run, recipe, tmp_path):
+    samples = [(f"good{i}", {"png": png(i), "txt": b"a"}) for i in range(40)]
+    write_shard(tmp_path / "0.tar", [*samples[:5], ("mute", {"png": png()}), *samples[5:]])
+    call = ["train", recipe, "--set", f"data.train=pipe:cat {tmp_path}/0.tar", "--out", tmp_path / "run", "--resume"]
+    assert run(*call, "--set", "steps=2").status == 1
+    assert run(*call, "--set", "steps=4").status == 1
+    assert (tmp_path / "run" / "ledger.jsonl").read_text().count("mute") == 1

@@ -257,3 +257,95 @@ def test_ids_are_those_of_the_source(shards):
     assert isinstance(data, TrainSet)
     local = Shards.open(str(shards))
     assert {data.image_id(r) for r in data.first(range(48))} == {sample_id(local.key(i)) for i in range(48)}
+
+
+def test_a_disk_that_fails_ends_the_run_and_costs_no_sample(two_sets, monkeypatch):
+    read = Shards._read
+
+    def fails(self, path, i, wanted):
+        if path.name == "1.tar":
+            raise ClipkitError(f"cannot read {path}: Input/output error")
+        return read(self, path, i, wanted)
+
+    monkeypatch.setattr(Shards, "_read", fails)
+    for workers in (0, 1):
+        config = DataConfig(train=str(two_sets / "a"), workers=workers)
+        with pytest.raises(ClipkitError, match=r"1\.tar: Input/output error"):
+            read_all(config, steps=10)
+
+
+def test_a_spool_fetches_again_what_was_removed_under_its_reader(web, shards, monkeypatch):
+    remote = Shards.open(web[0])
+    local, removed = Shards.local, []
+
+    def removes(self, number):
+        path = local(self, number)
+        if len(removed) < 2:
+            removed.append(path)
+            path.unlink()
+        return path
+
+    monkeypatch.setattr(Shards, "local", removes)
+    assert remote[0] == Shards.open(str(shards))[0]
+    assert len(removed) == 2
+
+
+def test_the_cache_is_bounded_over_all_sets_in_it(web, shards, tmp_path):
+    size = max(path.stat().st_size for path in shards.glob("*.tar"))
+    for number in range(4):
+        Shards.open(web[0].replace("{000000..000003}", f"00000{number}"), cache_bytes=size)[0]
+    assert len(list((tmp_path / "cache" / "shards").glob("*/*.tar"))) <= 2
+
+
+def test_a_sidecar_of_another_tar_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLIPKIT_CACHE", str(tmp_path / "cache"))
+    far = tmp_path / "far" / "x.tar"
+    write_shard(far, [("a0", {"txt": b"an a"}), ("a1", {"txt": b"two"})])
+    sidecar = far.with_name("x.idx.arrow")
+    stale, size = sidecar.read_bytes(), far.stat().st_size
+    write_shard(far, [("b0", {"txt": b"something longer"})])
+    assert far.stat().st_size == size
+    sidecar.write_bytes(stale)
+    with pytest.raises(ClipkitError, match=r"the \.idx\.arrow beside it is of another tar"):
+        Shards.open(f"file://{far}")[0]
+
+
+def test_shards_of_one_name_in_two_folders_are_told_apart(tmp_path):
+    for name in "ab":
+        make(tmp_path / name / "0.tar", ["k0", "k1"])
+    both = Shards.open(str(tmp_path / "{a,b}" / "0.tar"))
+    assert both.names == ["a/0.tar", "b/0.tar"]
+    assert [both.key(i) for i in range(4)] == ["a/0/k0", "a/0/k1", "b/0/k0", "b/0/k1"]
+
+
+def test_missing_stops_for_an_empty_caption_too(tmp_path):
+    write_shard(tmp_path / "0.tar", [("mute", {"png": png(), "txt": b"  "})])
+    with pytest.raises(ClipkitError, match=r"0\.tar: mute: the sample has no caption; mend it, or set data\.missing"):
+        read_all(DataConfig(train=str(tmp_path), missing="stop", workers=0), steps=1)
+
+
+def test_what_is_cut_or_damaged_is_in_the_ledger(tmp_path):
+    make(tmp_path / "0.tar", [f"k{i}" for i in range(20)])
+    data = bytearray((tmp_path / "0.tar").read_bytes())
+    (tmp_path / "0.idx.arrow").unlink()
+    at = data.index(b"k10.png")
+    data[at : at + 512] = bytes([7]) * 512
+    (tmp_path / "0.tar").write_bytes(data)
+    left_out = open_train_data(DataConfig(train=str(tmp_path)), 0).left_out
+    assert [line["key"] for line in left_out] == [None]
+    assert "damaged at byte" in left_out[0]["reason"]
+
+
+def test_captions_in_any_place_of_the_json_count():
+    for about in ({"captions": "one"}, {"caption": ["one"]}, {"caption": "one"}, {"captions": ["one", None, " "]}):
+        sample = {"png": b"image", "json": json.dumps(about).encode()}
+        assert pick(sample, DataConfig(), np.random.default_rng(0))[1] == "one"
+    with pytest.raises(BadSample, match=r"\.json member is broken"):
+        pick({"png": b"image", "json": b"[" * 100_000}, DataConfig(), np.random.default_rng(0))
+
+
+def test_a_resumed_run_with_other_sets_is_refused(run, refused, recipe, two_sets, tmp_path):
+    call = ["train", recipe, "--out", tmp_path / "run", "--resume", "--set"]
+    assert run(*call, f"data.train={two_sets / 'a'}", "--set", "steps=1").status == 0
+    both = f"data.train=[{two_sets / 'a'}, {two_sets / 'b'}]"
+    assert "data.train names 2 sets of shards, the run was trained on 1" in refused(*call, both, "--set", "steps=2")

@@ -289,10 +289,11 @@ def _from_processes(batches: Batches, positions: _Positions, pin_memory: bool) -
         made = iter(_data_loader(batches, positions, pin_memory))
     try:
         yield from made
-    except RuntimeError as error:
-        if "DataLoader" not in str(error):
+    except (RuntimeError, OSError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
             raise
-        # Killed from outside, mostly for memory; torch's own message runs over several lines.
+        # Killed from outside, mostly for memory. torch's own message runs over several lines; a process that is killed
+        # while it hands over a batch is a broken connection.
         raise ClipkitError(f"a loader process is gone or stuck: {' '.join(str(error).split())[:300]}") from error
 
 

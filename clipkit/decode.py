@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from clipkit.errors import BadSample
 
@@ -22,7 +22,6 @@ __all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "Encoded", "decode", "identify", "to_
 IMAGE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 MAX_PIXELS = 200_000_000  # a 200-megapixel image takes 600 MB decoded; a bomb takes the machine
 SMALL = 32  # pixels of a side below which nothing is reduced: it saves no time, and a block's padding would be seen
-ORIENTATION = 0x0112  # the Exif tag
 
 # Pillow's own bomb check warns at a limit of its own and would hide ours; ours is exact and names the file.
 Image.MAX_IMAGE_PIXELS = None
@@ -96,7 +95,7 @@ class Encoded:
 def _orientation(image: Image.Image) -> int:
     """1 to 8, or 0 where the metadata cannot be read."""
     try:
-        found = image.getexif().get(ORIENTATION, 1)
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
         return int(found) if found in range(1, 9) else 1  # what is no orientation is passed over, as Pillow does
     except Exception:
         return 0

@@ -172,12 +172,7 @@ class Mixture:
         if min(exact) * BLOCK < total:
             raise ClipkitError(f"a weight of data.train is below 1/{BLOCK} of their sum; got {list(weights)}")
         self.seed = seed
-        self._upper = [sum(exact[: i + 1], Fraction(0)) / total for i in range(len(exact))]
-
-    def _before(self, block: int) -> np.ndarray:
-        """How many positions of each sequence stand before a block."""
-        edges = [0, *(int(block * BLOCK * upper) for upper in self._upper)]
-        return np.diff(np.array(edges, np.int64))
+        self._upper = tuple(sum(exact[: i + 1], Fraction(0)) / total for i in range(len(exact)))
 
     def at(self, positions: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The number of the sequence that each position takes, and the position in that sequence; both int64."""
@@ -185,19 +180,22 @@ class Mixture:
         which, local = np.empty_like(at), np.empty_like(at)
         blocks, within = np.divmod(at, BLOCK)
         for block in np.unique(blocks):
-            owners, ranks = _block(tuple(self._upper), self.seed, int(block))
+            owners, ranks = _block(self._upper, self.seed, int(block))
             chosen = blocks == block
             which[chosen] = owners[within[chosen]]
-            local[chosen] = self._before(int(block))[which[chosen]] + ranks[within[chosen]]
+            local[chosen] = _before(self._upper, int(block))[which[chosen]] + ranks[within[chosen]]
         return which, local
+
+
+def _before(upper: tuple[Fraction, ...], block: int) -> np.ndarray:
+    """How many positions of each sequence stand before a block."""
+    return np.diff(np.array([0, *(int(block * BLOCK * u) for u in upper)], np.int64))
 
 
 @lru_cache(8)
 def _block(upper: tuple[Fraction, ...], seed: int, block: int) -> tuple[np.ndarray, np.ndarray]:
     """For each position of a block, its sequence and how many of that sequence stand before it in the block."""
-    edges = np.array([[0, *(int(b * BLOCK * u) for u in upper)] for b in (block, block + 1)], np.int64)
-    counts = np.diff(np.diff(edges, axis=1), axis=0)[0]
-    owners = np.repeat(np.arange(len(upper)), counts)
+    owners = np.repeat(np.arange(len(upper)), _before(upper, block + 1) - _before(upper, block))
     owners = owners[permuted(np.arange(BLOCK), BLOCK, [seed, block, 0, 0, 0])]
     ranks = np.empty(BLOCK, np.int64)
     for number in range(len(upper)):

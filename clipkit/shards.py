@@ -13,12 +13,13 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from clipkit.artifact import WORK, atomic_write, digest, kind_of, read_manifest
+from clipkit.artifact import atomic_write, digest
 from clipkit.decode import IMAGE_SUFFIXES
 from clipkit.errors import BadSample, ClipkitError
 from clipkit.log import progress, warn
+from clipkit.shard_specs import expand, manifest_records, remote_tars, shard_names
 from clipkit.spool import Spool
-from clipkit.storage import is_remote, list_files
+from clipkit.storage import is_remote
 from clipkit.tar_index import (
     Member,
     TarIndex,
@@ -32,55 +33,13 @@ from clipkit.tar_index import (
 
 __all__ = [
     "Shards",
-    "brace_expand",
     "captions_of",
-    "expand",
     "image_extension",
-    "is_shard_spec",
     "load_writer",
     "write_shard",
 ]
 
 MAX_OPEN = 4096  # memory-mapped indexes at a time; Linux allows a process 65,530 mappings
-
-
-def is_shard_spec(spec: str) -> bool:
-    """Whether `spec` names shards: a tar, a brace pattern of tars, or a folder of tars.
-
-    A folder of pictures stays one when somebody put an archive among them.
-    """
-    if spec.endswith(".tar"):
-        return True
-    folder = Path(spec)
-    if not folder.is_dir():
-        return False
-    if kind_of(folder) == "shards" or (folder / WORK).is_dir():
-        return True
-    names = [path.suffix.lower() for path in folder.iterdir()]
-    return ".tar" in names and not IMAGE_SUFFIXES & set(names)
-
-
-def expand(spec: str) -> list[Path]:
-    """The tar files that `spec` names, in name order.
-
-    Raises:
-        ClipkitError: where one that is named by a pattern does not exist, a folder holds none, or it is one that
-            `clipkit pack` has not finished.
-    """
-    folder = Path(spec)
-    if folder.is_dir():
-        if (folder / WORK).is_dir() or kind_of(folder):
-            found = [folder / shard["name"] for shard in read_manifest(folder, "shards")["shards"]]
-        else:
-            found = sorted(folder.glob("*.tar"))
-    else:
-        found = [Path(name) for name in brace_expand(spec)]
-    for path in found:
-        if not path.is_file():
-            raise ClipkitError(f"no such shard: {path}")
-    if not found:
-        raise ClipkitError(f"no shards (*.tar) in {spec}")
-    return found
 
 
 class WrittenShard(NamedTuple):
@@ -149,12 +108,11 @@ class Shards(Sequence[dict[str, bytes]]):
 
     def __init__(self, tars: Sequence[Path], spool: Spool | None = None):
         self.tars = list(tars)
-        self.names = _names(self.tars)
+        self.names = shard_names(self.tars)
         """What each shard is called in keys, ledgers and reports: its file's name, with folders where two have one."""
         self.spool = spool
         self._indexes: OrderedDict[int, TarIndex] = OrderedDict()
         self._lock = threading.Lock()
-        self._checksums: dict[Path, dict[str, str]] = {}
         self.problems: list[dict[str, Any]] = []
         """What was passed over when the tars were indexed: ``shard, key, reason``."""
         counts, digests, ranges = [], [], []
@@ -209,17 +167,18 @@ class Shards(Sequence[dict[str, bytes]]):
     def _stamp(self, number: int) -> str | None:
         return self.spool.stamp(self.tars[number]) if self.spool else None
 
-    def content(self, number: int) -> str:
-        """What tells one content of a shard from another: our manifest's checksum, else the stamp of the file."""
-        tar = self.tars[number]
-        if tar.parent not in self._checksums:
-            ours = kind_of(tar.parent) == "shards"
-            records = read_manifest(tar.parent, "shards")["shards"] if ours else []
-            self._checksums[tar.parent] = {r["name"]: f"{r['bytes']} {r['blake2b']}" for r in records if "blake2b" in r}
-        found = self._checksums[tar.parent].get(tar.name, "")
-        # One that was changed behind the manifest's back has another size, or is found by a check.
-        same = found.partition(" ")[0] == str(tar.stat().st_size) if found else False
-        return found if same else self._stamp(number) or stamp_of(tar)
+    def contents(self) -> list[str]:
+        """For each shard what tells one content from another: our manifest's checksum, else the stamp of the file."""
+        records = manifest_records(self.tars)
+        found = []
+        for number, tar in enumerate(self.tars):
+            record = records.get(tar, {})
+            # One that was changed behind the manifest's back has another size, or is found by a check.
+            if "blake2b" in record and record["bytes"] == tar.stat().st_size:
+                found.append(f"{record['bytes']} {record['blake2b']}")
+            else:
+                found.append(self._stamp(number) or stamp_of(tar))
+        return found
 
     def defects(self, number: int) -> dict[str, str]:
         """What a check found in one shard: key in the shard to reason; empty where it was not checked or is clean."""
@@ -247,7 +206,7 @@ class Shards(Sequence[dict[str, bytes]]):
             ClipkitError: where there are no shards or they hold no sample.
         """
         if is_remote(spec):
-            spool = Spool(_remote_tars(spec), cache_bytes)
+            spool = Spool(remote_tars(spec), cache_bytes)
             shards = cls(spool.tars, spool)
         else:
             shards = cls(expand(spec))
@@ -292,30 +251,29 @@ class Shards(Sequence[dict[str, bytes]]):
         number, row = self.locate(i)
         return self.index_of(number).members(row)
 
-    def read(self, i: int, *extensions: str) -> dict[str, bytes]:
-        """Read the named members of sample `i` (all of them where none is named; those it lacks are left out).
+    def read(self, i: int) -> dict[str, bytes]:
+        """Read sample `i`: extension to bytes.
 
         Raises:
             ClipkitError: where the shard is gone or shorter than its index says.
         """
         number, row = self.locate(i)
         members = self.index_of(number).members(row)
-        wanted = {ext: at for ext, at in members.items() if not extensions or ext in extensions}
         for _ in range(3 if self.spool else 1):  # another reader may make room between fetching and opening
             with contextlib.suppress(FileNotFoundError):
-                return self._read(self.local(number), i, wanted)
+                return self._read(self.local(number), i, members)
         raise ClipkitError(f"cannot read {self.tars[number]}: it is gone")
 
-    def _read(self, path: Path, i: int, wanted: dict[str, Member]) -> dict[str, bytes]:
+    def _read(self, path: Path, i: int, members: dict[str, Member]) -> dict[str, bytes]:
         try:
             # Opening costs some 10 us and needs no cache of descriptors that forks and threads would share.
             with path.open("rb", buffering=0) as handle:
-                found = {ext: os.pread(handle.fileno(), size, offset) for ext, (offset, size) in wanted.items()}
+                found = {ext: os.pread(handle.fileno(), size, offset) for ext, (offset, size) in members.items()}
         except FileNotFoundError:
             raise
         except OSError as error:
             raise ClipkitError(f"cannot read {path}: {error.strerror}") from error
-        if any(len(found[ext]) != size for ext, (_, size) in wanted.items()):
+        if any(len(found[ext]) != size for ext, (_, size) in members.items()):
             raise ClipkitError(f"{path} ends before sample {self.key(i)!r}; it was cut after it was indexed")
         return found
 
@@ -324,32 +282,6 @@ class Shards(Sequence[dict[str, bytes]]):
 
     def __iter__(self) -> Iterator[dict[str, bytes]]:
         return (self[i] for i in range(len(self)))
-
-
-def brace_expand(spec: str) -> list[str]:
-    """The names that a brace pattern such as ``{000..012}.tar`` stands for."""
-    from braceexpand import UnbalancedBracesError, braceexpand
-
-    try:
-        return list(braceexpand(spec))
-    except UnbalancedBracesError as error:
-        raise ClipkitError(f"{spec}: its braces do not match: {error}") from error
-
-
-def _names(tars: Sequence[Path]) -> list[str]:
-    names = [tar.name for tar in tars]
-    if len(set(names)) == len(names):
-        return names
-    root = os.path.commonpath([tar.parent for tar in tars])
-    return [Path(os.path.relpath(tar, root)).as_posix() for tar in tars]
-
-
-def _remote_tars(spec: str) -> list[str]:
-    named = spec.partition("?")[0].endswith(".tar")
-    urls = brace_expand(spec) if named else list_files(spec, ".tar")
-    if not urls:
-        raise ClipkitError(f"no shards (*.tar) in {spec}")
-    return urls
 
 
 def _overlap(ranges: list[tuple[str, str]]) -> bool:

@@ -5,17 +5,15 @@ of Pillow give equal bytes.
 """
 
 import io
-import warnings
 from typing import Any, NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from clipkit.decode import to_rgb
 from clipkit.errors import BadSample
 
 __all__ = ["Shrunk", "shrink"]
 
-ORIENTATION = 0x0112  # the EXIF tag; from 5 on, height and width change places
 LOSSLESS = {"PNG", "GIF", "BMP", "TIFF"}
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
@@ -39,7 +37,7 @@ def shrink(data: bytes, max_side: int, quality: int = 95) -> Shrunk:
     stays WebP, lossless where it was. Of an animation the first frame is kept.
 
     Args:
-        data: of an image that `clipkit.preprocess.identify` has let pass.
+        data: of an image that `clipkit.decode.identify` has let pass.
         max_side: pixels.
         quality: of JPEG and lossy WebP, 1 to 100.
 
@@ -47,19 +45,17 @@ def shrink(data: bytes, max_side: int, quality: int = 95) -> Shrunk:
         BadSample: where it cannot be decoded.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata that does not touch the pixels
-            with Image.open(io.BytesIO(data)) as image:
-                turned = image.getexif().get(ORIENTATION, 1) >= 5
-                width, height = image.size[::-1] if turned else image.size
-                if max(width, height) <= max_side:
-                    return Shrunk(data, None, width, height)
-                scale = max_side / max(width, height)
-                # Of the full size: a JPEG that is decoded at half of it has rounded sides.
-                target = max(1, round(width * scale)), max(1, round(height * scale))
-                new, form = _smaller(image, target)
-            buffer = io.BytesIO()
-            new.save(buffer, **_settings(form, data, quality), icc_profile=new.info.pop("icc_profile", b""))
+        with Image.open(io.BytesIO(data)) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # height and width change places
+            width, height = image.size[::-1] if turned else image.size
+            if max(width, height) <= max_side:
+                return Shrunk(data, None, width, height)
+            scale = max_side / max(width, height)
+            # Of the full size: a JPEG that is decoded at half of it has rounded sides.
+            target = max(1, round(width * scale)), max(1, round(height * scale))
+            new, form = _smaller(image, target)
+        buffer = io.BytesIO()
+        new.save(buffer, **_settings(form, data, quality), icc_profile=new.info.pop("icc_profile", b""))
     except Exception as error:
         raise BadSample(f"cannot be decoded: {error}") from error
     return Shrunk(buffer.getvalue(), EXTENSIONS[form], width, height)

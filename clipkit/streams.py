@@ -14,7 +14,8 @@ import numpy as np
 from clipkit.artifact import digest
 from clipkit.errors import ClipkitError
 from clipkit.order import permuted
-from clipkit.shards import brace_expand, image_extension
+from clipkit.shard_specs import brace_expand
+from clipkit.shards import image_extension
 from clipkit.sources import sample_id
 from clipkit.storage import open_stream
 from clipkit.tar_index import MEMBER

@@ -7,6 +7,7 @@ the plan remembers that: a check that is made while a run is stopped does not ch
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from clipkit.errors import BadSample, ClipkitError
 from clipkit.order import Mixture, Order
 from clipkit.shards import Shards, captions_of, image_extension
 from clipkit.sources import sample_id
+from clipkit.spool import Spool
 
 __all__ = ["MISSING_HINT", "REMOTE_WINDOW", "Incomplete", "TrainData", "TrainSet", "pick"]
 
@@ -129,6 +131,13 @@ class TrainSet:
             )
             for at, group in enumerate(self._groups)
         ]
+        # Where the samples of each part begin among its group's, and of groups with a window which shard is whose.
+        sizes = [[int(self._parts[number].sizes.sum()) for number in group] for group in self._groups]
+        self._starts = [np.cumsum([0, *of_group])[:-1] for of_group in sizes]
+        self._owners = [
+            [(number, shard) for number in group for shard in range(len(self._parts[number].sizes))] if remote else []
+            for group in self._groups
+        ]
         self._mixture = Mixture(self.weights, seed) if self.weights else None
         self.size: int | None = sum(order.size for order in self._orders)
         self._check(config)
@@ -170,7 +179,7 @@ class TrainSet:
 
     def identity(self) -> str:
         """A hash of all that decides the sequence, apart from the seed."""
-        order = [self.weights, self.window, self._orders[0].replacement]
+        order = [self.weights, self.window, self.replacement]
         return digest([[part.shards.identity() for part in self._parts], self.excluded, order])
 
     def first(self, positions: Sequence[int]) -> list[_At]:
@@ -187,31 +196,30 @@ class TrainSet:
         return [place for place in found if place is not None]
 
     def _split(self, group: int, usable: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        numbers = self._groups[group]
-        ends = np.cumsum([self._parts[number].sizes.sum() for number in numbers])
-        which = np.searchsorted(ends, usable, side="right")
-        part, index = np.array(numbers)[which], np.empty_like(usable)
-        for number in np.unique(part):
-            mine = part == number
-            before = int(ends[numbers.index(number)]) - int(self._parts[number].sizes.sum())
-            index[mine] = self._parts[number].index(usable[mine] - before)
-        return part, index
+        starts, numbers = self._starts[group], self._groups[group]
+        which = np.searchsorted(starts, usable, side="right") - 1
+        index = np.empty_like(usable)
+        for at, number in enumerate(numbers):
+            mine = which == at
+            index[mine] = self._parts[number].index(usable[mine] - starts[at])
+        return np.array(numbers)[which], index
 
     def _read_ahead(self, group: int, position: int) -> None:
-        parts = [self._parts[number] for number in self._groups[group]]
-        if self.window is None or not any(part.shards.spool for part in parts):
+        owners, order = self._owners[group], self._orders[group]
+        if self.window is None or not owners:
             return
-        owners = [(part, number) for part in parts for number in range(len(part.sizes))]
-        order, waiting, held = self._orders[group], {}, 0
+        coming: dict[Spool, list[Path]] = {}
+        held = 0
         for number in islice(order.shards_from(position), len(owners)):
             part, shard = owners[number]
-            if part.shards.spool:
-                waiting.setdefault(id(part), (part.shards, []))[1].append(part.shards.tars[shard])
+            shards = self._parts[part].shards
+            if shards.spool is not None:
+                coming.setdefault(shards.spool, []).append(shards.tars[shard])
             held += int(order.sizes[number])
             if held > 2 * self.window:
                 break
-        for shards, tars in waiting.values():
-            shards.spool.ahead(tars)
+        for spool, tars in coming.items():
+            spool.ahead(tars)
 
     def other(self, reference: _At, rng: np.random.Generator) -> _At:
         """A sample drawn to stand in: from the same set of shards, and from the same window where there is one."""

@@ -359,6 +359,17 @@ def test_a_fixed_copy_tells_equal_keys_of_shards_apart(run, tmp_path):
     assert [(fixed.key(i), fixed[i].captions) for i in range(2)] == [("a/000", ("a",)), ("b/000", ("b",))]
 
 
+def test_shards_of_one_name_in_two_folders_are_told_apart(run, tmp_path):
+    for seed, name in enumerate("ab"):
+        tar_of(tmp_path / name / "0.tar", {"k.jpg": jpeg(seed), "k.txt": name.encode(), "e.jpg": b"", "e.txt": b"e"})
+    status, found = checked(run, tmp_path / "{a,b}" / "0.tar")
+    assert status == 1
+    assert places(found, "image_empty") == [("a/0.tar", "e"), ("b/0.tar", "e")]
+    run("check", tmp_path / "{a,b}" / "0.tar", "--fix", "--out", tmp_path / "clean")
+    packed = Shards.open(str(tmp_path / "clean"))
+    assert [packed.key(i) for i in range(len(packed))] == ["a/0/k", "b/0/k"]
+
+
 def test_lists_and_folders_are_checked_too(run, tmp_path):
     listed = make_pictures(tmp_path / "pictures", 6, captions=2)
     images = tmp_path / "pictures" / "images"

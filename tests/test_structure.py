@@ -15,7 +15,7 @@ FLOORS = [
     {"log", "artifact", "decode", "preprocess", "config", "metrics", "loss", "optim", "scenes", "report", "order"},
     {"storage", "cli", "augment", "shrink", "parallel"},
     {"tar_index", "lists"},
-    {"spool"},
+    {"spool", "shard_specs"},
     {"shards"},
     {"sources", "towers"},
     {"pack", "embeddings", "trainset", "checkpoint"},
@@ -28,7 +28,7 @@ SAME_FLOOR = {("config", "preprocess"), ("report", "artifact")}
 HOMES = {
     "faiss": {"search"},
     "webdataset": {"shards"},
-    "braceexpand": {"shards"},
+    "braceexpand": {"shard_specs"},
     "open_clip": {"towers"},
     "transformers": {"towers"},
     "huggingface_hub": {"towers"},

@@ -178,7 +178,7 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
             model.logit_scale.clamp_(0, max_log_scale)
 
         run.add_to_ledger(batch["left_out"])
-        bad += sum("position" in line for line in batch["left_out"])
+        bad += len(batch["left_out"])
         done = step + 1
         state.update(step=done, samples=done * config.batch_size)
         last_step = done == steps

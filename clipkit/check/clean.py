@@ -38,7 +38,7 @@ class Kept:
         # A key that several shards use goes with the shard's name, as `clipkit.shards.Shards` tells them apart.
         places = [scanned.place(int(row)) for row in self._rows]
         several = len({key for _, key in places}) < len(places)
-        self._keys = [f"{Path(shard).stem}/{key}" if several and shard else key for shard, key in places]
+        self._keys = [f"{shard.removesuffix('.tar')}/{key}" if several and shard else key for shard, key in places]
 
     def __len__(self) -> int:
         return len(self._rows)

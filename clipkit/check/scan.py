@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipkit.check.looks import COARSE, FLAT_BELOW, looks_of
-from clipkit.check.shards import named_shards, shard_problems
+from clipkit.check.shards import index_problems, named_shards, open_shard
 from clipkit.decode import decode, identify
-from clipkit.errors import BadSample, ClipkitError
+from clipkit.errors import BadSample
 from clipkit.log import progress
 from clipkit.parallel import cores, in_threads
-from clipkit.shards import Shards, is_shard_spec
+from clipkit.shard_specs import is_shard_spec, shard_names
+from clipkit.shards import Shards
 from clipkit.sources import Sample, Source, open_source, sample_id
+from clipkit.sources.packed import ShardSource
 from clipkit.storage import is_remote
 
 __all__ = ["KINDS", "UNUSABLE", "Finding", "Part", "Scan", "open_parts", "scan", "text_hash"]
@@ -100,6 +102,8 @@ class Part:
     """A piece of what is checked that opens or fails by itself: a local shard, or the whole of any other source."""
 
     source: Source
+    name: str | None = None
+    """Of a local shard, among all that are checked."""
     start: int = 0
     """The row of its first sample."""
 
@@ -112,7 +116,7 @@ class Part:
         if self.shards is None:
             return None, self.source.key(i)
         number, row = self.shards.locate(i)
-        return self.shards.tars[number].name, self.shards.index_of(number).key(row)
+        return self.name or self.shards.names[number], self.shards.index_of(number).key(row)
 
 
 def open_parts(spec: str, **options: Any) -> tuple[list[Part], list[Finding]]:
@@ -133,22 +137,15 @@ def open_parts(spec: str, **options: Any) -> tuple[list[Part], list[Finding]]:
     if is_remote(spec) or not is_shard_spec(spec):
         parts.append(Part(open_source(spec, **options)))
         if (shards := parts[0].shards) is not None:  # remote ones, which are known by their indexes alone
-            for problem in shards.problems:
-                kind = "shard_truncated" if problem["key"] is None else "key_twice"
-                findings.append(Finding(kind, problem["shard"], problem["key"], problem["reason"]))
-            empty = np.diff(shards.ends, prepend=0) == 0
-            reason = "it holds no sample"
-            findings += [Finding("shard_empty", shards.names[n], None, reason) for n in np.flatnonzero(empty)]
+            findings += [Finding(kind, name, key, why) for name, (kind, key, why) in index_problems(shards)]
     else:
         named = named_shards(spec)
-        for tar, record in progress(named, "shards", len(named), "shards"):
-            found = list(shard_problems(tar, record))
-            findings += [Finding(kind, tar.name, key, reason) for kind, key, reason in found]
-            try:
-                parts.append(Part(open_source(str(tar))))
-            except ClipkitError as error:
-                if not found:
-                    findings.append(Finding("shard_unreadable", tar.name, None, str(error)))
+        names = shard_names([tar for tar, _ in named])
+        for (tar, record), name in progress(zip(named, names, strict=True), "shards", len(named), "shards"):
+            shards, found = open_shard(tar, record)
+            findings += [Finding(kind, name, key, why) for kind, key, why in found]
+            if shards is not None and len(shards):
+                parts.append(Part(ShardSource(str(tar), shards), name))
     start = 0
     for part in parts:
         part.start = start
@@ -214,7 +211,6 @@ class Scan:
     """Of dtype `CAPTION`: hash of the text without case and spacing, row of the sample, tokens (0 if not counted)."""
     findings: list[Finding]
     quick: bool
-    seconds: float = 0.0
     _starts: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -299,7 +295,8 @@ def scan(
         waiting.clear()
 
     looks = _looks(parts, quick, captions, threads or cores())
-    for row, look in progress(looks, f"check {spec}", total, "samples"):
+    for part, i, look in progress(looks, f"check {spec}", total, "samples"):
+        row = part.start + i
         record = samples[row]
         if look.digest:
             record["digest"] = np.frombuffer(look.digest, "u8")
@@ -309,8 +306,7 @@ def scan(
             record["hash"], record["colours"] = look.looks.hash, look.looks.colours
             record["flat"] = look.looks.contrast < FLAT_BELOW
         if look.findings:
-            part = next(p for p in reversed(parts) if p.start <= row)
-            findings += [Finding(kind, *part.place(row - part.start), why, row) for kind, why in look.findings]
+            findings += [Finding(kind, *part.place(i), why, row) for kind, why in look.findings]
         if captions:
             waiting += [(row, text) for text in look.captions]
             if len(waiting) >= AT_ONCE:
@@ -319,14 +315,14 @@ def scan(
     return Scan(spec, parts, samples, np.concatenate(blocks), findings, quick)
 
 
-def _looks(parts: Sequence[Part], quick: bool, captions: bool, threads: int) -> Iterator[tuple[int, _Look]]:
-    """What each sample shows, in order."""
+def _looks(parts: Sequence[Part], quick: bool, captions: bool, threads: int) -> Iterator[tuple[Part, int, _Look]]:
+    """What each sample shows, in order: its part, its row there, its looks."""
 
-    def task(place: tuple[Part, int]) -> list[tuple[int, _Look]]:
+    def task(place: tuple[Part, int]) -> list[tuple[Part, int, _Look]]:
         part, first = place
         rows = range(first, min(first + TASK, len(part.source)))
         wanted = captions and (part.shards is not None or part.source.has_captions)
-        return [(part.start + i, _look(part, i, quick, wanted)) for i in rows]
+        return [(part, i, _look(part, i, quick, wanted)) for i in rows]
 
     places = ((part, first) for part in parts for first in range(0, len(part.source), TASK))
     for found in in_threads(task, places, threads, ahead=4 * threads):

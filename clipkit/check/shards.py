@@ -5,11 +5,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clipkit.artifact import kind_of, read_manifest
-from clipkit.errors import ClipkitError
-from clipkit.shards import Shards, brace_expand, expand
+import numpy as np
 
-__all__ = ["named_shards", "shard_problems"]
+from clipkit.artifact import kind_of
+from clipkit.errors import ClipkitError
+from clipkit.shard_specs import expand, manifest_records, named_tars
+from clipkit.shards import Shards
+
+__all__ = ["Problem", "index_problems", "named_shards", "open_shard"]
+
+Problem = tuple[str, str | None, str]  # kind (see `clipkit.check.scan.KINDS`), key or None, reason
 
 
 def named_shards(spec: str) -> list[tuple[Path, dict[str, Any]]]:
@@ -20,54 +25,56 @@ def named_shards(spec: str) -> list[tuple[Path, dict[str, Any]]]:
     Raises:
         ClipkitError: where there are none.
     """
-    folder = Path(spec)
-    if folder.is_dir() and kind_of(folder) == "shards":
-        tars = [folder / record["name"] for record in read_manifest(folder, "shards")["shards"]]
-    else:
-        named = [] if folder.is_dir() else [Path(name) for name in brace_expand(spec)]
-        tars = named if any(tar.is_file() for tar in named) else expand(spec)
-    records: dict[Path, dict[str, Any]] = {}
-    for parent in {tar.parent for tar in tars}:
-        if kind_of(parent) == "shards":
-            records |= {parent / record["name"]: record for record in read_manifest(parent, "shards")["shards"]}
+    tars = named_tars(spec)
+    if kind_of(Path(spec)) != "shards" and not any(tar.is_file() for tar in tars):
+        expand(spec)  # says what is wrong
+    records = manifest_records(tars)
     return [(tar, records.get(tar, {})) for tar in tars]
 
 
-def shard_problems(tar: Path, record: dict[str, Any]) -> Iterator[tuple[str, str | None, str]]:
-    """What is wrong with one shard, as kind (see `clipkit.check.scan.KINDS`), key or None, and reason.
+def open_shard(tar: Path, record: dict[str, Any]) -> tuple[Shards | None, list[Problem]]:
+    """Open one shard and say what is wrong with it as a whole.
 
     Args:
         tar: the shard.
         record: of it in the manifest: ``bytes``, ``blake2b`` (hex) and ``samples`` are held against it where
             they stand there. The checksum reads the whole file.
+
+    Returns:
+        The shard, None where it cannot be read at all, and the problems.
     """
     if not tar.is_file():
-        yield "shard_missing", None, "it is named, and it is not there"
-        return
+        return None, [("shard_missing", None, "it is named, and it is not there")]
+    found: list[Problem] = []
     size = tar.stat().st_size
     if size != record.get("bytes", size):
-        yield "shard_changed", None, f"{size:,} bytes, the manifest says {record['bytes']:,}"
+        found.append(("shard_changed", None, f"{size:,} bytes, the manifest says {record['bytes']:,}"))
     elif "blake2b" in record:
         with tar.open("rb") as handle:
-            found = hashlib.file_digest(handle, "blake2b").hexdigest()
-        if found != record["blake2b"]:
-            yield "shard_changed", None, f"checksum {found[:12]}, the manifest says {record['blake2b'][:12]}"
+            digest = hashlib.file_digest(handle, "blake2b").hexdigest()
+        if digest != record["blake2b"]:
+            reason = f"checksum {digest[:12]}, the manifest says {record['blake2b'][:12]}"
+            found.append(("shard_changed", None, reason))
     if size == 0:
-        yield "shard_empty", None, "the file is empty (0 bytes)"
-        return
+        return None, [*found, ("shard_empty", None, "the file is empty (0 bytes)")]
     try:
         shards = Shards([tar])
     except ClipkitError as error:
-        yield "shard_unreadable", None, str(error)
-        return
-    cut = [problem["reason"] for problem in shards.problems if problem["key"] is None]
-    if not len(shards) and not cut:
-        yield "shard_empty", None, "it holds no sample"
-        return
+        return None, [*found, ("shard_unreadable", None, str(error))]
+    inside = [problem for _, problem in index_problems(shards)]
+    found += inside
+    known_empty = any(kind == "shard_empty" for kind, _, _ in inside)
+    if len(shards) != record.get("samples", len(shards)) and not known_empty:
+        found.append(("shard_changed", None, f"{len(shards):,} samples, the manifest says {record['samples']:,}"))
+    return shards, found
+
+
+def index_problems(shards: Shards) -> Iterator[tuple[str, Problem]]:
+    """What the indexes of shards know to be wrong: the shard's name and the problem."""
+    cut = {problem["shard"] for problem in shards.problems if problem["key"] is None}
+    for name, count in zip(shards.names, np.diff(shards.ends, prepend=0).tolist(), strict=True):
+        if not count and name not in cut:
+            yield name, ("shard_empty", None, "it holds no sample")
     for problem in shards.problems:
-        if problem["key"] is not None:
-            yield "key_twice", problem["key"], problem["reason"]
-    for reason in cut:
-        yield "shard_truncated", None, reason
-    if len(shards) != record.get("samples", len(shards)):
-        yield "shard_changed", None, f"{len(shards):,} samples, the manifest says {record['samples']:,}"
+        kind = "shard_truncated" if problem["key"] is None else "key_twice"
+        yield problem["shard"], (kind, problem["key"], problem["reason"])

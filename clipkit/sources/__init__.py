@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from clipkit.decode import IMAGE_SUFFIXES
 from clipkit.errors import ClipkitError
 from clipkit.lists import LIST_SUFFIXES
-from clipkit.shards import is_shard_spec
+from clipkit.shard_specs import is_shard_spec
 from clipkit.sources.base import Sample, Source, check_ids, sample_id
 from clipkit.sources.folder import FolderSource
 from clipkit.sources.listed import ListSource

@@ -9,11 +9,16 @@ __all__ = ["ShardSource"]
 
 
 class ShardSource:
-    """The samples of webdataset shards, in shard order."""
+    """The samples of webdataset shards, in shard order.
 
-    def __init__(self, spec: str):
+    Args:
+        spec: names the shards.
+        shards: these, where they are open already.
+    """
+
+    def __init__(self, spec: str, shards: Shards | None = None):
         self.spec = spec
-        self.shards = Shards.open(spec)
+        self.shards = Shards.open(spec) if shards is None else shards
         self.remote = False  # a shard is one request, whatever is read of it
         self.problems = [{**problem, "key": problem["key"] or problem["shard"]} for problem in self.shards.problems]
         self.has_captions = bool({"txt", "json"} & self.shards.extensions)
@@ -46,5 +51,4 @@ class ShardSource:
 
     def identity(self) -> str:
         """By content where our manifest has checksums, else by the shards' sizes and times."""
-        contents = [self.shards.content(number) for number in range(len(self.shards.tars))]
-        return digest([self.shards.identity(), contents])
+        return digest([self.shards.identity(), self.shards.contents()])

@@ -14,6 +14,7 @@ from clipkit.gpu_decode import Waiting, can_wait, decode_waiting, is_baseline
 from clipkit.loader import Batches, open_train_data, train_batches
 from clipkit.preprocess import Preprocess
 from clipkit.shards import write_shard
+from tests.samples import fake_tokens
 
 CPU = torch.device("cpu")
 # torchvision announces that its decoders will move to TorchCodec; until they do they are nvJPEG's way in.
@@ -86,10 +87,6 @@ def test_the_pixels_are_those_of_the_exact_path(mode, size, colours):
         far = np.abs(pixels[1].numpy().astype(int) - exact)
         assert far.mean() < 0.8
         assert np.percentile(far, 99) <= 4
-
-
-def fake_tokens(texts):
-    return torch.tensor([[len(text)] for text in texts])
 
 
 def broken_inside(data):

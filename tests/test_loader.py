@@ -1,6 +1,5 @@
 """The training order is a pure function of (seed, position); ranks and workers only divide it."""
 
-import io
 import json
 
 import numpy as np
@@ -15,6 +14,7 @@ from clipkit.loader import Batches, open_train_data, train_batches
 from clipkit.preprocess import Preprocess
 from clipkit.shards import write_shard
 from clipkit.sources import sample_id
+from tests.samples import fake_tokens, png
 
 AUGMENT = AugmentConfig(shift=0.1, scale=(0.5, 1.0), flip=0.5, brightness=0.3, hue=0.1, saturation=0.2, grayscale=0.3)
 
@@ -24,10 +24,6 @@ def batches(shards, *, augment=AUGMENT, seed=3, first=0, steps=7, batch=16, rank
     made = Batches(open_train_data(config, seed), Preprocess(size=24), fake_tokens, config, seed)
     lengths = {"first_step": first, "steps": steps, "batch_size": batch}
     return list(train_batches(made, **lengths, rank=rank, world_size=world))
-
-
-def fake_tokens(texts):
-    return torch.tensor([[len(text), ord(text[0])] for text in texts])
 
 
 def same(a, b):
@@ -77,12 +73,6 @@ def test_all_captions_of_an_image_come_up(captioned, tmp_path):
     assert seen == {
         (sample.id, sample_id(c.lower())) for sample in (packed[i] for i in range(12)) for c in sample.captions
     }
-
-
-def png(value=128):
-    buffer = io.BytesIO()
-    Image.new("RGB", (30, 30), (value, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def test_unusable_samples_are_replaced_alike_everywhere_and_named(tmp_path):

@@ -1,6 +1,5 @@
 """One sequence of samples, whoever reads it, wherever it was stopped, whatever is broken in the shards."""
 
-import io
 import json
 import multiprocessing
 import os
@@ -8,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,7 +15,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from clipkit.config import DataConfig
 from clipkit.errors import ClipkitError
@@ -29,16 +26,6 @@ from tests.distributed import run_two_ranks
 
 STEPS, BATCH = 18, 8
 FORK = multiprocessing.get_context("fork")
-
-
-def png(value=128):
-    buffer = io.BytesIO()
-    Image.new("RGB", (30, 30), (value % 256, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def fake_tokens(texts):
-    return torch.tensor([[len(text)] for text in texts])
 
 
 def batches(spec, *, rank=0, world=1, workers=0, first=0, steps=STEPS, **settings):
@@ -184,14 +171,14 @@ def broken_set(folder):
     }
     write_shard(folder / "0.tar", [*list(good.items())[:12], *bad.items()])
     (folder / "1.tar").write_bytes(b"")
-    with tarfile.open(folder / "2.tar", "w"):
-        pass  # a tar without members
+    tar_of(folder / "2.tar", {})
     write_shard(folder / "3.tar", list(good.items())[12:16])
     cut = (folder / "3.tar").read_bytes()
     (folder / "3.tar").write_bytes(cut[: 512 * 13 + 100])  # inside the 4th sample
     (folder / "3.idx.arrow").unlink()
-    with tarfile.open(folder / "4.tar", "w") as tar:
-        for name, data in [
+    tar_of(
+        folder / "4.tar",
+        [
             ("twice.png", png(77)),
             ("twice.txt", b"first"),
             ("good16.png", png(16)),
@@ -199,10 +186,8 @@ def broken_set(folder):
             ("twice.png", png(78)),
             ("twice.txt", b"second"),
             ("no-extension", b"?"),
-        ]:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+        ],
+    )
     return bad
 
 
@@ -301,6 +286,7 @@ import sys, torch
 from clipkit.config import DataConfig
 from clipkit.loader import Batches, open_train_data, train_batches
 from clipkit.preprocess import Preprocess
+from tests.samples import fake_tokens, png, tar_of
 config = DataConfig(train={str(uneven)!r}, workers=0, threads=3)
 made = Batches(open_train_data(config, 0), Preprocess(size=64), lambda t: torch.zeros(len(t), 4), config, 0)
 batches = train_batches(made, first_step=0, steps=10**6, batch_size=64)

@@ -4,8 +4,6 @@ import gc
 import io
 import shutil
 import subprocess
-import tarfile
-from pathlib import Path
 
 import pytest
 import webdataset
@@ -15,21 +13,13 @@ from clipkit.errors import ClipkitError
 from clipkit.pack import pack, shard_keys
 from clipkit.shards import Shards
 from clipkit.sources import open_source
+from tests.samples import tar_of
 
 
 def png(colour=(1, 2, 3)) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4), colour).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def plain_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -58,7 +48,7 @@ def test_we_read_what_webdataset_writes(tmp_path):
 
 def test_we_read_plain_tars_and_img2datasets_captions(tmp_path):
     members = {"d/one.two.png": png(), "d/one.txt": b"first", "x.jpg": b"no image", "x.json": b'{"caption": "second"}'}
-    plain_tar(tmp_path / "a.tar", members)
+    tar_of(tmp_path / "a.tar", members)
     shards = Shards.open(str(tmp_path))
     assert [shards.key(i) for i in range(len(shards))] == ["d/one", "x"]
     assert shards[0] == {"two.png": png(), "txt": b"first"}
@@ -66,11 +56,11 @@ def test_we_read_plain_tars_and_img2datasets_captions(tmp_path):
 
 
 def test_sidecars_are_made_kept_and_not_trusted_when_stale(tmp_path):
-    tar = plain_tar(tmp_path / "a.tar", {"one.txt": b"1"})
+    tar = tar_of(tmp_path / "a.tar", {"one.txt": b"1"})
     assert len(Shards.open(str(tar))) == 1
     sidecar = tmp_path / "a.idx.arrow"
     assert sidecar.is_file()
-    plain_tar(tar, {"other.txt": b"other", "two.txt": b"2" * 300})
+    tar_of(tar, {"other.txt": b"other", "two.txt": b"2" * 300})
     again = Shards.open(str(tar))  # just as long: tar pads
     assert [again.key(0), again[1]] == ["other", {"txt": b"2" * 300}]
     sidecar.write_bytes(b"rubbish")
@@ -78,7 +68,7 @@ def test_sidecars_are_made_kept_and_not_trusted_when_stale(tmp_path):
 
 
 def test_members_that_do_not_stand_together_are_one_sample(tmp_path):
-    plain_tar(tmp_path / "a.tar", {"./b.png": png(), "./a.txt": b"a", "./b.txt": b"b", "./a.png": png()})
+    tar_of(tmp_path / "a.tar", {"./b.png": png(), "./a.txt": b"a", "./b.txt": b"b", "./a.png": png()})
     source = open_source(tmp_path)
     assert [source.key(i) for i in range(len(source))] == ["./b", "./a"]
     assert [source[i].captions for i in range(2)] == [("b",), ("a",)]
@@ -86,7 +76,7 @@ def test_members_that_do_not_stand_together_are_one_sample(tmp_path):
 
 def test_shards_that_count_from_zero_each_have_keys_of_their_own(tmp_path):
     for name in ("x", "y"):
-        plain_tar(tmp_path / f"{name}.tar", {"000.png": png(), "000.txt": name.encode()})
+        tar_of(tmp_path / f"{name}.tar", {"000.png": png(), "000.txt": name.encode()})
     source = open_source(tmp_path)
     assert [source.key(i) for i in range(2)] == ["x/000", "y/000"]
     pack(source, tmp_path / "packed")
@@ -125,7 +115,7 @@ def test_images_by_another_name_get_the_ending_of_what_they_are(tmp_path):
 
 
 def test_a_tar_cut_in_the_middle_of_a_member_gives_what_stands_before(tmp_path, capsys):
-    tar = plain_tar(tmp_path / "a.tar", {"one.txt": b"1", "two.txt": b"2" * 5000})
+    tar = tar_of(tmp_path / "a.tar", {"one.txt": b"1", "two.txt": b"2" * 5000})
     tar.write_bytes(tar.read_bytes()[:3000])
     shards = Shards.open(str(tar))
     assert [shards.key(i) for i in range(len(shards))] == ["one"]
@@ -133,7 +123,7 @@ def test_a_tar_cut_in_the_middle_of_a_member_gives_what_stands_before(tmp_path, 
 
 
 def test_a_shard_cut_after_it_was_indexed_is_named(tmp_path):
-    tar = plain_tar(tmp_path / "a.tar", {"one.txt": b"1" * 5000})
+    tar = tar_of(tmp_path / "a.tar", {"one.txt": b"1" * 5000})
     shards = Shards.open(str(tar))
     tar.write_bytes(tar.read_bytes()[:600])
     with pytest.raises(ClipkitError, match=r"a\.tar ends before sample 'one'"):
@@ -144,7 +134,7 @@ def test_empty_shards(tmp_path, capsys):
     (tmp_path / "a.tar").write_bytes(b"")
     with pytest.raises(ClipkitError, match="hold no samples"):
         Shards.open(str(tmp_path))
-    plain_tar(tmp_path / "b.tar", {"one.txt": b"1"})
+    tar_of(tmp_path / "b.tar", {"one.txt": b"1"})
     assert len(Shards.open(str(tmp_path))) == 1
     assert "a.tar is empty" in capsys.readouterr().err
     (tmp_path / "c.tar").write_bytes(b"not a tar" * 200)

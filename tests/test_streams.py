@@ -1,12 +1,7 @@
 """Training from pipes: in order, resumed by passing over, never hanging."""
 
-import io
-import tarfile
-
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 
 from clipkit.config import DataConfig
 from clipkit.errors import ClipkitError
@@ -15,16 +10,7 @@ from clipkit.preprocess import Preprocess
 from clipkit.shards import Shards, write_shard
 from clipkit.sources import sample_id
 from clipkit.streams import StreamSet
-
-
-def png(value=128):
-    buffer = io.BytesIO()
-    Image.new("RGB", (30, 30), (value, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def fake_tokens(texts):
-    return torch.tensor([[len(text)] for text in texts])
+from tests.samples import fake_tokens, png, tar_of
 
 
 def flat(steps):
@@ -121,11 +107,7 @@ def test_a_pipe_is_not_mixed_and_has_no_epochs(shards, piped):
 
 
 def test_members_out_of_order_make_samples_of_their_own(tmp_path):
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name, data in {"a.png": png(), "b.png": png(), "b.txt": b"b", "a.txt": b"a"}.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+    tar_of(tmp_path / "a.tar", {"a.png": png(), "b.png": png(), "b.txt": b"b", "a.txt": b"a"})
     data = StreamSet(f"pipe:cat {tmp_path}/a.tar", 0)
     assert {data.name(r)[1] for r in data.first(np.arange(4).tolist())} == {"b"}
     assert [line["key"] for line in data.drain()] == ["a", "a"]

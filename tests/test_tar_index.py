@@ -12,16 +12,7 @@ from clipkit import tar_index
 from clipkit.errors import ClipkitError
 from clipkit.shards import Shards
 from clipkit.tar_index import index_tar, load_index, read_defects, write_defects, write_index
-
-
-def tar_of(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
+from tests.samples import tar_of
 
 NAMES = st.tuples(st.sampled_from(["a", "b", "d/a", "é", "x" * 120]), st.sampled_from(["jpg", "txt", "json", "cls"]))
 

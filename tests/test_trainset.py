@@ -2,15 +2,12 @@
 
 import functools
 import http.server
-import io
 import json
 import threading
 from collections import Counter
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 
 from clipkit.config import DataConfig
 from clipkit.errors import BadSample, ClipkitError
@@ -19,12 +16,7 @@ from clipkit.preprocess import Preprocess
 from clipkit.shards import Shards, write_shard
 from clipkit.sources import sample_id
 from clipkit.trainset import TrainSet, pick
-
-
-def png(value=128):
-    buffer = io.BytesIO()
-    Image.new("RGB", (30, 30), (value % 256, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
+from tests.samples import fake_tokens, png
 
 
 def make(path, names, text=b"a caption"):
@@ -33,10 +25,6 @@ def make(path, names, text=b"a caption"):
 
 def names(data, positions):
     return [data.name(reference)[1] for reference in data.first(positions)]
-
-
-def fake_tokens(texts):
-    return torch.tensor([[len(text)] for text in texts])
 
 
 def read_all(config, *, steps, batch=8, first=0, seed=0):

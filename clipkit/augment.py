@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clipkit.config import AugmentConfig
 from clipkit.decode import Encoded
 from clipkit.preprocess import Preprocess
+from clipkit.settings import AugmentConfig
 
 __all__ = ["Augmentation", "augmented_pixels"]
 

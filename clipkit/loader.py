@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clipkit.augment import Augmentation, augmented_pixels
-from clipkit.config import DataConfig
 from clipkit.decode import Encoded
 from clipkit.errors import BadSample, ClipkitError
 from clipkit.gpu_decode import Waiting, can_wait, decode_waiting
 from clipkit.parallel import Threads, cores
 from clipkit.preprocess import Preprocess
+from clipkit.settings import DataConfig
 from clipkit.shards import Shards
 from clipkit.sources import sample_id
 from clipkit.storage import is_pipe

@@ -21,8 +21,9 @@ from clipkit.artifact import (
     write_ledger,
 )
 from clipkit.checkpoint import checkpoints
-from clipkit.config import TrainConfig, changed_keys, dump_yaml, load_config
+from clipkit.config import changed_keys, dump_yaml, load_config
 from clipkit.errors import ClipkitError
+from clipkit.settings import TrainConfig
 from clipkit.towers import DualEncoder
 
 __all__ = ["MetricsLog", "Run", "refuse_too_many"]

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from clipkit.artifact import digest
-from clipkit.config import DataConfig
 from clipkit.errors import BadSample, ClipkitError
 from clipkit.order import Mixture, Order
+from clipkit.settings import DataConfig
 from clipkit.shards import Shards, captions_of, image_extension
 from clipkit.sources import sample_id
 from clipkit.spool import Spool

@@ -22,8 +22,8 @@ import pytest
 import torch
 
 from clipkit.cli import main
-from clipkit.config import ModelConfig
 from clipkit.scenes import COLOURS, SHAPES, caption, draw, random_scene
+from clipkit.settings import ModelConfig
 from clipkit.towers import DualEncoder, create_model
 
 torch.set_num_threads(2)

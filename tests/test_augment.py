@@ -12,10 +12,10 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 from clipkit.augment import Augmentation, augmented_pixels
-from clipkit.config import AugmentConfig
 from clipkit.decode import decode
 from clipkit.errors import BadSample
 from clipkit.preprocess import Preprocess
+from clipkit.settings import AugmentConfig
 
 EVERYTHING = AugmentConfig(
     shift=0.1, scale=(0.3, 1.0), flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale=0.2

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from clipkit.augment import Augmentation, augmented_pixels
-from clipkit.config import AugmentConfig, DataConfig
 from clipkit.decode import Encoded
 from clipkit.gpu_decode import Waiting, can_wait, decode_waiting, is_baseline
 from clipkit.loader import Batches, open_train_data, train_batches
 from clipkit.preprocess import Preprocess
+from clipkit.settings import AugmentConfig, DataConfig
 from clipkit.shards import write_shard
 from tests.samples import fake_tokens
 

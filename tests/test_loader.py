@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from clipkit.augment import augmented_pixels
-from clipkit.config import AugmentConfig, DataConfig
 from clipkit.errors import ClipkitError
 from clipkit.loader import Batches, open_train_data, train_batches
 from clipkit.preprocess import Preprocess
+from clipkit.settings import AugmentConfig, DataConfig
 from clipkit.shards import write_shard
 from clipkit.sources import sample_id
 from tests.samples import fake_tokens, png

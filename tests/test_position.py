@@ -16,10 +16,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clipkit.config import DataConfig
 from clipkit.errors import ClipkitError
 from clipkit.loader import Batches, open_train_data, train_batches
 from clipkit.preprocess import Preprocess
+from clipkit.settings import DataConfig
 from clipkit.shards import Shards, write_shard
 from clipkit.trainset import TrainSet
 from tests.distributed import run_two_ranks
@@ -283,7 +283,7 @@ def test_an_exit_in_the_middle_is_an_exit(uneven):
     """The interpreter must not end while loader threads are inside torch, which aborts the process."""
     script = f"""
 import sys, torch
-from clipkit.config import DataConfig
+from clipkit.settings import DataConfig
 from clipkit.loader import Batches, open_train_data, train_batches
 from clipkit.preprocess import Preprocess
 from tests.samples import fake_tokens, png, tar_of

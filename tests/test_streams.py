@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from clipkit.config import DataConfig
 from clipkit.errors import ClipkitError
 from clipkit.loader import Batches, open_train_data, train_batches
 from clipkit.preprocess import Preprocess
+from clipkit.settings import DataConfig
 from clipkit.shards import Shards, write_shard
 from clipkit.sources import sample_id
 from clipkit.streams import StreamSet

@@ -12,8 +12,8 @@ JOBS = [path for folder in ("train", "index", "eval") for path in sorted((ROOT /
 # A module may import modules of lower floors, and of its own floor where the package says so.
 FLOORS = [
     {"errors"},
-    {"log", "artifact", "decode", "preprocess", "config", "metrics", "loss", "optim", "scenes", "report", "order"},
-    {"storage", "cli", "augment", "shrink", "parallel"},
+    {"log", "artifact", "decode", "preprocess", "settings", "config", "metrics", "loss", "optim", "scenes", "report"},
+    {"order", "storage", "cli", "augment", "shrink", "parallel"},
     {"tar_index", "lists"},
     {"spool", "shard_specs"},
     {"shards"},
@@ -24,7 +24,7 @@ FLOORS = [
     {"embed", "search", "run"},
     {"zeroshot", "evaluation"},
 ]
-SAME_FLOOR = {("config", "preprocess"), ("report", "artifact")}
+SAME_FLOOR = {("config", "settings"), ("config", "preprocess"), ("report", "artifact")}
 HOMES = {
     "faiss": {"search"},
     "webdataset": {"shards"},
@@ -42,7 +42,7 @@ HOMES = {
     "aiohttp": {"storage"},
     "yaml": {"config"},
     "click": {"cli", "train", "index", "eval"},
-    "pydantic": {"config", "preprocess", "towers"},
+    "pydantic": {"config", "settings", "preprocess", "towers"},
     "PIL": {"decode", "preprocess", "shrink", "augment", "scenes", "report", "towers", "check"},
 }
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from clipkit.config import ModelConfig
 from clipkit.errors import ClipkitError
+from clipkit.settings import ModelConfig
 from clipkit.towers import create_model, load_model, load_model_of, model_folder, model_reference, openai_templates
 from tests.conftest import TINY_VIT, tiny_model
 

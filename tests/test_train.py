@@ -241,7 +241,7 @@ def test_a_new_run_from_anothers_weights(run, recipe, shards, trained, tmp_path)
 
 def test_validation_while_training_is_what_evaluate_says(run, recipe, shards, captioned, tmp_path):
     out = tmp_path / "run"
-    settings = [f"data.train={shards}", f"data.val={captioned}", "steps=2", "log.val_every_steps=1"]
+    settings = [f"data.train={shards}", f"validation.retrieval={captioned}", "steps=2", "validation.every_steps=1"]
     flags = [part for setting in settings for part in ("--set", setting)]
     assert run("train", recipe, *flags, "--out", out).status == 0
     logged = [line for line in metrics(out) if "val_image_retrieval_recall@1" in line]

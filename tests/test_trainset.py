@@ -9,10 +9,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from clipkit.config import DataConfig
 from clipkit.errors import BadSample, ClipkitError
 from clipkit.loader import Batches, describe, open_train_data, train_batches
 from clipkit.preprocess import Preprocess
+from clipkit.settings import DataConfig
 from clipkit.shards import Shards, write_shard
 from clipkit.sources import sample_id
 from clipkit.trainset import TrainSet, pick

@@ -97,7 +97,8 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
     data = open_train_data(config.data, config.seed, excluded=excluded, is_main=accelerator.is_main_process)
     identity = data.identity()
     steps = config.total_steps(data.size)
-    validation = None if config.data.val is None else open_source(config.data.val, captions_required=True)
+    held_out = config.validation.retrieval
+    validation = None if held_out is None else open_source(held_out, captions_required=True)
     if resume and run.finished_steps >= steps:
         note(f"{out} is trained to step {run.finished_steps} already; a larger --set steps=N goes on")
         return 1 if run.left_out else 0
@@ -182,7 +183,7 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
         done = step + 1
         state.update(step=done, samples=done * config.batch_size)
         last_step = done == steps
-        saves = done % config.checkpoint.every_steps == 0 or last_step
+        saves = done % (config.checkpoint.every_steps or steps) == 0 or last_step
         reports = done % config.log.every_steps == 0 or last_step
         if saves or reports:
             # The .item() calls wait for the device; that is why they happen only here.
@@ -209,14 +210,14 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
                 left_out=run.left_out,
             )
             began, waited, reported = now, 0.0, done
-        if validation is not None and (last_step or done % (config.log.val_every_steps or steps) == 0):
+        if validation is not None and (last_step or done % (config.validation.every_steps or steps) == 0):
             before = time.perf_counter()
             if accelerator.is_main_process:
                 found = evaluate_retrieval(model, validation)
                 named = {f"val_{name}": value for name, value in found.figures.items()}
                 log.write(step=done, samples=state["samples"], **named)
                 if found.left_out:
-                    warn(f"{len(found.left_out)} samples of {config.data.val} cannot be used and were left out")
+                    warn(f"{len(found.left_out)} samples of {held_out} cannot be used and were left out")
             accelerator.wait_for_everyone()
             began += time.perf_counter() - before
         if saves:

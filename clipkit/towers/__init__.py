@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from clipkit.artifact import MODEL_FOLDER, kind_of, relative_to_artifact
-from clipkit.config import ModelConfig, explain_validation
+from clipkit.config import explain_validation
 from clipkit.errors import ClipkitError, did_you_mean
 from clipkit.preprocess import Preprocess
+from clipkit.settings import ModelConfig
 from clipkit.towers.dual_encoder import DualEncoder
 
 if TYPE_CHECKING:

@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clipkit.artifact import atomic_write, read_json, write_json
-from clipkit.config import ModelConfig, explain_validation
+from clipkit.config import explain_validation
 from clipkit.errors import ClipkitError, did_you_mean
 from clipkit.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
+from clipkit.settings import ModelConfig
 from clipkit.towers.dual_encoder import MODEL_FILE, DualEncoder, Tokenizer
 
 __all__ = ["OpenClipEncoder", "load_tokenizer"]

@@ -62,9 +62,9 @@ def clipkit_batches(shards: Path, transform: str, side: str) -> Iterator[Any]:
     import torch
     from open_clip import get_tokenizer
 
-    from clipkit.config import AugmentConfig, DataConfig
     from clipkit.loader import Batches, open_train_data, train_batches
     from clipkit.preprocess import Preprocess
+    from clipkit.settings import AugmentConfig, DataConfig
 
     # open_clip's training transform: a random crop of 90 to 100 per cent, no flip, no colours.
     augment = AugmentConfig(scale=(0.9, 1.0) if transform == "train" else (1.0, 1.0))
@@ -157,7 +157,7 @@ def agreement(shards: Path) -> str:
     import torch
 
     from clipkit.augment import augmented_pixels
-    from clipkit.config import AugmentConfig
+    from clipkit.settings import AugmentConfig
     from clipkit.shards import Shards
     from clipkit.towers import create_model
 

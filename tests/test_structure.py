@@ -13,7 +13,7 @@ JOBS = [path for folder in ("train", "index", "eval") for path in sorted((ROOT /
 FLOORS = [
     {"errors"},
     {"log", "artifact", "decode", "preprocess", "settings", "config", "metrics", "loss", "optim", "scenes", "report"},
-    {"order", "storage", "cli", "augment", "shrink", "parallel", "weights"},
+    {"order", "storage", "cli", "augment", "shrink", "parallel", "weights", "heap"},
     {"tar_index", "lists"},
     {"spool", "shard_specs"},
     {"shards"},

@@ -25,6 +25,7 @@ from clipkit.errors import ClipkitError, did_you_mean
 from clipkit.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
 from clipkit.settings import ModelConfig
 from clipkit.towers.dual_encoder import MODEL_FILE, DualEncoder, Tokenizer
+from clipkit.towers.fast import speed_up
 
 __all__ = ["OpenClipEncoder", "load_tokenizer"]
 
@@ -40,7 +41,7 @@ class OpenClipEncoder(DualEncoder):
         self.model_cfg = model_cfg
         text = getattr(model, "text", model)
         super().__init__(
-            model,
+            speed_up(model),
             tokenizer,
             preprocess,
             context_length=model_cfg["text_cfg"].get("context_length") or text.context_length,

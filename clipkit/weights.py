@@ -68,7 +68,8 @@ class Weights:
 
         They may be written in place; `publish` then brings them to the towers.
         """
-        for name, tensor in self._model.state_dict(keep_vars=True).items():
+        tensors: dict[str, Tensor] = self._model.state_dict(keep_vars=True)
+        for name, tensor in tensors.items():
             yield name, self._masters.get(tensor, tensor)
 
     def named_average(self) -> Iterator[tuple[str, Tensor]] | None:
@@ -80,17 +81,19 @@ class Weights:
     @torch.no_grad()
     def collect_gradients(self) -> None:
         """Add the towers' gradients to those of the masters, in fp32, and drop them; several times a step if wanted."""
-        found = [(working, master) for working, master in self._trained if working.grad is not None]
-        fresh = [(working, master) for working, master in found if master.grad is None]
-        further = [(working, master) for working, master in found if master.grad is not None]
-        if fresh:
-            for _, master in fresh:
-                master.grad = torch.empty_like(master)
-            torch._foreach_copy_([m.grad for _, m in fresh], [w.grad for w, _ in fresh])
-        if further:
-            torch._foreach_add_([m.grad for _, m in further], [w.grad for w, _ in further])
-        for working, _ in found:
-            working.grad = None
+        fresh: tuple[list[Tensor], list[Tensor]] = ([], [])
+        further: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for working, master in self._trained:
+            if working.grad is not None:
+                sums, gradients = fresh if master.grad is None else further
+                master.grad = torch.empty_like(master) if master.grad is None else master.grad
+                sums.append(master.grad)
+                gradients.append(working.grad)
+                working.grad = None
+        if fresh[0]:
+            torch._foreach_copy_(*fresh)
+        if further[0]:
+            torch._foreach_add_(*further)
 
     @torch.no_grad()
     def publish(self) -> None:

@@ -6,10 +6,11 @@ open_clip gets an environment of its own (`rival`) and is run through `open_clip
 train and log; same architecture, batch, learning rate, warmup, decay and clipping. Every run is a fresh process, the
 rows take turns, and the order is turned round after each round. In both programs a hook on the optimizer's step looks
 at the clock and at the CPU time of the process and its loader workers; a speed is that of all steps after the first
-third. What is waited for data is the programs' own account. open_clip runs with one and with two loader workers in the
-first round and keeps the faster; clipkit runs with its defaults. A figure is the median over the rounds, a ratio the
-median of the rounds' ratios to open_clip's default precision. On a machine that is shared, samples per second of CPU
-time say more than samples per second.
+third. What is waited for data is the programs' own account. A run waits until the machine is idle and is done again
+where others took more than a twentieth of it. open_clip runs with one and with two loader workers in the first round
+and keeps the faster; clipkit runs with its defaults. A figure is the median over the rounds, a ratio the median of the
+rounds' ratios to open_clip with amp_bf16; its default, `amp`, is fp16, which is measured on GPUs only: a CPU without
+fp16 instructions takes a minute for a step.
 
 On a CPU the model is a small pair of 14 M parameters at 64 px. On a GPU they are ViT-B-32 and ViT-B-16 at 224 px, and
 the share of the device's peak that the model's own operations reach is stated too (three times those of the forward
@@ -38,19 +39,27 @@ PAIR = {
     "text_cfg": {"context_length": 32, "width": 192, "heads": 3, "layers": 4},
 }
 MODELS = {"cpu": {"pair": 128}, "cuda": {"ViT-B-32": 1024, "ViT-B-16": 512}}  # with their batch sizes
-# (program, precision, compiled); open_clip's own default precision comes first: all ratios are to it.
+# (program, precision, compiled); all ratios are to the first.
 ROWS = [
-    ("open_clip", "amp", False),
-    ("open_clip", "fp32", False),
     ("open_clip", "amp_bf16", False),
+    ("open_clip", "fp32", False),
     ("open_clip", "pure_bf16", False),
     ("clipkit", "fp32", False),
     ("clipkit", "amp_bf16", False),
     ("clipkit", "bf16", False),
 ]
-COMPILED = [("open_clip", "amp_bf16", True), ("open_clip", "pure_bf16", True), ("clipkit", "bf16", True)]
+MORE = {
+    "cpu": [],
+    "cuda": [
+        ("open_clip", "amp", False),
+        ("open_clip", "amp_bf16", True),
+        ("open_clip", "pure_bf16", True),
+        ("clipkit", "bf16", True),
+    ],
+}
 WORKERS = {"cpu": (1, 2), "cuda": (4, 8)}
 RATE = {"lr": 1e-3, "warmup": 10, "weight_decay": 0.1, "beta2": 0.98, "eps": 1e-6, "clip": 1.0}
+DISTURBED, TRIES = 0.05, 4  # share of the machine that others may take, and how often a run is tried
 EVERY = 5  # steps a report
 LINE = re.compile(r"Data \(t\): ([\d.]+) Batch \(t\): ([\d.]+)")
 LIBRARIES = ("open_clip_torch", "torch", "torchvision", "webdataset")
@@ -140,23 +149,25 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     import torch
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    moments: list[tuple[float, float]] = []
+    moments: list[tuple[float, float, float]] = []
 
     def look(*_: Any) -> None:
         own = psutil.Process()
         times = [process.cpu_times() for process in [own, *own.children(recursive=True)]]
-        moments.append((time.perf_counter(), sum(each.user + each.system for each in times)))
+        machine = psutil.cpu_times()
+        busy = sum(machine[:8]) - machine.idle - getattr(machine, "iowait", 0.0)
+        moments.append((time.perf_counter(), sum(each.user + each.system for each in times), busy))
 
     register_optimizer_step_post_hook(look)
     shares = run_open_clip(task) if task["program"] == "open_clip" else run_clipkit(task)
-    if len(moments) != task["steps"]:
-        raise SystemExit(f"{len(moments)} steps were taken in place of {task['steps']}")
-    first, last = task["steps"] // 3, task["steps"] - 1
+    first, last = len(moments) // 3, len(moments) - 1  # open_clip rounds its steps up to a multiple of its workers
     samples = (last - first) * task["batch"]
+    wall, own, busy = (after - before for before, after in zip(moments[first], moments[last], strict=True))
     gpu = torch.cuda.is_available()
     return {
-        "speed": samples / (moments[last][0] - moments[first][0]),
-        "per_cpu": samples / (moments[last][1] - moments[first][1]),
+        "speed": samples / wall,
+        "per_cpu": samples / own,
+        "others": max(0.0, busy - own) / (wall * (os.cpu_count() or 1)),
         "waited": median(shares[len(shares) // 3 :]),
         "memory": torch.cuda.max_memory_allocated() / 2**30 if gpu else 0.0,
         "device": torch.cuda.get_device_name() if gpu else f"{cores()} cores of {cpu_name()}",
@@ -177,6 +188,23 @@ def cpu_name() -> str:
 
 
 def in_process(task: dict[str, Any]) -> dict[str, Any]:
+    """`measure` in a fresh process of the right environment, when the machine is idle; again where others disturbed."""
+    import psutil
+
+    found: dict[str, Any] = {"others": 2.0}
+    for _ in range(TRIES):
+        for _ in range(100):
+            if psutil.cpu_percent(3.0) < 100 * DISTURBED:
+                break
+        again = in_process_once(task)
+        found = again if again["others"] < found["others"] else found
+        if found["others"] < DISTURBED:
+            break
+        print(f"others took {again['others']:.0%} of the machine, {again['speed']:.1f}/s", file=sys.stderr, flush=True)
+    return found
+
+
+def in_process_once(task: dict[str, Any]) -> dict[str, Any]:
     """`measure` in a fresh process of the right environment."""
     ours = task["program"] == "clipkit"
     python = Path(sys.executable) if ours else environment()
@@ -242,7 +270,7 @@ def main() -> None:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = [row for row in [*ROWS, *(COMPILED if device == "cuda" else [])] if args.only in " ".join(map(str, row))]
+    rows = [row for row in [*ROWS, *MORE[device]] if args.only in " ".join(map(str, row))]
     print("| model | program | precision | samples/s | ratio | per CPU s | ratio | waiting | GiB | of peak |")
     print("|---|---|---|---:|---:|---:|---:|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as folder:

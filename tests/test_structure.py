@@ -24,7 +24,7 @@ FLOORS = [
     {"embed", "search", "run"},
     {"zeroshot", "evaluation"},
 ]
-SAME_FLOOR = {("config", "settings"), ("config", "preprocess"), ("report", "artifact")}
+SAME_FLOOR = {("config", "settings"), ("config", "preprocess"), ("report", "artifact"), ("optim", "settings")}
 HOMES = {
     "faiss": {"search"},
     "webdataset": {"shards"},

@@ -93,7 +93,9 @@ def test_the_loop_is_the_loop_written_plainly(trained, shards):
 
     config = load_config(trained / "config.yaml")
     model = create_model(config.model).train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-3, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model.named_parameters(), 0.1), lr=1e-3, betas=(0.9, 0.98), eps=1e-6, fused=True
+    )
     data = open_train_data(config.data, 0)
     batches = Batches(data, Preprocess(size=32), model.tokenizer, config.data, 0)
     loader = train_batches(batches, first_step=0, steps=6, batch_size=16)
@@ -342,7 +344,7 @@ def test_two_ranks_train_the_model_that_one_does(recipe, shards, trained, tmp_pa
 
 def test_parameter_groups_spare_what_must_not_decay():
     model = tiny_model(init_logit_bias=-10.0)
-    decayed, spared = parameter_groups(model, 0.3)
+    decayed, spared = parameter_groups(model.named_parameters(), 0.3)
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
     names = {id(p): name for name, p in model.named_parameters()}
     spared_names = {names[id(p)] for p in spared["params"]}

@@ -110,7 +110,7 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool) -> int:
     if config.loss.kind == "sigmoid" and model.logit_bias is None:
         raise ClipkitError("loss.kind=sigmoid needs a bias; set model.init_logit_bias=-10 (and init_logit_scale=2.3)")
     model.to(device).train()
-    groups = parameter_groups(model, config.optim.weight_decay)
+    groups = parameter_groups(model.named_parameters(), config.optim.weight_decay)
     optimizer = torch.optim.AdamW(
         groups, lr=config.optim.lr, betas=config.optim.betas, eps=config.optim.eps, fused=True
     )

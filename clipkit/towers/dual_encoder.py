@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from clipkit.artifact import write_json
 from clipkit.decode import decode, to_rgb
+from clipkit.errors import ClipkitError
 from clipkit.preprocess import Preprocess
+from clipkit.towers.layers import Layout, Side, under
 
 __all__ = ["MODEL_FILE", "DualEncoder", "Tokenizer"]
 
@@ -59,6 +61,7 @@ class DualEncoder(nn.Module, ABC):
         self.context_length = context_length
         self.embed_dim = embed_dim
         self.activation = activation
+        self.locked: tuple[Side, ...] = ()
 
     def set_preprocess(self, preprocess: Preprocess) -> None:
         """Look at images another way from now on. It is part of the fingerprint."""
@@ -71,6 +74,37 @@ class DualEncoder(nn.Module, ABC):
 
     @abstractmethod
     def _text_features(self, tokens: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _needed_length(self, tokens: Tensor) -> int: ...
+
+    @abstractmethod
+    def layouts(self) -> dict[Side, Layout]:
+        """Which of the backbone's parameters belong to which layer of which tower."""
+
+    @abstractmethod
+    def check_image_size(self, side: int) -> None:
+        """Refuse a side of square training images that the image tower cannot see.
+
+        Raises:
+            ClipkitError: where it is no multiple of the patches' side, or positions cannot be interpolated.
+        """
+
+    @abstractmethod
+    def set_patch_dropout(self, share: float | None) -> None:
+        """Leave out that share of an image's patches in training (Li et al. 2023, "FLIP"); None: as the model says.
+
+        Raises:
+            ClipkitError: where the image tower has no patches to leave out, or is locked.
+        """
+
+    @abstractmethod
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Compute activations again in the backward pass instead of keeping them (Chen et al. 2016).
+
+        Raises:
+            ClipkitError: for a tower that cannot.
+        """
 
     @property
     @abstractmethod
@@ -97,11 +131,14 @@ class DualEncoder(nn.Module, ABC):
         return pixels.to(self.dtype, memory_format=torch.channels_last)
 
     def encode_image(self, pixels: Shaped[Tensor, "n 3 height width"]) -> Float[Tensor, "n dim"]:
-        """Unit-norm float32 embeddings of uint8 pixels (or of floats that are normalised already)."""
+        """Unit-norm float32 embeddings of uint8 pixels (or of floats that are normalised already).
+
+        Positions are interpolated for images of another size than the model's own; see `check_image_size`.
+        """
         return F.normalize(self._image_features(self._normalise(pixels)).float(), dim=-1)
 
     def encode_text(self, tokens: Int64[Tensor, "n context"]) -> Float[Tensor, "n dim"]:
-        """Unit-norm float32 embeddings of tokens."""
+        """Unit-norm float32 embeddings of tokens, as many as the context has or fewer; see `trim` and `shorten`."""
         return F.normalize(self._text_features(tokens).float(), dim=-1)
 
     def forward(
@@ -118,6 +155,94 @@ class DualEncoder(nn.Module, ABC):
     def tokenize(self, texts: Sequence[str]) -> Int64[Tensor, "n context"]:
         """Tokens of the texts, padded and cut to the context length."""
         return self.tokenizer(list(texts))
+
+    def trim(self, tokens: Int64[Tensor, "n context"], multiple: int = 1) -> Int64[Tensor, "n kept"]:
+        """Cut the columns that cannot change any embedding: the padding of the batch's longest text, mostly.
+
+        Only where that is certain: under a causal mask what comes after the pooled token is not seen, and Hugging Face
+        encoders mask their padding. All columns stay where the tower looks at its padding (SigLIP). Embeddings and
+        gradients are those of the padded texts up to rounding, dropout within a text tower aside.
+
+        Args:
+            tokens: still on the CPU; on a GPU this waits for the device.
+            multiple: keep a multiple of so many columns, so that compiled towers meet fewer shapes.
+        """
+        needed = self._needed_length(tokens) if len(tokens) else 1
+        return tokens[:, : -(-needed // multiple) * multiple]
+
+    def shorten(self, tokens: Int64[Tensor, "n context"], length: int) -> Int64[Tensor, "n length"]:
+        """The first `length` tokens; a longer text ends in its end-of-text token all the same (Li et al. 2023)."""
+        short, end = tokens[:, :length].clone(), self._end_token()
+        if end is not None:
+            cut = (tokens == end).any(1) & ~(short == end).any(1)
+            short[cut, -1] = end
+        return short
+
+    def _end_token(self) -> int | None:
+        end = getattr(self.tokenizer, "eot_token_id", None)  # open_clip's BPE
+        if end is None:
+            tokenizer = self.tokenizer.tokenizer  # type: ignore[attr-defined]
+            end = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+        return end
+
+    def layer_modules(self, side: Side) -> list[nn.Module]:
+        """A tower's layers from input to output, for sharding or compiling them one by one; none of a timm network."""
+        names = [parts[0] for parts in self.layouts()[side].layers if len(parts) == 1]
+        return [self.backbone.get_submodule(name) for name in names]
+
+    def layer_depths(self) -> dict[str, tuple[Side | None, int]]:
+        """For each parameter's name its tower and depth: 0 embeddings, 1 … L layers, L + 1 last norm and projection.
+
+        The logit scale and bias are in no tower.
+        """
+        layouts = self.layouts()
+        depths: dict[str, tuple[Side | None, int]] = {}
+        for name, _ in self.backbone.named_parameters():
+            sides = (side for side, layout in layouts.items() if under(name, layout.root))
+            side = next(sides, None)
+            depths[f"backbone.{name}"] = (side, 0 if side is None else layouts[side].depth(name))
+        return depths
+
+    def lock(self, side: Side, unlocked_layers: int = 0) -> None:
+        """Keep a tower as it is, except for its projection into the shared space (Zhai et al. 2022, "LiT").
+
+        Its parameters no longer require gradients, so that autograd keeps no activations of it, and it stays in
+        evaluation mode under `train`: no dropout, BatchNorm's statistics as they are. Zhai et al. have no projection on
+        the locked side at all; one that a tower was pretrained with, or needs for another dimension, does learn.
+
+        Args:
+            side: which tower.
+            unlocked_layers: how many of its last layers learn all the same, and the last norm with them.
+
+        Raises:
+            ClipkitError: where it has fewer layers.
+        """
+        layout = self.layouts()[side]
+        if unlocked_layers > len(layout.layers):
+            raise ClipkitError(
+                f"towers.{side}.unlocked_layers={unlocked_layers}: the {side} tower has {len(layout.layers)} layers"
+            )
+        learning = layout.learning(unlocked_layers)
+        for name, parameter in self.backbone.named_parameters():
+            if under(name, layout.root) and not under(name, learning):
+                parameter.requires_grad_(False)
+        self.locked = (*self.locked, side)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "DualEncoder":
+        """Training mode, or evaluation mode; of a locked tower only what learns goes into training mode."""
+        super().train(mode)
+        if mode and self.locked:
+            layouts = self.layouts()
+            roots = [root for side in self.locked for root in layouts[side].root]
+            modules = [module for name, module in self.backbone.named_modules() if under(name, roots)]
+            for module in modules:
+                module.training = False
+            for module in modules:
+                parameters = list(module.parameters())
+                if parameters and all(p.requires_grad for p in parameters):
+                    module.train()
+        return self
 
     def load_image(self, image: Image.Image | bytes | str | Path) -> np.ndarray:
         """Pixels of one image, uint8 ``[3, height, width]``.

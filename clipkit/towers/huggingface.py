@@ -12,6 +12,7 @@ from clipkit.artifact import read_json
 from clipkit.errors import ClipkitError
 from clipkit.preprocess import Preprocess
 from clipkit.towers.dual_encoder import MODEL_FILE, DualEncoder
+from clipkit.towers.layers import Layout, Side, huggingface_layouts
 
 __all__ = ["HuggingFaceEncoder", "load_tokenizer"]
 
@@ -85,10 +86,39 @@ class HuggingFaceEncoder(DualEncoder):
         return cls(model.float(), PaddedTokenizer(tokenizer, length), processor, preprocess)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
-        return self.backbone.get_image_features(pixel_values=pixels).pooler_output
+        own = self.backbone.config.vision_config.image_size
+        other = tuple(pixels.shape[-2:]) != (own, own)
+        return self.backbone.get_image_features(pixel_values=pixels, interpolate_pos_encoding=other).pooler_output
 
     def _text_features(self, tokens: Tensor) -> Tensor:
         return self.backbone.get_text_features(input_ids=tokens).pooler_output
+
+    def _needed_length(self, tokens: Tensor) -> int:
+        config = self.backbone.config
+        if config.model_type != "clip":  # SigLIP pools the last position, without any mask
+            return tokens.shape[1]
+        # Under CLIP's causal mask. With 2, a wrong value of old configurations, it pools the largest token.
+        end = config.text_config.eos_token_id
+        pooled = tokens.argmax(1) if end == 2 else (tokens == end).int().argmax(1)
+        return int(pooled.max()) + 1
+
+    def layouts(self) -> dict[Side, Layout]:
+        return huggingface_layouts(self.backbone)
+
+    def check_image_size(self, side: int) -> None:
+        vision = self.backbone.config.vision_config
+        if side != vision.image_size and side % vision.patch_size:
+            raise ClipkitError(f"phases.image_size={side}: this image tower needs a multiple of {vision.patch_size}")
+
+    def set_patch_dropout(self, share: float | None) -> None:
+        if share:
+            raise ClipkitError("patch_dropout: transformers' image towers have none; only open_clip's ViT has")
+
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        if on:
+            self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            self.backbone.gradient_checkpointing_disable()
 
     @property
     def logit_scale(self) -> nn.Parameter:

@@ -22,7 +22,8 @@ FLOORS = [
     {"streams", "check", "gpu_decode"},
     {"loader"},
     {"embed", "search", "run"},
-    {"zeroshot", "evaluation"},
+    {"zeroshot"},
+    {"evaluation"},
 ]
 SAME_FLOOR = {("config", "settings"), ("config", "preprocess"), ("report", "artifact"), ("optim", "settings")}
 HOMES = {

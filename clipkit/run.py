@@ -1,4 +1,4 @@
-"""A training run's folder: who may write into it, its metrics, its ledger, its finished model."""
+"""A training run's folder: who may write into it, its ledgers, its finished model."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ from clipkit.towers import DualEncoder
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["MetricsLog", "Run", "refuse_too_many"]
+__all__ = ["Run", "refuse_too_many"]
 
 CONFIG = "config.yaml"
 PLAN = "plan.json"
@@ -127,13 +127,18 @@ class Run:
     def last_loss(self) -> float:
         """The loss that was reported last; NaN where none was."""
         lines = [json.loads(line) for line in self.metrics_path.read_text(encoding="utf-8").splitlines()]
-        return next((line["loss"] for line in reversed(lines) if "loss" in line), float("nan"))
+        return next((line["loss"] for line in reversed(lines) if line.get("loss") is not None), float("nan"))
 
-    def rewind(self, step: int) -> None:
-        """Drop what was written of steps that will be done again, so that each step stands there once."""
-        samples = step * self.config.batch_size
+    def rewind(self, step: int, position: int) -> None:
+        """Drop what was written of steps that will be done again, so that each step stands there once.
+
+        Args:
+            step: how many are done.
+            position: of the sequence of samples, where the run goes on.
+        """
         self._keep(self.metrics_path, lambda line: line["step"] <= step)
-        self._keep(self._ledger, lambda line: line.get("position", -1) < samples)
+        for path in (self._ledger, self._nonfinite):
+            self._keep(path, lambda line: line.get("position", -1) < position)
 
     def _keep(self, path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
         if path.is_file():
@@ -152,6 +157,17 @@ class Run:
         if lines:
             with self._ledger.open("a", encoding="utf-8") as handle:
                 handle.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+    @property
+    def _nonfinite(self) -> Path:
+        return self.folder / "nonfinite.jsonl"
+
+    def add_nonfinite(self, samples: Sequence[tuple[str, str]], **about: int) -> None:
+        """Name the samples (shard, key) of a step whose loss or gradient is not finite, as far as this rank knows."""
+        if samples:
+            named = [{"shard": shard, "key": key} for shard, key in samples]
+            with self._nonfinite.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps({**about, "samples": named}, ensure_ascii=False) + "\n")
 
     @property
     def left_out(self) -> int:
@@ -210,17 +226,3 @@ def refuse_too_many(bad: float, samples: int, share: float, run: Path) -> None:
             f"{bad:,.0f} of {samples:,} samples could not be used, more than data.max_bad_share={share:g} allows; "
             f"they are listed in {run / 'ledger.jsonl'}; clipkit check tells what is wrong with the shards"
         )
-
-
-class MetricsLog:
-    """``metrics.jsonl``: one line of plain numbers per report."""
-
-    def __init__(self, run: Run, is_main: bool):
-        self.run = run
-        self.is_main = is_main
-
-    def write(self, **figures: float) -> None:
-        """Append a line; flushed, so that a plot can follow the run."""
-        if self.is_main:
-            with self.run.metrics_path.open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps(figures) + "\n")

@@ -6,7 +6,7 @@ open_clip and transformers are imported here and nowhere else, and only when a m
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
@@ -14,8 +14,9 @@ from clipkit.artifact import MODEL_FOLDER, kind_of, relative_to_artifact
 from clipkit.checkpoint_files import best_checkpoint, checkpoint_name, checkpoints
 from clipkit.config import explain_validation
 from clipkit.errors import ClipkitError, did_you_mean
+from clipkit.log import note
 from clipkit.preprocess import Preprocess
-from clipkit.settings import ModelConfig
+from clipkit.settings import ModelConfig, TowersConfig
 from clipkit.towers.dual_encoder import DualEncoder
 
 if TYPE_CHECKING:
@@ -33,32 +34,47 @@ __all__ = [
     "pick_device",
 ]
 
+SIDES: tuple[Literal["image", "text"], ...] = ("image", "text")
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 
 
-def create_model(config: str | ModelConfig, preprocess: dict[str, Any] | None = None) -> DualEncoder:
+def create_model(
+    config: str | ModelConfig, preprocess: dict[str, Any] | None = None, towers: TowersConfig | None = None
+) -> DualEncoder:
     """Make the model that a training run starts from.
 
     Args:
         config: an architecture of one's own; ``open_clip:NAME``, a named architecture with random weights; or anything
             that `load_model` takes, for starting from trained weights.
         preprocess: fields of `clipkit.preprocess.Preprocess` to set differently.
+        towers: whose ``init`` names models that the image or the text tower is taken from; an image tower brings its
+            preprocessing.
 
     Raises:
-        ClipkitError: where there is no such model or a setting does not exist.
+        ClipkitError: where there is no such model, a setting does not exist, or a tower does not fit.
     """
     from clipkit.towers.openclip import OpenClipEncoder
 
     if isinstance(config, ModelConfig):
-        return OpenClipEncoder.from_config(config, preprocess)
-    if config.startswith("open_clip:") and "/" not in config:
-        return OpenClipEncoder.from_name(config.removeprefix("open_clip:"), None, preprocess)
-    model = load_model(config)
+        model = OpenClipEncoder.from_config(config)
+    elif config.startswith("open_clip:") and "/" not in config:
+        model = OpenClipEncoder.from_name(config.removeprefix("open_clip:"), None)
+    else:
+        model = load_model(config)
+    starts = {side: getattr(towers or TowersConfig(), side).init for side in SIDES}
+    for side in SIDES:
+        if starts[side] is not None:
+            from clipkit.towers.start import take_tower
+
+            take_tower(model, side, starts[side])
     if preprocess:
         try:
             model.set_preprocess(Preprocess.model_validate({**model.preprocess.model_dump(), **preprocess}))
         except ValidationError as error:
             raise ClipkitError(explain_validation(error, Preprocess, "preprocess.")) from error
+    backbone = config.text_cfg.get("hf_model_name") if isinstance(config, ModelConfig) else None
+    if backbone and starts["text"] is None and any(Path(backbone).glob("*.safetensors")):
+        note(f"the text tower starts from random weights; towers.text.init={backbone} takes those in the folder")
     return model
 
 

@@ -17,7 +17,7 @@ from clipkit.preprocess import Preprocess
 from clipkit.towers.dual_encoder import MODEL_FILE, DualEncoder
 from clipkit.towers.layers import Layout, Side, huggingface_layouts
 
-__all__ = ["HuggingFaceEncoder", "load_tokenizer"]
+__all__ = ["MODEL_TYPES", "HuggingFaceEncoder", "load_text_model", "load_tokenizer"]
 
 # Dual encoders whose text tower pools a position that padding cannot reach (CLIP: the first end token under a causal
 # mask; SigLIP: the last position, trained on padded texts), so tokens alone say everything.
@@ -119,9 +119,9 @@ class HuggingFaceEncoder(DualEncoder):
 
     def set_gradient_checkpointing(self, on: bool) -> None:
         if on:
-            self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.backbone.activation_checkpointing_enable({"use_reentrant": False})
         else:
-            self.backbone.gradient_checkpointing_disable()
+            self.backbone.activation_checkpointing_disable()
 
     @property
     def logit_scale(self) -> nn.Parameter:
@@ -161,6 +161,28 @@ def load_tokenizer(folder: Path) -> PaddedTokenizer:
     except Exception as error:  # as in `HuggingFaceEncoder.from_folder`
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ClipkitError(f"cannot load the tokenizer in {folder}: {reason}") from error
+
+
+def load_text_model(folder: Path) -> tuple[Any, set[str]]:
+    """A text encoder such as XLM-R or BERT from a local folder, and the names of weights that the folder lacks.
+
+    Raises:
+        ClipkitError: where a file is missing or broken.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = AutoModel.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+    except Exception as error:  # as in `HuggingFaceEncoder.from_folder`
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ClipkitError(f"cannot load the text model in {folder}: {reason}") from error
+    model, info = loaded
+    missing = set(info["missing_keys"])
+    if model.config.is_encoder_decoder:
+        return model.encoder, {name.removeprefix("encoder.") for name in missing}
+    return model, missing
 
 
 def _preprocess_of(processor: Any, folder: Path) -> Preprocess:

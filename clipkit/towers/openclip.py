@@ -54,15 +54,16 @@ class OpenClipEncoder(DualEncoder):
         )
 
     @classmethod
-    def from_config(cls, config: ModelConfig, preprocess: dict[str, Any] | None = None) -> "OpenClipEncoder":
+    def from_config(cls, config: ModelConfig) -> "OpenClipEncoder":
         """Random weights for an architecture of one's own."""
         model_cfg = config.model_dump(exclude_none=True)
+        if "hf_model_name" in model_cfg["text_cfg"]:  # open_clip would take its own byte-pair encoding
+            model_cfg["text_cfg"].setdefault("hf_tokenizer_name", model_cfg["text_cfg"]["hf_model_name"])
         model = _build(model_cfg)
-        size = {"size": _image_size(model)}
-        return cls(model, model_cfg, load_tokenizer(model_cfg, None), _preprocess({**size, **(preprocess or {})}))
+        return cls(model, model_cfg, load_tokenizer(model_cfg, None), _preprocess({"size": _image_size(model)}))
 
     @classmethod
-    def from_name(cls, name: str, tag: str | None, preprocess: dict[str, Any] | None = None) -> "OpenClipEncoder":
+    def from_name(cls, name: str, tag: str | None) -> "OpenClipEncoder":
         """A named architecture, with random weights or with those of a tag (which open_clip downloads)."""
         model_cfg = open_clip.get_model_config(name)
         if model_cfg is None:
@@ -85,7 +86,7 @@ class OpenClipEncoder(DualEncoder):
                     name, tag, force_quick_gelu=model_cfg["quick_gelu"], require_pretrained=True
                 )
             found = dict(model.visual.preprocess_cfg)
-        settings = {**_known(found), "size": _image_size(model), **(preprocess or {})}
+        settings = {**_known(found), "size": _image_size(model)}
         return cls(model, model_cfg, load_tokenizer(model_cfg, name), _preprocess(settings))
 
     @classmethod
@@ -178,7 +179,7 @@ def _build(model_cfg: dict[str, Any]) -> Any:
     text_cfg = model_cfg["text_cfg"]
     custom = model_cfg.pop("custom_text", False) or "hf_model_name" in text_cfg
     if "hf_model_name" in text_cfg and Path(text_cfg["hf_model_name"]).is_dir():
-        text_cfg["hf_model_pretrained"] = False  # the saved weights come next
+        text_cfg["hf_model_pretrained"] = False  # saved weights come next, or those that towers.text.init names
     with _plain_errors("the model"):
         return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**model_cfg)
 

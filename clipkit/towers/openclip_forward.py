@@ -175,9 +175,9 @@ def checkpoint_gradients(backbone: Any, on: bool) -> None:
         transformer.grad_checkpointing = on
     if hasattr(text, "pooler"):
         if on:
-            text.transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            text.transformer.activation_checkpointing_enable({"use_reentrant": False})
         else:
-            text.transformer.gradient_checkpointing_disable()
+            text.transformer.activation_checkpointing_disable()
 
 
 def _resnet_layers(visual: Any, x: Tensor, recompute: bool) -> Tensor:
@@ -194,13 +194,14 @@ def _resnet_layers(visual: Any, x: Tensor, recompute: bool) -> Tensor:
 def _same_statistics(module: nn.Module) -> Iterator[None]:
     """BatchNorm normalises as before and leaves its running statistics alone: they were updated the first time."""
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = not norm.training
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def _pooling(text: Any) -> tuple[str, int]:

@@ -1,5 +1,7 @@
 """Phases of a run: smaller images, shorter texts and fewer patches first (Li et al. 2023, "CLIPA")."""
 
+from itertools import pairwise
+
 from torch import Tensor
 
 from clipkit.preprocess import Preprocess
@@ -37,6 +39,11 @@ class Phases:
     def at(self, step: int) -> PhaseConfig | None:
         """The phase that a step belongs to."""
         return next((phase for end, phase in self.ends if step < end), None)
+
+    def stretches(self, first: int, steps: int) -> list[tuple[int, int]]:
+        """First and last step (exclusive) of what is left of each phase after step `first`, the rest of the run last."""
+        ends = [first, *(end for end, _ in self.ends if first < end < steps), steps]
+        return list(pairwise(ends))
 
     def enter(self, step: int) -> None:
         """Make the model ready for this step."""

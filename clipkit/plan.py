@@ -1,5 +1,6 @@
 """What a training run would take, before anything is spent: measured on a few of its own steps."""
 
+import os
 import shutil
 import statistics
 import time
@@ -11,6 +12,7 @@ import torch
 
 from clipkit.checkpoint import checkpoint_bytes
 from clipkit.learner import Learner
+from clipkit.loader import Batch, Batches
 from clipkit.pace import memory_gib
 
 __all__ = ["plan_run"]
@@ -19,14 +21,19 @@ WARM_UP, TIMED = 2, 5  # steps
 
 
 def plan_run(
-    learner: Learner, stretches: list[tuple[int, int]], take_steps: Callable[[int, int], list[float]], out: Path | None
+    learner: Learner,
+    stretches: list[tuple[int, int]],
+    start: Callable[[int, int], tuple[Batches, Any]],
+    gradient_of: Callable[[Batches, Batch, int], Any],
+    out: Path,
 ) -> dict[str, Any]:
     """Figures of a run that has not begun, and what stands against it.
 
     Args:
         learner: as it would train; it is changed, and of no use afterwards.
         stretches: first and last step (exclusive) of each phase: they differ in cost.
-        take_steps: trains on so many batches from a step on and returns each one's seconds.
+        start: makes batches from a step to another (exclusive), and the batches.
+        gradient_of: computes the gradient of a batch at a step.
         out: where the run would be written.
 
     Returns:
@@ -46,16 +53,25 @@ def plan_run(
     seconds = 0.0
     try:
         for first, last in stretches:
-            timed = take_steps(first, WARM_UP + TIMED)[WARM_UP:]
-            seconds += (last - first) * statistics.median(timed)
+            spent = []
+            maker, batches = start(first, first + WARM_UP + TIMED)
+            began = time.perf_counter()
+            for batch in batches:
+                gradient_of(maker, batch, first)
+                learner.step(0.0, first + 1)
+                learner.scale()  # waits for the device
+                spent.append(time.perf_counter() - began)
+                began = time.perf_counter()
+            seconds += (last - first) * statistics.median(spent[WARM_UP:])
     except torch.OutOfMemoryError:
         problems.append(
             f"a batch of {learner.config.batch_size} does not fit into the memory of {figures['device']}; set "
             "micro_batch (the loss stays over the whole batch), towers.gradient_checkpointing=true, or sharding=full"
         )
     steps = stretches[-1][1] - stretches[0][0]
+    samples = steps * learner.config.batch_size
+    figures |= {"steps": steps, "samples": samples}
     if seconds:
-        samples = steps * learner.config.batch_size
         figures |= {"hours": seconds / 3600, "samples_per_second": samples / seconds}
         figures["seconds_per_step"] = seconds / steps
     states = [s for optimizer in learner.optimizers for s in optimizer.state.values()]
@@ -66,29 +82,19 @@ def plan_run(
         "peak_memory_gib": memory_gib(device),
         "memory_gib": _memory(device),
     }
-    each = checkpoint_bytes(learner.shape, learner.config.optim)
+    each = checkpoint_bytes(learner.shape, learner.optimizers, average=learner.config.optim.ema is not None)
     # One is written before the oldest goes; the best one stays beside the last ones.
     kept = learner.config.checkpoint.keep + 1 + (learner.config.validation.best is not None)
     figures |= {"checkpoint_gib": each / 2**30, "checkpoints_gib": kept * each / 2**30}
-    if out is not None:
-        there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
-        free = shutil.disk_usage(there).free
-        figures["disk_free_gib"] = free / 2**30
-        if free < kept * each:
-            problems.append(
-                f"{there} has {free / 2**30:.1f} GiB free, {kept} checkpoints take {kept * each / 2**30:.1f}; "
-                "free some, or set checkpoint.keep"
-            )
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    figures["disk_free_gib"] = free / 2**30
+    if free < kept * each:
+        problems.append(
+            f"{there} has {free / 2**30:.1f} GiB free, {kept} checkpoints take {kept * each / 2**30:.1f}; "
+            "free some, or set checkpoint.keep"
+        )
     return figures | {"problems": problems}
-
-
-def timed(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that a call takes, its work on the device included."""
-    before = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - before
 
 
 def _gib(tensors: Any) -> float:
@@ -100,6 +106,4 @@ def _gib(tensors: Any) -> float:
 def _memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1] / 2**30
-    import os
-
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

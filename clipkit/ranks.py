@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -23,7 +24,7 @@ from clipkit.errors import ClipkitError
 from clipkit.settings import TrainConfig
 from clipkit.towers import DualEncoder, pick_device
 
-__all__ = ["Ranks", "whole"]
+__all__ = ["Ranks", "set_seed", "whole"]
 
 
 class Ranks:
@@ -87,7 +88,7 @@ class Ranks:
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= self.world_size
 
-    def share(self) -> dict[str, int]:
+    def share(self) -> dict[str, Any]:
         """Which part of each batch is this rank's."""
         return {"rank": self.rank, "world_size": self.world_size}
 

@@ -96,5 +96,3 @@ def test_the_slurm_script_puts_a_preempted_job_back(tmp_path, status, requeued):
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls[0] == "3 1 4 2 node7 train tiny --set a=b c --resume"
     assert calls[1:] == (["scontrol requeue 12"] if requeued else [])
-
-

@@ -1,6 +1,7 @@
 """Training end to end on the CPU: it learns, resumes bit-equal, refuses what it must, and two ranks are one."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -165,7 +166,7 @@ def test_stopped_and_resumed_twice_it_ends_bit_equal(run, recipe, shards, tmp_pa
 
         monkeypatch.setattr(Pace, "used", count)
 
-    for steps, number in ((2, 2), (4, 2)):
+    for steps, number in ((2, 2), (4, 1)):
         signal_at(number)
         stopped = run("train", recipe, *flags, "--out", out, "--resume")
         assert stopped.status == 75
@@ -263,7 +264,7 @@ def test_a_run_that_blows_up_goes_back_and_in_the_end_stops_with_a_good_checkpoi
         assert all(torch.isfinite(t).all() for t in load_file(folder / "model" / "model.safetensors").values())
     named = [json.loads(line) for line in (out / "nonfinite.jsonl").read_text().splitlines()]
     assert all(line["samples"] and set(line["samples"][0]) == {"shard", "key"} for line in named)
-    assert all("loss" not in line for line in metrics(out) if line["skipped"] and line["step"] == named[-1]["step"])
+    assert all(math.isfinite(line.get("loss", 0)) for line in metrics(out))
 
 
 def test_a_recipe_in_the_run_folder_is_not_overwritten(refused, recipe, shards, tmp_path):

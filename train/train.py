@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from clipkit.cli import Job, recipes
+from clipkit.cli import Job, format_option, recipes
 
 
 @click.command(cls=Job)
@@ -28,6 +28,7 @@ from clipkit.cli import Job, recipes
 @click.option("--plan", is_flag=True, help="Say what the run would take, from a few timed steps, and stop.")
 @click.option("--show-config", is_flag=True, help="Print the resolved settings and stop.")
 @click.option("--overwrite", is_flag=True, help="Remove the run that stands in OUT first.")
+@format_option
 def main(
     recipe: str,
     out: Path | None,
@@ -39,6 +40,7 @@ def main(
     plan: bool,
     show_config: bool,
     overwrite: bool,
+    fmt: str,
 ) -> int:
     """Train RECIPE (a name from `clipkit recipes`, or a YAML file) on shards.
 
@@ -70,12 +72,10 @@ def main(
         raise ClipkitError("--gpus and --processes say the same thing of other devices; keep one")
     if (gpus or processes) and not launched():
         return launch(sys.argv[1:], gpus or processes or 1, gpus=gpus is not None)
-    return train(config, out, resume=resume, overwrite=overwrite, plan=plan)
+    return train(config, out, resume=resume, overwrite=overwrite, plan=plan, fmt=fmt)
 
 
-def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool) -> int:
-    from accelerate.utils import set_seed
-
+def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, fmt: str) -> int:
     from clipkit.artifact import MODEL_FOLDER
     from clipkit.checkpoint import Saver, newest_usable
     from clipkit.errors import ClipkitError
@@ -83,12 +83,13 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool) 
     from clipkit.guard import Guard
     from clipkit.learner import Learner
     from clipkit.loader import Batches, describe, open_train_data, train_batches
-    from clipkit.log import meter, note, warn
+    from clipkit.log import emit, meter, note, warn
     from clipkit.objective import make_objective
     from clipkit.optim import learning_rate
     from clipkit.pace import MetricsLog, Pace, memory_gib
     from clipkit.phases import Phases
-    from clipkit.ranks import Ranks
+    from clipkit.plan import plan_run
+    from clipkit.ranks import Ranks, set_seed
     from clipkit.run import Run, refuse_too_many
     from clipkit.stopping import PREEMPTED, StopRequest
     from clipkit.towers import create_model, load_model
@@ -121,33 +122,46 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool) 
             f"data.train holds other samples than {out} was trained on, or mixes them otherwise; "
             "use --init-from to go on"
         )
+    if last is None and ranks.world_size > 1:
+        set_seed(config.seed + ranks.rank)  # dropout differs between ranks; the weights are made already
+
+    size, limit, first = config.batch_size, config.data.max_bad_share, state["step"]
+
+    def start(first_step: int, end: int) -> Any:
+        """Makes batches, and the batches, of steps from the first to the end."""
+        jumped = state["jumped"]
+        before = phases.preprocessing(jumped, size)
+        maker = Batches(data, model.preprocess, model.tokenizer, config.data, config.seed, before)
+        window = {"first_step": first_step + jumped, "steps": end + jumped, "batch_size": size}
+        return maker, train_batches(maker, **window, **ranks.share(), pin_memory=ranks.device.type == "cuda")
+
+    def gradient_of(maker: Batches, batch: Any, step: int) -> Any:
+        phases.enter(step)
+        pixels = maker.on_device(batch, ranks.device)  # which may replace a sample, so it comes first
+        tokens = phases.tokens(batch["tokens"], step).to(ranks.device, non_blocking=True)
+        return learner.gradient(pixels, tokens, objective_of(batch))
+
+    if plan:
+        figures = plan_run(learner, phases.stretches(first, steps), start, gradient_of, out)
+        if ranks.is_main:
+            emit(figures, fmt, f"{steps - first:,} steps of {size}: {describe(data, steps * size)}")
+        ranks.end()
+        return 1 if figures["problems"] else 0
+
     ranks.wait()  # every rank has looked at the folder before one changes it
     if ranks.is_main:
         run.begin(resume=resume)
         if excluded is None:
             run.pin_plan(data.excluded, data.left_out)
-        run.rewind(state["step"], (state["step"] + state["jumped"]) * config.batch_size)
+        run.rewind(state["step"], (state["step"] + state["jumped"]) * size)
     ranks.wait()
-    if last is None and ranks.world_size > 1:
-        set_seed(config.seed + ranks.rank)  # dropout differs between ranks; the weights are made already
-
-    size, limit = config.batch_size, config.data.max_bad_share
     guard = Guard(config.guard, state["skipped"], state["rollbacks"])
     saver = Saver(out, learner.shape, keep=config.checkpoint.keep) if ranks.is_main else None
     log, pace = MetricsLog(run, ranks), Pace()
     ranks.track(config.model_dump(mode="json"))
     parameters = sum(p.numel() for p in learner.shape.parameters())
-    first = state["step"]
     note(f"{parameters / 1e6:.1f} M parameters, {ranks.precision} on {ranks.world_size} x {ranks.device.type}")
     note(f"steps {first:,} to {steps:,} of {size}: {describe(data, steps * size)}")
-
-    def start() -> Any:
-        """Makes batches, and the batches, from where `state` stands."""
-        jumped = state["jumped"]
-        before = phases.preprocessing(jumped, size)
-        maker = Batches(data, model.preprocess, model.tokenizer, config.data, config.seed, before)
-        window = {"first_step": state["step"] + jumped, "steps": steps + jumped, "batch_size": size}
-        return maker, train_batches(maker, **window, **ranks.share(), pin_memory=ranks.device.type == "cuda")
 
     def go_back(to_step: int) -> dict[str, Any]:
         """Where the last checkpoint stands, and on with the samples after those of `to_step`."""
@@ -164,16 +178,13 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool) 
             run.rewind(found["step"], (found["step"] + found["jumped"]) * size)
         return found | {"skipped": guard.skipped, "rollbacks": guard.rollbacks}
 
-    maker, batches = start()
+    maker, batches = start(first, steps)
     loss, bad, stopping, saved_at = math.nan, 0, False, time.monotonic()
     with StopRequest() as stop, meter("train", steps, "steps", done=first) as advance:
         while state["step"] < steps and not stopping:
             batch = pace.next(batches)
             step, position = state["step"], (state["step"] + state["jumped"]) * size
-            phases.enter(step)
-            pixels = maker.on_device(batch, ranks.device)
-            tokens = phases.tokens(batch["tokens"], step).to(ranks.device, non_blocking=True)
-            gradient, norm = learner.gradient(pixels, tokens, objective_of(batch))
+            gradient, norm = gradient_of(maker, batch, step)
 
             # The one message and the one wait for the device of a step: what is so on one rank holds for all.
             broken = not (math.isfinite(norm.item()) and math.isfinite(gradient.loss.item()))
@@ -195,7 +206,7 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool) 
             if verdict == "rollback":
                 batches.close()
                 state = go_back(done)
-                maker, batches = start()
+                maker, batches = start(state["step"], steps)
                 continue
 
             last_step = done == steps

@@ -32,7 +32,7 @@ def all_rows(rows: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "world_n ..."]:
     rows = rows.detach().contiguous()
     joint = rows.new_empty(world * len(rows), *rows.shape[1:])
     # As bytes: gloo does not know every type of number, bfloat16 among them.
-    dist.all_gather_into_tensor(joint.view(torch.uint8), rows.view(torch.uint8))
+    dist.all_gather_into_tensor(joint.view(-1).view(torch.uint8), rows.view(-1).view(torch.uint8))
     return joint
 
 

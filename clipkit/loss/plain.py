@@ -159,9 +159,9 @@ def distillation_loss(
     with torch.autocast(image.device.type, enabled=False):
         image, text = at_least_fp32(image, text)
         with torch.no_grad():
-            teacher = _both_ways(*at_least_fp32(teacher_image, teacher_text), teacher_scale)
+            teacher = _both_ways(teacher_image.to(image.dtype), teacher_text.to(image.dtype), teacher_scale)
         students = _both_ways(image, text, scale)
         loss = image.new_zeros(())
         for logits, target in zip(students, teacher, strict=True):
-            loss = loss - (target.softmax(1).to(image.dtype) * logits.log_softmax(1)).sum(1).mean()
+            loss = loss - (target.softmax(1) * logits.log_softmax(1)).sum(1).mean()
         return loss / 2

@@ -17,7 +17,7 @@ calculation for softmax").
 import torch
 from torch import Tensor
 
-from clipkit.loss.plain import at_least_fp32, same_pairs
+from clipkit.loss.plain import same_pairs
 from clipkit.loss.tiles import Tile
 
 __all__ = ["OwnPair", "Teacher"]
@@ -88,10 +88,9 @@ class Teacher:
 
     buffers = 3
 
-    def __init__(self, image: Tensor, text: Tensor, scale: Tensor | float, like: Tensor) -> None:
-        image, text, _ = at_least_fp32(image.detach(), text.detach(), like)
-        self.scaled = image * scale
-        self.visitors = [text]
+    def __init__(self, image: Tensor, text: Tensor, scale: Tensor | float, dtype: torch.dtype) -> None:
+        self.scaled = image.detach().to(dtype) * scale
+        self.visitors = [text.detach().to(dtype)]
 
     def start(self, count: int, like: Tensor) -> Tensor:
         return torch.cat([_start(2, count, like), _start(3, count, like)])

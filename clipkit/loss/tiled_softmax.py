@@ -1,7 +1,7 @@
 """Softmax cross-entropy in both directions whose memory grows with N·D: `info_nce` and `distillation_loss` in tiles.
 
 Each rank goes once over the similarities of its own images with everybody's texts, a tile at a time, and keeps of each
-row and column what the losses need (`clipkit.loss.targets`); a column's figures are complete once all ranks' are merged.
+row and column what the losses need (`clipkit.loss.targets`); a column's is complete once all ranks' are merged.
 The backward pass computes each tile again, as FlashAttention does (Dao et al. 2022): one product in the forward pass
 and three in the backward pass, where the plain form has one and two, but keeps and moves N² floats several times.
 """
@@ -132,5 +132,5 @@ def tiled_distillation_loss(
     The teacher's similarities are computed along with the student's, in both passes.
     """
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
-        target = Teacher(teacher_image, teacher_text, teacher_scale, image)
+        target = Teacher(teacher_image, teacher_text, teacher_scale, at_least_fp32(image, text)[0].dtype)
     return _BothWays.apply(image, text, scale, target, ring, side)  # type: ignore[return-value]

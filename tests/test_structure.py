@@ -19,7 +19,7 @@ FLOORS = [
     {"shards"},
     {"sources", "towers"},
     {"pack", "embeddings", "trainset", "checkpoint"},
-    {"streams", "check", "gpu_decode"},
+    {"streams", "check", "gpu_decode", "teacher"},
     {"loader"},
     {"embed", "search", "run"},
     {"zeroshot"},

@@ -28,7 +28,7 @@ from clipkit.parallel import Threads, cores
 from clipkit.preprocess import Preprocess
 from clipkit.settings import DataConfig
 from clipkit.shards import Shards
-from clipkit.sources import sample_id
+from clipkit.sources import text_id
 from clipkit.storage import is_pipe
 from clipkit.streams import StreamSet
 from clipkit.towers.dual_encoder import Tokenizer
@@ -176,7 +176,7 @@ class Batches(Dataset["Batch | str"]):
             pixels=torch.from_numpy(np.stack([item.get("pixels", empty) for item in items])),
             tokens=self.tokenizer(captions),
             image_ids=torch.tensor([item["image_id"] for item in items]),
-            text_ids=torch.tensor([_text_id(caption) for caption in captions]),
+            text_ids=torch.tensor([text_id(caption) for caption in captions]),
             references=[item["reference"] for item in items],
             left_out=self.data.drain() + [line for item in items for line in item["left_out"]],
             waiting=[item["waiting"]._replace(row=row) for row, item in enumerate(items) if "waiting" in item],
@@ -196,7 +196,7 @@ class Batches(Dataset["Batch | str"]):
             row = waiting.row
             pixels[row] = torch.from_numpy(item["pixels"]).to(device)
             batch["tokens"][row] = self.tokenizer([item["caption"]])[0]
-            batch["image_ids"][row], batch["text_ids"][row] = item["image_id"], _text_id(item["caption"])
+            batch["image_ids"][row], batch["text_ids"][row] = item["image_id"], text_id(item["caption"])
             batch["references"][row] = item["reference"]
             batch["left_out"].extend(item["left_out"])
 
@@ -250,10 +250,6 @@ class Batches(Dataset["Batch | str"]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pool": None}
-
-
-def _text_id(caption: str) -> int:
-    return sample_id(caption.lower())
 
 
 class _Positions(Sampler[list[int]]):

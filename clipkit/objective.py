@@ -10,24 +10,29 @@ from torch import Tensor
 from clipkit import loss
 from clipkit.errors import ClipkitError
 from clipkit.loader import Batch
-from clipkit.settings import LossConfig
+from clipkit.settings import TrainConfig
 from clipkit.step import Objective
 from clipkit.teacher import Teacher
+from clipkit.trainset import TrainData
 
 __all__ = ["make_objective"]
 
 
-def make_objective(config: LossConfig, device: torch.device, *, has_bias: bool) -> Callable[[Batch], Objective]:
+def make_objective(
+    recipe: TrainConfig, data: TrainData, device: torch.device, *, has_bias: bool
+) -> Callable[[Batch], Objective]:
     """A function from a batch to its loss, which still wants the batch's embeddings, factor and bias.
 
     Args:
-        config: which loss, and how it is computed.
+        recipe: which loss, and how it is computed.
+        data: that is trained on; a teacher must know it.
         device: of the embeddings.
         has_bias: whether the model has one.
 
     Raises:
         ClipkitError: where the sigmoid loss lacks a bias, or the teacher's embeddings cannot be used.
     """
+    config = recipe.loss
     if config.kind == "sigmoid" and not has_bias:
         raise ClipkitError("loss.kind=sigmoid needs a bias; set model.init_logit_bias=-10 (and init_logit_scale=2.3)")
     tiled = config.form == "tiled"
@@ -35,7 +40,10 @@ def make_objective(config: LossConfig, device: torch.device, *, has_bias: bool) 
     nce = partial(loss.tiled_info_nce if tiled else loss.info_nce, label_smoothing=config.label_smoothing, **ring)
     sigmoid = partial(loss.tiled_sigmoid_loss if tiled else loss.sigmoid_loss, **ring)
     distillation = partial(loss.tiled_distillation_loss if tiled else loss.distillation_loss, **ring)
-    teacher = None if config.distill is None else Teacher.open(config.distill.teacher)
+    teacher = None
+    if config.distill is not None:
+        teacher = Teacher.open(config.distill.teacher)
+        teacher.check(data, recipe.data)
 
     def of_batch(batch: Batch) -> Objective:
         ids = {}

@@ -41,7 +41,7 @@ class Phases:
         return next((phase for end, phase in self.ends if step < end), None)
 
     def stretches(self, first: int, steps: int) -> list[tuple[int, int]]:
-        """First and last step (exclusive) of what is left of each phase after step `first`, the rest of the run last."""
+        """First and last step (exclusive) of what is left of each phase from a step on, and of the rest of the run."""
         ends = [first, *(end for end, _ in self.ends if first < end < steps), steps]
         return list(pairwise(ends))
 

@@ -114,6 +114,18 @@ class Run:
                 "keep them to resume, or start a new run with --init-from"
             )
 
+    def check_data(self, before: Any, now: Any) -> None:
+        """Refuse to go on with other samples than a checkpoint was trained on.
+
+        Raises:
+            ClipkitError: where the identities of the training data differ.
+        """
+        if before != now:
+            raise ClipkitError(
+                f"data.train holds other samples than {self.folder} was trained on, or mixes them otherwise; "
+                "use --init-from to go on"
+            )
+
     @property
     def finished_steps(self) -> int:
         """Where a finished run ended; 0 for one that is not."""

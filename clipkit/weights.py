@@ -69,7 +69,7 @@ class Weights:
         They may be written in place; `publish` then brings them to the towers.
         """
         for name, tensor in self._model.state_dict(keep_vars=True).items():
-            yield name, self._masters.get(tensor, tensor)
+            yield name, self._masters[tensor] if tensor in self._masters else tensor
 
     def named_average(self) -> Iterator[tuple[str, Tensor]] | None:
         """Like `named_tensors`, of the average; frozen parameters are themselves. None where no average is kept."""

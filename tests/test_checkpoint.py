@@ -165,7 +165,8 @@ def test_what_is_in_it(tmp_path):
     about = json.loads((folder / "model" / "clipkit.json").read_text())
     assert about["fingerprint"] == loaded.fingerprint()
     assert about["logit_scale"] == float(training.average["backbone.logit_scale"].exp())
-    assert training.load(folder) and load_checkpoint(folder, [], [], {}, 0)["seen"] == {"10": "a", "9": "b"}
+    assert training.load(folder)
+    assert load_checkpoint(folder, [], [], {}, 0)["seen"] == {"10": "a", "9": "b"}
     plain = save(Training().train(1), tmp_path / "plain")
     assert not (plain / "weights.safetensors").exists()
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from clipkit.cli import Job, format_option, recipes
+from clipkit.cli import Job, find_recipe, format_option
 
 
 @click.command(cls=Job)
@@ -49,18 +49,12 @@ def main(
     validation, logging and checkpoint settings may change, and how the same thing is computed; other keys may not.
     """
     from clipkit.config import dump_yaml, load_config
-    from clipkit.errors import ClipkitError, did_you_mean
+    from clipkit.errors import ClipkitError
     from clipkit.launch import launch, launched
 
-    path = recipes().get(recipe, Path(recipe))
-    if not path.is_file():
-        known = recipes()
-        raise ClipkitError(
-            f"no recipe {recipe!r}{did_you_mean(recipe, known)}; there are {', '.join(known)}, or name a YAML file"
-        )
     if init_from is not None:
         overrides = (*overrides, f"model={json.dumps(init_from)}")
-    config = load_config(path, overrides)
+    config = load_config(find_recipe(recipe), overrides)
     if show_config:
         click.echo(dump_yaml(config), nl=False)
         return 0
@@ -113,15 +107,11 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
     last = newest_usable(out) if resume else None
     model = load_model(last / MODEL_FOLDER) if last else create_model(config.model, config.preprocess, config.towers)
     phases = Phases(config.phases, steps, model, config.towers.patch_dropout)
-    objective_of = make_objective(config.loss, ranks.device, has_bias=model.logit_bias is not None)
+    objective_of = make_objective(config, data, ranks.device, has_bias=model.logit_bias is not None)
     learner = Learner(model, config, ranks)
     state = {"step": 0, "samples": 0, "jumped": 0, "data": identity, "best": None, "skipped": 0, "rollbacks": 0}
     state = learner.restore(last) if last else state
-    if state["data"] != identity:
-        raise ClipkitError(
-            f"data.train holds other samples than {out} was trained on, or mixes them otherwise; "
-            "use --init-from to go on"
-        )
+    run.check_data(state["data"], identity)
     if last is None and ranks.world_size > 1:
         set_seed(config.seed + ranks.rank)  # dropout differs between ranks; the weights are made already
 
@@ -211,31 +201,27 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
 
             last_step = done == steps
             every = config.checkpoint.every_steps
-            saves = (verdict == "step" and (due or stopping or (every and done % every == 0))) or last_step
+            # Not after a step that could not be taken: what led there need not be kept.
+            saves = last_step or stopping or (verdict == "step" and (due or (every and done % every == 0)))
             reports = done % config.log.every_steps == 0 or last_step
             if saves or reports:
                 loss, bad_of_rank = ranks.mean([gradient.loss.item(), bad])
                 refuse_too_many(bad_of_rank * ranks.world_size, (done - first) * size, limit, out)
             if reports:
-                figures = {
-                    "loss": None if broken else loss,
-                    "lr": rate,
-                    "grad_norm": norm.item(),
-                    "logit_scale": learner.scale(),
-                }
-                counts = {"left_out": run.left_out, "skipped": guard.skipped, "memory_gib": memory_gib(ranks.device)}
-                log.write(step=done, samples=state["samples"], **figures, **pace.take(), **counts)
+                seen = {"loss": loss, "grad_norm": norm.item()} if verdict == "step" else {}
+                seen |= {"lr": rate, "logit_scale": learner.scale(), "memory_gib": memory_gib(ranks.device)}
+                seen |= {"left_out": run.left_out, "skipped": guard.skipped}
+                log.write(step=done, samples=state["samples"], **seen, **pace.take())
             best, score = False, None
             if validation is not None and (last_step or done % (config.validation.every_steps or steps) == 0):
                 before = time.perf_counter()
                 found, left_out = validation.run(learner.final_model(), **ranks.share())
-                log.write(
-                    step=done, samples=state["samples"], **{f"val_{name}": value for name, value in found.items()}
-                )
+                named = {f"val_{name}": value for name, value in found.items()}
+                log.write(step=done, samples=state["samples"], **named)
                 if left_out:
                     warn(f"{len(left_out)} samples cannot be used for validation; the first: {left_out[0]['reason']}")
                 score = found.get(config.validation.best)
-                best = score is not None and score > (-math.inf if state["best"] is None else state["best"])
+                best = score is not None and (state["best"] is None or score > state["best"])
                 state["best"] = score if best else state["best"]
                 pace.pause(time.perf_counter() - before)
             if saves or best:

@@ -130,11 +130,10 @@ class Teacher:
             raise ClipkitError(f"{self.folder} has no embedding of the image with id {number}; {self._hint}")
         caption_rows = self._caption_rows(rows, texts)
         if (caption_rows < 0).any():
-            at = np.flatnonzero(caption_rows < 0)[0]
-            key = self._key(int(rows[at]))
+            at = int(np.flatnonzero(caption_rows < 0)[0])
             raise ClipkitError(
-                f"{self.folder} has no embedding of the caption with id {texts[at]} of sample {key!r}; "
-                f"the captions were others when it was made; {self._hint}"
+                f"{self.folder} has no embedding of the caption with id {texts[at]} of sample "
+                f"{self._key(int(rows[at]))!r}; the captions were others when it was made; {self._hint}"
             )
         return self._vectors("image", rows), self._vectors("text", caption_rows)
 

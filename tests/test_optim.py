@@ -101,12 +101,12 @@ def test_muon_is_torchs_with_queries_keys_and_values_apart():
         assert torch.equal(wide, apart[3])
 
 
-def steps_of(kind, model, optimizers, layer_decay):
+def steps_of(model, optimizers, side, length):
     generator = torch.Generator().manual_seed(1)
     losses = []
     for step in range(3):
-        pixels = torch.randint(0, 255, (4, 3, 32, 32), dtype=torch.uint8, generator=generator)
-        tokens = torch.randint(1, 49406, (4, 24), generator=generator)
+        pixels = torch.randint(0, 255, (4, 3, side, side), dtype=torch.uint8, generator=generator)
+        tokens = torch.randint(1, 49406, (4, length), generator=generator)
         image, text, scale, _ = model(pixels, tokens)
         loss = nn.functional.cross_entropy(scale * image @ text.T, torch.arange(4))
         loss.backward()
@@ -119,13 +119,13 @@ def steps_of(kind, model, optimizers, layer_decay):
 
 
 def sharded_steps(rank, world_size):
-    """Both kinds of optimizer on a model sharded by FSDP2 and on its unsharded twin."""
+    """Both kinds of optimizer on a model sharded by FSDP2 and on its whole twin, the second with smaller samples."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     found = {}
     mesh = init_device_mesh("cpu", (world_size,))
-    for kind in ("adamw", "muon"):
+    for kind, side, length in (("adamw", 32, 24), ("muon", 16, 9)):
         decay = {"image": 0.7, "text": 0.9}
         whole = tiny_model().train().to(memory_format=torch.contiguous_format)  # FSDP2 takes no channels_last
         sharded = copy.deepcopy(whole)
@@ -133,7 +133,9 @@ def sharded_steps(rank, world_size):
             fully_shard(layer, mesh=mesh)
         scalars = {p for p in sharded.parameters() if p.ndim == 0}  # FSDP2 takes none
         fully_shard(sharded, mesh=mesh, ignored_params=scalars)
-        losses = [steps_of(kind, m, optimizers_of(m, kind, decay, lr=1e-2), decay) for m in (whole, sharded)]
+        whole.set_gradient_checkpointing(True)
+        sharded.set_gradient_checkpointing(kind == "muon")
+        losses = [steps_of(m, optimizers_of(m, kind, decay, lr=1e-2), side, length) for m in (whole, sharded)]
         full = {n: p.full_tensor() if p.ndim else p for n, p in sharded.named_parameters()}
         found[kind] = (losses, {n: (p - full[n]).detach().abs().max().item() for n, p in whole.named_parameters()})
     return found

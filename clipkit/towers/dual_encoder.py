@@ -199,9 +199,10 @@ class DualEncoder(nn.Module, ABC):
         layouts = self.layouts()
         depths: dict[str, tuple[Side | None, int]] = {}
         for name, _ in self.backbone.named_parameters():
-            sides = (side for side, layout in layouts.items() if under(name, layout.root))
-            side = next(sides, None)
-            depths[f"backbone.{name}"] = (side, 0 if side is None else layouts[side].depth(name))
+            depths[f"backbone.{name}"] = (None, 0)
+            for side, layout in layouts.items():
+                if under(name, layout.root):
+                    depths[f"backbone.{name}"] = (side, layout.depth(name))
         return depths
 
     def lock(self, side: Side, unlocked_layers: int = 0) -> None:

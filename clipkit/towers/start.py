@@ -75,7 +75,7 @@ def take_tower(model: DualEncoder, side: Side, spec: str) -> None:
 
 
 def _take_text_model(model: DualEncoder, folder: Path, where: str) -> None:
-    text = getattr(model.backbone, "text", None)
+    text: Any = getattr(model.backbone, "text", None)
     if not hasattr(text, "pooler"):
         raise ClipkitError(f"{where} is a Hugging Face text model; set model.text_cfg.hf_model_name={folder} too")
     loaded, missing = load_text_model(folder)

@@ -2,9 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clipkit.artifact import (
     MODEL_FOLDER,
@@ -20,11 +20,14 @@ from clipkit.artifact import (
     write_json,
     write_ledger,
 )
-from clipkit.checkpoint import checkpoints
+from clipkit.checkpoint_files import newest_usable
 from clipkit.config import changed_keys, dump_yaml, load_config
 from clipkit.errors import ClipkitError
 from clipkit.settings import TrainConfig
 from clipkit.towers import DualEncoder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["MetricsLog", "Run", "refuse_too_many"]
 
@@ -118,9 +121,8 @@ class Run:
         return read_json(path)["counts"]["steps"] if path.is_file() else 0
 
     def last_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint."""
-        found = checkpoints(self.folder)
-        return found[-1] if found else None
+        """The newest checkpoint that is whole; each newer one that is not is warned of. Reads all of its files."""
+        return newest_usable(self.folder)
 
     def last_loss(self) -> float:
         """The loss that was reported last; NaN where none was."""
@@ -159,11 +161,25 @@ class Run:
         with self._ledger.open("rb") as handle:
             return sum(1 for _ in handle)
 
-    def finish(self, model: DualEncoder, state: dict[str, Any]) -> dict[str, Any]:
-        """Write ``model/`` and then the manifest: from here on the run is whole. Returns the manifest."""
+    def finish(
+        self, model: DualEncoder, state: dict[str, Any], weights: "Mapping[str, Tensor] | None" = None
+    ) -> dict[str, Any]:
+        """Write ``model/`` and then the manifest: from here on the run is whole. Returns the manifest.
+
+        Args:
+            model: as trained.
+            state: with ``step`` and ``samples``.
+            weights: what to write instead of the model's own (`DualEncoder.save`): the average, or fp32 masters.
+
+        Raises:
+            ClipkitError: where the model cannot be written.
+        """
         scratch = self.folder / WORK / MODEL_FOLDER
         shutil.rmtree(scratch, ignore_errors=True)
-        model.save(scratch)
+        try:
+            model.save(scratch, weights)
+        except OSError as error:
+            raise ClipkitError(f"cannot write {self.folder / MODEL_FOLDER}: {error.strerror or error}") from error
         (self.folder / "manifest.json").unlink(missing_ok=True)  # of a shorter run that was gone on with
         shutil.rmtree(self.folder / MODEL_FOLDER, ignore_errors=True)
         scratch.replace(self.folder / MODEL_FOLDER)

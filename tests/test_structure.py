@@ -11,9 +11,9 @@ JOBS = [path for folder in ("train", "index", "eval") for path in sorted((ROOT /
 
 # A module may import modules of lower floors, and of its own floor where the package says so.
 FLOORS = [
-    {"errors"},
+    {"errors", "stopping"},
     {"log", "artifact", "decode", "preprocess", "settings", "config", "metrics", "loss", "optim", "scenes", "report"},
-    {"order", "storage", "cli", "augment", "shrink", "parallel"},
+    {"checkpoint_files", "order", "storage", "cli", "augment", "shrink", "parallel"},
     {"tar_index", "lists"},
     {"spool", "shard_specs"},
     {"shards"},

@@ -1,9 +1,10 @@
 """`DualEncoder`: an image tower and a text tower that embed into one space, with all that is needed to use them."""
 
+import functools
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from clipkit.artifact import write_json
 from clipkit.decode import decode, to_rgb
 from clipkit.preprocess import Preprocess
 
-__all__ = ["MODEL_FILE", "DualEncoder", "Tokenizer"]
+__all__ = ["BACKBONE", "MODEL_FILE", "DualEncoder", "Tokenizer"]
 
 MODEL_FILE = "clipkit.json"
+BACKBONE = "backbone."  # what the names of a `DualEncoder`'s weights begin with, and its library's own do not
 PROBES = ("a photo of a cat.", "Ünïcode 漢字 42!", "two  spaces, UPPER case", "")
 
 Tokenizer = Callable[[list[str]], Tensor]
@@ -151,48 +153,69 @@ class DualEncoder(nn.Module, ABC):
             rows.append(self.encode_text(tokens).cpu().numpy())
         return np.concatenate(rows)
 
+    @functools.cached_property
     def tokenizer_state(self) -> str:
-        """What decides how texts become tokens, as a canonical string; see also `PROBES`."""
+        """What decides how texts become tokens, as a canonical string; see also `PROBES`.
+
+        Kept, as sorting a vocabulary halts every other thread for a fifth of a second.
+        """
         vocabulary = getattr(self.tokenizer, "encoder", None)  # open_clip's BPE
         if vocabulary is None:
             vocabulary = self.tokenizer.tokenizer.get_vocab()  # type: ignore[attr-defined]
         probes = self.tokenize(PROBES).tolist()
         return json.dumps([sorted(vocabulary.items()), probes], ensure_ascii=False)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, weights: Mapping[str, Tensor] | None = None) -> str:
         """32 hex digits over the weights' values, the tokenizer and the preprocessing.
 
         The values, not the files: saving the model again, moving it or storing it in another order changes nothing.
         A second of work per two gigabytes of weights.
+
+        Args:
+            weights: as in `save`.
         """
         hasher = hashlib.blake2b(digest_size=16)
-        for name, tensor in sorted(self.backbone.state_dict().items()):
+        for name, tensor in sorted(self._weights(weights).items()):
             if name.endswith("num_batches_tracked"):  # of BatchNorm in training; no output depends on it
                 continue
             hasher.update(f"{name}{list(tensor.shape)}".encode())
-            hasher.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy())
+            values: Any = tensor.to("cpu", torch.float32).contiguous().numpy()  # numpy's stubs know no buffers
+            hasher.update(values)
         about = [self.preprocess.model_dump(mode="json"), self.context_length, self.activation]
         hasher.update(json.dumps(about, sort_keys=True).encode())
-        hasher.update(self.tokenizer_state().encode("utf-8", "surrogatepass"))
+        hasher.update(self.tokenizer_state.encode("utf-8", "surrogatepass"))
         return hasher.hexdigest()
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
         """Write everything that is needed to use the model offline: weights, tokenizer, preprocessing, settings.
 
         The folder is also an ordinary model folder of the library that the towers come from.
+
+        Args:
+            folder: is made.
+            weights: written instead of the model's own, by the names and with the shapes of its `state_dict` (such as
+                ``backbone.logit_scale``), all of them. The model's own tensors are not looked at then, so another
+                thread may train it meanwhile.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self._save_backbone(folder)
+        tensors = self._weights(weights)
+        self._save_backbone(folder, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
         about = {
-            "fingerprint": self.fingerprint(),
+            "fingerprint": self.fingerprint(weights),
             "embed_dim": self.embed_dim,
             "context_length": self.context_length,
             "activation": self.activation,
-            "logit_scale": float(self.logit_scale.detach().float().exp()),
-            "logit_bias": None if self.logit_bias is None else float(self.logit_bias.detach()),
+            "logit_scale": float(tensors["logit_scale"].float().exp()),
+            "logit_bias": float(tensors["logit_bias"]) if "logit_bias" in tensors else None,
             "preprocess": self.preprocess.model_dump(mode="json"),
         }
         write_json(folder / MODEL_FILE, about)
 
+    def _weights(self, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """What is to be saved, by the backbone's names."""
+        if weights is None:
+            return {name: tensor.detach() for name, tensor in self.backbone.state_dict().items()}
+        return {name.removeprefix(BACKBONE): tensor.detach() for name, tensor in weights.items()}
+
     @abstractmethod
-    def _save_backbone(self, folder: Path) -> None: ...
+    def _save_backbone(self, folder: Path, weights: dict[str, Tensor]) -> None: ...

@@ -1,10 +1,13 @@
 """CLIP and SigLIP models in Hugging Face's form, from a local folder."""
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
@@ -98,8 +101,17 @@ class HuggingFaceEncoder(DualEncoder):
     def logit_bias(self) -> nn.Parameter | None:
         return getattr(self.backbone, "logit_bias", None)
 
-    def _save_backbone(self, folder: Path) -> None:
-        self.backbone.save_pretrained(folder)
+    def _save_backbone(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        # As the backbone's own save_pretrained does, which would however note its dtype, not that of these weights,
+        # and then fp32 masters of a bf16 model were cut to bf16 when they are loaded.
+        config = copy.deepcopy(self.backbone.config)
+        config.architectures = [type(self.backbone).__name__]
+        config.dtype = str(weights["logit_scale"].dtype).removeprefix("torch.")
+        config.save_pretrained(folder)
+        try:
+            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:  # how a full disk shows here
+            raise OSError(str(error)) from error
         self.tokenizer.tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
         self.processor.save_pretrained(folder)
 

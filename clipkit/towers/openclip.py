@@ -116,11 +116,10 @@ class OpenClipEncoder(DualEncoder):
     def logit_bias(self) -> nn.Parameter | None:
         return self.backbone.logit_bias
 
-    def _save_backbone(self, folder: Path) -> None:
-        tensors = {name: t.detach().cpu().contiguous() for name, t in self.backbone.state_dict().items()}
+    def _save_backbone(self, folder: Path, weights: dict[str, Tensor]) -> None:
         with atomic_write(folder / "model.safetensors") as handle:
             try:
-                save_file(tensors, handle.name)
+                save_file(weights, handle.name)
             except SafetensorError as error:  # how a full disk shows here
                 raise OSError(str(error)) from error
         model_cfg = json.loads(json.dumps(self.model_cfg))

@@ -12,6 +12,8 @@ Every tensor is whole, however many ranks shared it, so a run may go on with oth
 """
 
 import copy
+import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -90,6 +92,7 @@ def take_snapshot(
     average: Iterable[tuple[str, Tensor]] | None = None,
     *,
     is_main: bool,
+    spare: Snapshot | None = None,
 ) -> Snapshot | None:
     """Copy everything that a checkpoint holds to the memory of the main rank; the run may go on at once.
 
@@ -105,32 +108,41 @@ def take_snapshot(
         state: JSON-able; copied.
         average: the moving average, under the same names.
         is_main: whether this is rank 0.
+        spare: an old snapshot whose memory may be overwritten (`Saver.spare`); fresh memory must first be found by the
+            kernel, page by page, which takes several times as long as the copy.
 
     Returns:
         The snapshot on the main rank, None on the others.
     """
-    trained = {name: _whole(tensor, is_main) for name, tensor in weights}
-    averaged = None if average is None else {name: _whole(tensor, is_main) for name, tensor in average}
+    old = spare or Snapshot(0, {}, {}, {}, [], {})
+    trained = {name: _whole(tensor, is_main, old.weights.get(name)) for name, tensor in weights}
+    averaged = None
+    if average is not None:
+        averaged = {name: _whole(tensor, is_main, (old.average or {}).get(name)) for name, tensor in average}
     moments = {}
     for optimizer in optimizers:
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             for key, value in sorted(optimizer.state.get(parameter, {}).items()):
+                entry = f"{names[id(parameter)]}:{key}"
                 if isinstance(value, Tensor):
-                    moments[f"{names[id(parameter)]}:{key}"] = _whole(value, is_main)
+                    moments[entry] = _whole(value, is_main, old.optimizer.get(entry))
                 elif value is not None:
-                    raise TypeError(f"{key} of {names[id(parameter)]} in {type(optimizer).__name__} is no tensor")
+                    raise TypeError(f"{entry} in the state of {type(optimizer).__name__} is no tensor")
     rng = _gather_generators(is_main)
     if not is_main:
         return None
     return Snapshot(step, trained, averaged, moments, rng, copy.deepcopy(state))
 
 
-def _whole(tensor: Tensor, wanted: bool) -> Tensor:
+def _whole(tensor: Tensor, wanted: bool, spare: Tensor | None) -> Tensor:
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()  # all ranks take part, also those that do not want it
-    # Contiguous whatever its layout was, as safetensors needs it, with one copy.
-    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor) if wanted else tensor.new_empty(0)
+    if not wanted:
+        return tensor.new_empty(0)
+    if spare is None or (spare.shape, spare.dtype) != (tensor.shape, tensor.dtype):
+        spare = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return spare.copy_(tensor)  # contiguous, as safetensors needs it, whatever the tensor's own layout is
 
 
 def _gather_generators(is_main: bool) -> list[dict[str, Tensor]]:
@@ -163,8 +175,15 @@ class Saver:
         """What became of the last snapshot: None where it is on disk or still being written, else why it is not."""
         self._model = model
         self._names = set(model.state_dict())
+        _ = model.tokenizer_state  # made here, so that the writer does not halt the run for it
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._begun: Future[None] | None = None
+        self._spare: Snapshot | None = None
+
+    def spare(self) -> Snapshot | None:
+        """The last snapshot that was done with, for `take_snapshot` to overwrite; None where there is none yet."""
+        spare, self._spare = self._spare, None
+        return spare
 
     def save(self, snapshot: Snapshot, *, best: bool = False, score: float | None = None) -> None:
         """Begin to write a snapshot, and return. Waits for the one before, so that at most two are in memory.
@@ -208,6 +227,7 @@ class Saver:
                 publish(scratch)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
+                self._spare = snapshot
         except (OSError, SafetensorError, ClipkitError) as error:
             self.failed = f"the checkpoint of step {snapshot.step:,} in {self.run} cannot be written ({_reason(error)})"
             last = next((folder.name for folder in reversed(checkpoints(self.run))), "no checkpoint")
@@ -235,11 +255,14 @@ def _rng_name(rank: int) -> str:
 def _refuse_full_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise ClipkitError(f"it takes {needed / 1e9:,.3f} GB and the disk has {free / 1e9:,.3f} GB left")
+        raise ClipkitError(f"it takes {needed / 1e9:.3g} GB and the disk has {free / 1e9:.3g} GB left")
 
 
 def _reason(error: Exception) -> str:
     cause = error.__cause__ or error  # beneath a ClipkitError that names a file of the scratch folder
+    number = re.search(r"\(os error (\d+)\)", str(cause))  # how safetensors says it
+    if number:
+        return os.strerror(int(number[1]))
     return getattr(cause, "strerror", None) or " ".join(str(cause).split())
 
 

@@ -1,15 +1,18 @@
 """Checkpoints: bit-equal round trips on any ranks, never half of one, damage named, full disks survived."""
 
+import copy
+import functools
+import io
 import json
+import multiprocessing
 import os
+import resource
 import shutil
 import signal
-import subprocess
 import sys
-import textwrap
 import threading
 import time
-from functools import partial
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -30,17 +33,36 @@ from clipkit.checkpoint import (
 from clipkit.checkpoint_files import best_checkpoint, flaw
 from clipkit.errors import ClipkitError
 from clipkit.optim import parameter_groups
+from clipkit.run import Run
+from clipkit.settings import TrainConfig
 from clipkit.stopping import PREEMPTED, SIGNALS, StopRequest
 from clipkit.towers import load_model, model_folder
-from tests.conftest import tiny_model
+from tests.conftest import TINY_VIT, tiny_model
 from tests.distributed import run_two_ranks
+
+
+@functools.cache
+def untrained(changes):
+    # Of few words: else nearly all of it were their embeddings.
+    return tiny_model(**{"text_cfg": {**TINY_VIT["text_cfg"], "vocab_size": 64}, **json.loads(changes)}).train()
+
+
+def fresh_model(seed, changes):
+    """As `tiny_model`, without making its tokenizer again."""
+    model = untrained(json.dumps(changes))
+    model = copy.deepcopy(model, {id(model.tokenizer): model.tokenizer})
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 class Training:
     """The least loop that has everything a checkpoint holds: noise from the generator stands for the data."""
 
     def __init__(self, seed=0, *, muon=False, ema=False, shard=False, **changes):
-        self.model = tiny_model(seed, **changes).train()
+        self.model = fresh_model(seed, changes)
         self.optimizers = []
         if shard:
             self.model.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other
@@ -67,21 +89,24 @@ class Training:
             for optimizer in self.optimizers:
                 optimizer.step()
             for name, tensor in (self.average or {}).items():
-                tensor.lerp_(self.model.state_dict()[name], 0.1)
+                now = self.model.state_dict()[name]
+                tensor.lerp_(now, 0.1) if tensor.is_floating_point() else tensor.copy_(now)
             self.step += 1
         return self
 
-    def snapshot(self, is_main=True):
+    def snapshot(self, is_main=True, spare=None):
         average = None if self.average is None else self.average.items()
         state = {"step": self.step, "samples": 16 * self.step, "phases": (1, 2), "seen": {10: "a", 9: "b"}}
         trained = self.model.state_dict().items()
-        return take_snapshot(self.step, trained, self.optimizers, self.names, state, average, is_main=is_main)
+        return take_snapshot(
+            self.step, trained, self.optimizers, self.names, state, average, is_main=is_main, spare=spare
+        )
 
     def load(self, folder, rank=0):
         average = None if self.average is None else self.average.items()
         trained = self.model.state_dict().items()
-        state = load_checkpoint(folder, trained, self.optimizers, self.names, rank, average)
-        self.step = state["step"]
+        self.state = load_checkpoint(folder, trained, self.optimizers, self.names, rank, average)
+        self.step = self.state["step"]
         return self
 
     def facts(self):
@@ -137,13 +162,13 @@ def test_saved_and_loaded_it_is_the_same_bit_for_bit(tmp_path, kind):
 
 
 def test_it_goes_on_as_if_nothing_had_been(tmp_path):
-    torch.manual_seed(7)
     kind = KINDS["convolutions"]
-    folder = save(Training(**kind).train(3), tmp_path)
-    resumed = Training(seed=1, **kind).load(folder).train(2)
+    stopped, undisturbed, resumed = Training(**kind), Training(**kind), Training(seed=1, **kind)
     torch.manual_seed(7)
-    model = Training(**kind)
-    assert_equal(resumed.facts(), model.train(5).facts())
+    folder = save(stopped.train(3), tmp_path)
+    resumed.load(folder).train(2)
+    torch.manual_seed(7)
+    assert_equal(resumed.facts(), undisturbed.train(5).facts())
 
 
 def test_what_is_in_it(tmp_path):
@@ -165,8 +190,8 @@ def test_what_is_in_it(tmp_path):
     about = json.loads((folder / "model" / "clipkit.json").read_text())
     assert about["fingerprint"] == loaded.fingerprint()
     assert about["logit_scale"] == float(training.average["backbone.logit_scale"].exp())
-    assert training.load(folder)
-    assert load_checkpoint(folder, [], [], {}, 0)["seen"] == {"10": "a", "9": "b"}
+    state = {"step": 2, "samples": 32, "phases": [1, 2], "seen": {"10": "a", "9": "b"}}
+    assert training.load(folder).state == state
     plain = save(Training().train(1), tmp_path / "plain")
     assert not (plain / "weights.safetensors").exists()
 
@@ -217,6 +242,23 @@ def test_saving_returns_before_the_disk_is_done_and_keeps_what_was_then(tmp_path
     resumed = Training(seed=1, ema=True).load(checkpoints(tmp_path)[0])
     assert torch.equal(torch.get_rng_state(), rng)
     assert_equal(resumed.facts(), facts)
+
+
+def test_memory_is_used_again_once_it_is_written(tmp_path):
+    training = Training(ema=True).train(1)
+    saver = Saver(tmp_path, training.model, keep=2)
+    assert saver.spare() is None
+    first = training.snapshot()
+    saver.save(first)
+    saver.wait()
+    training.train(1)
+    facts = training.facts()
+    second = training.snapshot(spare=saver.spare())
+    assert saver.spare() is None
+    assert second.weights["backbone.visual.proj"] is first.weights["backbone.visual.proj"]
+    saver.save(second)
+    saver.wait(final=True)
+    assert_equal(Training(ema=True).load(checkpoints(tmp_path)[1]).facts(), facts)
 
 
 def test_a_snapshot_of_other_weights_is_refused_at_once(tmp_path):
@@ -315,126 +357,152 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     with pytest.raises(ClipkitError, match="has state for backbone.*, which is not trained here"):
         few.load(folder)
     (folder / "optimizer.safetensors").write_bytes(b"no")
-    with pytest.raises(ClipkitError, match="cannot read .*optimizer.safetensors: .*; remove .*step-000001"):
+    with pytest.raises(ClipkitError, match="step-000001/optimizer.safetensors is broken .*; remove its checkpoint"):
         Training().load(folder)
 
 
-PRELUDE = """
-    import os, resource, signal, sys
-    from pathlib import Path
-    from tests.test_checkpoint import Training
-    from clipkit import checkpoint, checkpoint_files
-    from clipkit.checkpoint import Saver
-    from clipkit.errors import ClipkitError
-    run = Path(sys.argv[1])
+def apart(function, *args):
+    """Run it in a process of its own, which may die; forked from one that has imported everything once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=function, args=args)
+    process.start()
+    process.join(120)
+    return process.exitcode
+
+
+def begin(run):
+    """A run with a checkpoint at step 1, one step further."""
+    torch.set_num_threads(1)
     training = Training().train(1)
     saver = Saver(run, training.model, keep=1)
     saver.save(training.snapshot())
     saver.wait(final=True)
-    training.train(1)
-"""
+    return training.train(1), saver
 
 
-def script(code, *args):
-    source = textwrap.dedent(PRELUDE) + textwrap.dedent(code)
-    call = [sys.executable, "-c", source, *map(str, args)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    return subprocess.run(call, env=environment, capture_output=True, text=True, check=False, timeout=120)
-
-
-def test_a_disk_that_takes_no_more_is_a_warning_and_the_next_save_works(tmp_path):
-    """A real refusal: the kernel allows this process no file above 100 kB for a while."""
-    done = script(
-        """
+def _on_a_full_disk(run):
+    """A real refusal: the kernel allows this process no file above 50 kB for a while."""
+    said, errors = {}, io.StringIO()
+    with redirect_stderr(errors):
+        training, saver = begin(run)
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
         saver.save(training.snapshot())
         saver.wait()
-        assert saver.failed
-        print(sorted(p.name for p in (run / "checkpoints").iterdir()))
-        try:
+        said["there"] = sorted(path.name for path in (run / "checkpoints").iterdir())
+        with pytest.raises(ClipkitError) as stop:
             saver.wait(final=True)
-        except ClipkitError as error:
-            print(error)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         saver.save(training.train(1).snapshot())
         saver.wait(final=True)
-        print(sorted(p.name for p in (run / "checkpoints").iterdir()))
-        """,
-        tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
+    said["warned"], said["final"] = errors.getvalue(), str(stop.value)
+    (run / "said.json").write_text(json.dumps(said))
+
+
+def test_a_disk_that_takes_no_more_is_a_warning_and_the_next_save_works(tmp_path):
+    assert apart(_on_a_full_disk, tmp_path) == 0
+    said = json.loads((tmp_path / "said.json").read_text())
     failed = f"the checkpoint of step 2 in {tmp_path} cannot be written (File too large)"
-    assert done.stderr == f"warning: {failed}; step-000001 is there, and the run goes on\n"
-    assert done.stdout.splitlines() == [
-        "['step-000001']",
-        f"{failed}; make room and go on with --resume",
-        "['step-000003']",
-    ]
+    assert said == {
+        "there": ["step-000001"],
+        "warned": f"warning: {failed}; step-000001 is there, and the run goes on\n",
+        "final": f"{failed}; make room and go on with --resume",
+    }
     assert newest_usable(tmp_path).name == "step-000003"
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
 
 
 def test_too_little_room_is_said_before_the_disk_is_filled(tmp_path, monkeypatch, capsys):
     training = Training().train(1)
     saver = Saver(tmp_path, training.model, keep=1)
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=1_000))
     monkeypatch.setattr(checkpoint, "_write_files", None)
     saver.save(training.snapshot())
     saver.wait()
     line = capsys.readouterr().err
-    assert "(it takes 0.0" in line
-    assert "the disk has 0.001 GB left); no checkpoint is there, and the run goes on" in line
+    assert "cannot be written (it takes 0.0" in line
+    assert "GB and the disk has 1e-06 GB left); no checkpoint is there, and the run goes on" in line
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-# Where a kill would find the writer: (what is about to be called, which steps are there then).
-MOMENTS = [
-    ("checkpoint._write_files", ["step-000001"]),
-    ("checkpoint.seal", ["step-000001"]),
-    ("checkpoint_files.write_json", ["step-000001"]),
-    ("checkpoint.publish", ["step-000001"]),
-    ("checkpoint.prune", ["step-000001", "step-000002"]),
-    ("checkpoint_files.remove_folder", ["step-000001", "step-000002"]),
-]
+# What is about to be called when the kill comes, and which steps stand there then.
+MOMENTS = {
+    "clipkit.checkpoint:_write_files": ["step-000001"],
+    "clipkit.checkpoint:save_file": ["step-000001"],  # the model is written, the optimizer is not
+    "clipkit.checkpoint:seal": ["step-000001"],
+    "clipkit.checkpoint_files:write_json": ["step-000001"],
+    "clipkit.checkpoint:publish": ["step-000001"],
+    "clipkit.checkpoint:prune": ["step-000001", "step-000002"],
+    "clipkit.checkpoint_files:remove_folder": ["step-000001", "step-000002"],
+    "shutil:rmtree": ["step-000001", "step-000002"],
+}
 
 
-@pytest.mark.parametrize(("moment", "left"), MOMENTS)
-def test_killed_while_it_writes_it_leaves_whole_checkpoints_only(tmp_path, moment, left):
-    done = script(
-        """
-        module, _, name = sys.argv[2].partition(".")
-        setattr(globals()[module], name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        saver.save(training.snapshot())
-        saver.wait()
-        """,
-        tmp_path,
-        moment,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert names(tmp_path) == left
-    assert newest_usable(tmp_path).name == left[-1]
-    training = Training().load(checkpoints(tmp_path)[-1])
-    save(training.train(1), tmp_path, keep=9)
-    assert [path.name for path in (tmp_path / "checkpoints").glob(".*")] == []
+def _killed_at(moment, training, run):
+    module, _, name = moment.partition(":")
+    setattr(sys.modules[module], name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    saver = Saver(run, training.model, keep=1)
+    saver.save(training.snapshot())
+    saver.wait()
+
+
+def _killed_at_each_moment(folder):
+    training, _ = begin(folder / "run")
+    for moment in MOMENTS:
+        run = folder / moment
+        shutil.copytree(folder / "run", run)
+        process = multiprocessing.get_context("fork").Process(target=_killed_at, args=(moment, training, run))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+
+
+def test_killed_while_it_writes_it_leaves_whole_checkpoints_only(tmp_path):
+    assert apart(_killed_at_each_moment, tmp_path) == 0
+    training = Training()
+    for moment, left in MOMENTS.items():
+        run = tmp_path / moment
+        assert names(run) == left, moment
+        assert newest_usable(run).name == left[-1]
+        save(training.load(checkpoints(run)[-1]).train(1), run)
+        assert [path.name for path in (run / "checkpoints").glob(".*")] == []
+
+
+def _without_end(run):
+    training, saver = begin(run)
+    (run / "begun").touch()
+    while True:
+        saver.save(training.train(1).snapshot())
+
+
+def _killed_at_any_time(run):
+    process = multiprocessing.get_context("fork").Process(target=_without_end, args=(run,))
+    process.start()
+    while not (run / "begun").exists():
+        time.sleep(0.001)
+    time.sleep(0.2)
+    process.kill()
+    process.join()
 
 
 def test_killed_at_any_time_it_leaves_whole_checkpoints_only(tmp_path):
-    code = """
-    print("ready", flush=True)
-    while True:
-        saver.save(training.train(1).snapshot())
-    """
-    source = textwrap.dedent(PRELUDE) + textwrap.dedent(code)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    call = [sys.executable, "-c", source, str(tmp_path)]
-    with subprocess.Popen(call, env=environment, stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
-        time.sleep(0.33)
-        process.kill()
-    assert newest_usable(tmp_path) == checkpoints(tmp_path)[-1]
+    assert apart(_killed_at_any_time, tmp_path) == 0
+    assert checkpoints(tmp_path)
     for folder in checkpoints(tmp_path):
         assert flaw(folder) is None
+
+
+def test_a_finished_run_publishes_the_weights_it_is_given(tmp_path):
+    training = Training(ema=True).train(2)
+    run = Run(tmp_path, TrainConfig(model="open_clip:ViT-B-32"), is_main=True)
+    manifest = run.finish(training.model, {"step": 2, "samples": 32}, training.average)
+    assert load_model(tmp_path).fingerprint() == manifest["model"]["fingerprint"]
+    assert manifest["model"]["fingerprint"] == training.model.fingerprint(training.average)
+    assert run.last_checkpoint() is None
+    saved = save(training, tmp_path)
+    assert run.last_checkpoint() == saved
 
 
 def test_the_estimate_is_what_it_takes(tmp_path):
@@ -481,7 +549,7 @@ def test_one_rank_two_sharded_ranks_and_one_again(tmp_path):
     torch.manual_seed(7)
     alone = Training(ema=True).train(2)
     one = save(alone, tmp_path / "one")
-    state_of_rank_0, state_of_rank_1 = run_two_ranks(partial(_sharded, tmp_path))
+    state_of_rank_0, state_of_rank_1 = run_two_ranks(functools.partial(_sharded, tmp_path))
     assert torch.equal(state_of_rank_0, load_file(one / "rng-00.safetensors")["cpu"])
     assert torch.equal(state_of_rank_1, torch.Generator().manual_seed(101).get_state())
     two, further = checkpoints(tmp_path / "two")

@@ -22,8 +22,8 @@ from clipkit.preprocess import Preprocess
 from clipkit.settings import DataConfig
 from clipkit.shards import Shards, write_shard
 from clipkit.trainset import TrainSet
-from tests.samples import fake_tokens, png, tar_of
 from tests.distributed import run_two_ranks
+from tests.samples import fake_tokens, png, tar_of
 
 STEPS, BATCH = 18, 8
 FORK = multiprocessing.get_context("fork")

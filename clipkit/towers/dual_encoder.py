@@ -1,5 +1,6 @@
 """`DualEncoder`: an image tower and a text tower that embed into one space, with all that is needed to use them."""
 
+import functools
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -278,8 +279,12 @@ class DualEncoder(nn.Module, ABC):
             rows.append(self.encode_text(tokens).cpu().numpy())
         return np.concatenate(rows)
 
+    @functools.cached_property
     def tokenizer_state(self) -> str:
-        """What decides how texts become tokens, as a canonical string; see also `PROBES`."""
+        """What decides how texts become tokens, as a canonical string; see also `PROBES`.
+
+        Kept, as sorting a vocabulary halts every other thread for a fifth of a second.
+        """
         vocabulary = getattr(self.tokenizer, "encoder", None)  # open_clip's BPE
         if vocabulary is None:
             vocabulary = self.tokenizer.tokenizer.get_vocab()  # type: ignore[attr-defined]
@@ -304,7 +309,7 @@ class DualEncoder(nn.Module, ABC):
             hasher.update(values)
         about = [self.preprocess.model_dump(mode="json"), self.context_length, self.activation]
         hasher.update(json.dumps(about, sort_keys=True).encode())
-        hasher.update(self.tokenizer_state().encode("utf-8", "surrogatepass"))
+        hasher.update(self.tokenizer_state.encode("utf-8", "surrogatepass"))
         return hasher.hexdigest()
 
     def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:

@@ -12,31 +12,39 @@ from torch import Tensor
 from clipkit.checkpoint import Snapshot, load_checkpoint, take_snapshot
 from clipkit.optim import make_optimizers, set_rate
 from clipkit.ranks import Ranks, whole
-from clipkit.settings import TrainConfig
+from clipkit.settings import TowersConfig, TrainConfig
 from clipkit.step import Gradient, Objective, clip_gradients, compute_gradient
 from clipkit.towers import DualEncoder
 from clipkit.weights import Weights
 
-__all__ = ["Learner"]
+__all__ = ["Learner", "prepare_towers"]
+
+
+def prepare_towers(model: DualEncoder, config: TowersConfig) -> None:
+    """Lock what is to stay as it is, and choose what the backward pass computes again.
+
+    Raises:
+        ClipkitError: where a tower cannot.
+    """
+    if config.gradient_checkpointing:
+        model.set_gradient_checkpointing(True)
+    if config.image.lock:
+        model.lock("image", config.image.unlocked_layers)
+    if config.text.lock:
+        model.lock("text", config.text.unlocked_layers)
 
 
 class Learner:
     """A model made ready to be trained: placed, divided or copied over the ranks, in its precision.
 
     Args:
-        model: fp32, on the CPU; changed in place.
+        model: fp32, on the CPU, prepared (`prepare_towers`); changed in place.
         config: of the run.
         ranks: that train it together.
     """
 
     def __init__(self, model: DualEncoder, config: TrainConfig, ranks: Ranks):
         self.config, self.ranks = config, ranks
-        if config.towers.gradient_checkpointing:
-            model.set_gradient_checkpointing(True)
-        if config.towers.image.lock:
-            model.lock("image", config.towers.image.unlocked_layers)
-        if config.towers.text.lock:
-            model.lock("text", config.towers.text.unlocked_layers)
         self.shape = copy.deepcopy(model).eval()  # whole, fp32, on the CPU: what is evaluated and saved looks like it
         self.model = model.to(ranks.device).train()
         ranks.shard(model)
@@ -85,8 +93,13 @@ class Learner:
         """The factor on the similarities. The device is waited for."""
         return float(self.model.logit_scale.detach().exp())
 
-    def snapshot(self, state: dict[str, Any]) -> Snapshot | None:
-        """A copy of everything that a run goes on from, on the main rank; every rank must ask."""
+    def snapshot(self, state: dict[str, Any], spare: Snapshot | None = None) -> Snapshot | None:
+        """A copy of everything that a run goes on from, on the main rank; every rank must ask.
+
+        Args:
+            state: kept with it, JSON-able.
+            spare: an old one to write over, which saves finding the memory anew.
+        """
         return take_snapshot(
             state["step"],
             self.weights.named_tensors(),
@@ -95,6 +108,7 @@ class Learner:
             state,
             average=self.weights.named_average(),
             is_main=self.ranks.is_main,
+            spare=spare,
         )
 
     def restore(self, folder: Path) -> dict[str, Any]:

@@ -6,9 +6,9 @@ cannot be tested on one.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,9 @@ from clipkit.settings import TrainConfig
 from clipkit.towers import DualEncoder, pick_device
 
 __all__ = ["Ranks", "set_seed", "whole"]
+
+
+Value = TypeVar("Value")
 
 
 class Ranks:
@@ -104,6 +107,13 @@ class Ranks:
         """The average over the ranks of each figure."""
         told = torch.tensor(figures, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
         return self._accelerator.reduce(told.to(self.device), "mean").tolist()  # type: ignore[union-attr]
+
+    def from_main(self, work: Callable[[], Value]) -> Value:
+        """What the work gives on the main rank, told to all: for what is long, or must not be answered in two ways."""
+        told: list[Any] = [work() if self.is_main else None]
+        if self.world_size > 1:
+            dist.broadcast_object_list(told)
+        return told[0]
 
     def wait(self) -> None:
         """Until every rank is here."""

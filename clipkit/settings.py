@@ -155,6 +155,12 @@ class TowerConfig(Settings):
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """The learning rate of each layer is this times that of the layer above it (Clark et al. 2020, "ELECTRA")."""
 
+    @model_validator(mode="after")
+    def _locked(self) -> "TowerConfig":
+        if self.unlocked_layers and not self.lock:
+            raise ValueError("unlocked_layers is for a tower with lock=true")
+        return self
+
 
 class TowersConfig(Settings):
     """Both towers."""

@@ -68,8 +68,9 @@ class Weights:
 
         They may be written in place; `publish` then brings them to the towers.
         """
-        for name, tensor in self._model.state_dict(keep_vars=True).items():
-            yield name, self._masters[tensor] if tensor in self._masters else tensor
+        state: dict[str, Tensor] = self._model.state_dict(keep_vars=True)
+        for name, tensor in state.items():
+            yield name, self._masters.get(tensor, tensor)
 
     def named_average(self) -> Iterator[tuple[str, Tensor]] | None:
         """Like `named_tensors`, of the average; frozen parameters are themselves. None where no average is kept."""
@@ -80,17 +81,19 @@ class Weights:
     @torch.no_grad()
     def collect_gradients(self) -> None:
         """Add the towers' gradients to those of the masters, in fp32, and drop them; several times a step if wanted."""
-        found = [(working, master) for working, master in self._trained if working.grad is not None]
-        fresh = [(working, master) for working, master in found if master.grad is None]
-        further = [(working, master) for working, master in found if master.grad is not None]
-        if fresh:
-            for _, master in fresh:
+        fresh: list[tuple[Tensor, Tensor]] = []
+        further: list[tuple[Tensor, Tensor]] = []
+        for working, master in self._trained:
+            given, working.grad = working.grad, None
+            if given is not None and master.grad is not None:
+                further.append((master.grad, given))
+            elif given is not None:
                 master.grad = torch.empty_like(master)
-            torch._foreach_copy_([m.grad for _, m in fresh], [w.grad for w, _ in fresh])
+                fresh.append((master.grad, given))
+        if fresh:
+            torch._foreach_copy_([into for into, _ in fresh], [given for _, given in fresh])
         if further:
-            torch._foreach_add_([m.grad for _, m in further], [w.grad for w, _ in further])
-        for working, _ in found:
-            working.grad = None
+            torch._foreach_add_([into for into, _ in further], [given for _, given in further])
 
     @torch.no_grad()
     def publish(self) -> None:

@@ -75,7 +75,7 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
     from clipkit.errors import ClipkitError
     from clipkit.evaluation import open_validation
     from clipkit.guard import Guard
-    from clipkit.learner import Learner
+    from clipkit.learner import Learner, prepare_towers
     from clipkit.loader import Batches, describe, open_train_data, train_batches
     from clipkit.log import emit, meter, note, warn
     from clipkit.objective import make_objective
@@ -104,8 +104,9 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
 
     # Where the weights come from: 1. the last checkpoint of this run, 2. a model named by `model`, 3. random.
     set_seed(config.seed)
-    last = newest_usable(out) if resume else None
+    last = ranks.from_main(lambda: newest_usable(out)) if resume else None
     model = load_model(last / MODEL_FOLDER) if last else create_model(config.model, config.preprocess, config.towers)
+    prepare_towers(model, config.towers)
     phases = Phases(config.phases, steps, model, config.towers.patch_dropout)
     objective_of = make_objective(config, data, ranks.device, has_bias=model.logit_bias is not None)
     learner = Learner(model, config, ranks)
@@ -157,8 +158,7 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
         """Where the last checkpoint stands, and on with the samples after those of `to_step`."""
         if saver is not None:
             saver.wait()
-        ranks.wait()
-        folder = newest_usable(out)
+        folder = ranks.from_main(lambda: newest_usable(out))
         if folder is None:
             raise ClipkitError(f"not finite at step {to_step}, and no checkpoint to go back to; lower optim.lr")
         found = learner.restore(folder)
@@ -225,7 +225,7 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
                 state["best"] = score if best else state["best"]
                 pace.pause(time.perf_counter() - before)
             if saves or best:
-                snapshot, saved_at = learner.snapshot(state), time.monotonic()
+                snapshot, saved_at = learner.snapshot(state, saver and saver.spare()), time.monotonic()
                 if saver is not None and snapshot is not None:
                     saver.save(snapshot, best=best, score=score)
 

@@ -62,7 +62,7 @@ def take_tower(model: DualEncoder, side: Side, spec: str) -> None:
     inside = {name: t for name, t in ours.items() if not under(name, projection)}
     _same_shapes(inside, {name: t for name, t in theirs.items() if not under(name, projection)}, where)
     _same_settings(_settings(model, side), _settings(source, side), where)
-    if side == "text" and model.tokenizer_state() != source.tokenizer_state():
+    if side == "text" and model.tokenizer_state != source.tokenizer_state:
         raise ClipkitError(f"{where} has another tokenizer; set the same model.text_cfg.hf_tokenizer_name and lengths")
     outside = ours.keys() - inside.keys()
     if {(n, ours[n].shape) for n in outside} == {(n, t.shape) for n, t in theirs.items() if under(n, projection)}:

@@ -3,13 +3,16 @@
     python tests/bench/loss_memory.py [--objective infonce|sigmoid] [--rounds N] [--sizes N,N,...]
 
 The forms take turns, each in a fresh process with as many threads as cores: a first run that is not timed, then three.
-Time is the median over all runs, the ratio to the plain form the median of the rounds' ratios. Memory is what one
+Time is the median over all runs, the ratio to the plain form the median of the rounds' ratios. On a CPU the ratio is of
+the CPU time, with threads that sleep while they wait, since others may be using the machine; on a GPU of the wall time.
+Memory is what one
 forward and backward pass needs beside the features: the peak of the resident set less the resident set before, after
 everything was run once at a small size; on a GPU the peak that torch allocated less what was allocated before.
 """
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -54,17 +57,17 @@ def inputs(count: int, device: str) -> list[Tensor]:
     return [*(t.to(device).requires_grad_() for t in numbers), torch.randint(max(1, count // 2), (count,)).to(device)]
 
 
-def step(form: Callable[..., Tensor], given: list[Tensor]) -> float:
-    """Seconds of one forward and backward pass."""
+def step(form: Callable[..., Tensor], given: list[Tensor]) -> tuple[float, float]:
+    """Seconds of one forward and backward pass, by the clock and of the CPU."""
     for tensor in given:
         tensor.grad = None
     if GPU:
         torch.cuda.synchronize()
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     form(*given).backward()
     if GPU:
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - worked
 
 
 def resident(name: str) -> int:
@@ -74,7 +77,7 @@ def resident(name: str) -> int:
 
 
 def measure(form: Callable[..., Tensor], count: int) -> dict[str, object]:
-    """Seconds of each run, and bytes."""
+    """Seconds of each run by both clocks, and bytes."""
     device = "cuda" if GPU else "cpu"
     step(form, inputs(64, device))
     given = inputs(count, device)
@@ -85,15 +88,15 @@ def measure(form: Callable[..., Tensor], count: int) -> dict[str, object]:
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
         before = resident("VmRSS")
     step(form, given)
-    seconds = [step(form, given) for _ in range(TIMED)]
+    seconds, cpu_seconds = zip(*(step(form, given) for _ in range(TIMED)), strict=True)
     peak = torch.cuda.max_memory_allocated() if GPU else resident("VmHWM")
-    return {"seconds": seconds, "bytes": peak - before}
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "bytes": peak - before}
 
 
 def turn(objective: str, form: str, count: int) -> dict[str, list[float]] | None:
     """One measurement in a process of its own; None where memory does not suffice."""
     command = [sys.executable, __file__, "--objective", objective, "--form", form, "--sizes", str(count)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, "OMP_WAIT_POLICY": "passive"}, capture_output=True, text=True)
     if done.returncode:
         if done.returncode == -9 or "out of memory" in done.stderr or "can't allocate memory" in done.stderr:
             return None
@@ -123,20 +126,23 @@ def main() -> None:
         print(json.dumps(measure(forms[args.form], args.sizes[0])))
         return
     print(f"{args.objective}, D={DIM}, float32; {hardware()}; {args.rounds} rounds of {TIMED} runs.\n")
-    print("| pairs | form | peak MiB | seconds | ratio |\n|---:|---|---:|---:|---:|")
+    print("| pairs | form | peak MiB | seconds | CPU seconds | ratio |\n|---:|---|---:|---:|---:|---:|")
+    clock = "seconds" if GPU else "cpu_seconds"
     for count in args.sizes:
         orders = [list(forms), list(forms)[::-1]] * args.rounds
         rounds = [{form: turn(args.objective, form, count) for form in order} for order in orders[: args.rounds]]
         for form in forms:
             found = [each for each in rounds if each[form]]
             if not found:
-                print(f"| {count:,} | {form} | does not fit | | |", flush=True)
+                print(f"| {count:,} | {form} | does not fit | | | |", flush=True)
                 continue
             mib = median(each[form]["bytes"] for each in found) / 2**20
-            seconds = median(run for each in found for run in each[form]["seconds"])
-            ratios = [median(e[form]["seconds"]) / median(e["plain"]["seconds"]) for e in found if e["plain"]]
+            seconds, cpu = (
+                median(run for each in found for run in each[form][of]) for of in ("seconds", "cpu_seconds")
+            )
+            ratios = [median(e[form][clock]) / median(e["plain"][clock]) for e in found if e["plain"]]
             ratio = f"{median(ratios):.2f}" if ratios else ""
-            print(f"| {count:,} | {form} | {mib:,.0f} | {seconds:,.4f} | {ratio} |", flush=True)
+            print(f"| {count:,} | {form} | {mib:,.0f} | {seconds:,.3f} | {cpu:,.3f} | {ratio} |", flush=True)
 
 
 if __name__ == "__main__":

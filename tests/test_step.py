@@ -149,8 +149,6 @@ def test_bad_rows_are_named():
     pixels, tokens = batch(4)
     pixels[2] = torch.nan
     assert compute_gradient(model, pixels, tokens, nce).bad_rows() == [2]
-    fine = compute_gradient(model, *batch(4), lambda i, t, s, b: nce(i, t, s, b) * torch.inf)
-    assert fine.bad_rows() == [0, 1, 2, 3]
     assert compute_gradient(model, *batch(4), nce).bad_rows() == []
 
 

@@ -185,8 +185,11 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
             if verdict == "step":
                 learner.step(rate, step + 1)
             else:
-                rows = [data.name(batch["references"][row]) for row in gradient.bad_rows()]
-                run.add_nonfinite(rows, step=step + 1, position=position, rank=ranks.rank)
+                rows = gradient.bad_rows()
+                # Where every embedding is finite, nobody knows better than that it was this batch.
+                rows = rows if ranks.any([bool(rows)])[0] else range(size // ranks.world_size)
+                named = [data.name(batch["references"][row]) for row in rows]
+                run.add_nonfinite(named, step=step + 1, position=position, rank=ranks.rank)
             run.add_to_ledger(batch["left_out"])
             bad += len(batch["left_out"])
             done = step + 1

@@ -1,6 +1,6 @@
 """What clipkit's recipes learn beside open_clip's trainer, in one run: the same samples, model, batch and length.
 
-    python tests/bench/learn.py [--work DIR] [--data DIR] [--only NAME ...] [--table]
+    python tests/bench/learn.py [--steps N] [--work DIR] [--data DIR] [--only NAME ...] [--table]
 
 Two held-out retrieval tasks on real data: Flickr8k's dev photos by caption, and the emoji of a third vendor by name
 after two other vendors taught. Both sides see as many samples of the same shards (rows in a random order, transparency
@@ -30,7 +30,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip
 SEEDS = (0, 1, 2)
 RATES = (5e-4, 1e-3, 2e-3)
 SHARDS = 8
-BATCH, STEPS, WARMUP, DECAY = 256, 250, 50, 0.1
+BATCH, WARMUP, DECAY = 256, 50, 0.1
 MODEL = {
     "embed_dim": 192,
     "vision_cfg": {"layers": [1, 1, 1, 1], "width": 32, "image_size": 64},
@@ -39,6 +39,7 @@ MODEL = {
 LIBRARIES = ("torch", "open_clip_torch")
 FIGURES = [f"{side}_retrieval_recall@{k}" for side in ("image", "text") for k in (1, 5, 10)]
 RECIPES = {"flickr8k": "flickr8k", "emoji": "tiny"}
+RIVALS = (("emoji", "shards"), ("flickr8k", "shards"), ("flickr8k", "csv, all captions"))
 # What each part of our recipe earns: the same run without it.
 PARTS: dict[str, dict[str, list[str]]] = {
     "flickr8k": {
@@ -61,10 +62,12 @@ class Job:
     side: str
     variant: str
     seed: int
+    steps: int
     settings: list[str] = field(default_factory=list, hash=False)
 
     def folder(self, work: Path) -> Path:
-        return work / "runs" / self.task / f"{self.side}, {self.variant}, seed {self.seed}".replace(" ", "_")
+        name = f"{self.side}, {self.variant}, seed {self.seed}".replace(" ", "_")
+        return work / f"runs-{self.steps}" / self.task / name
 
 
 def flat_emoji(emoji: Path, out: Path) -> None:
@@ -105,10 +108,6 @@ def prepare(data: Path, work: Path) -> None:
         for name, rows in (("taught", taught), ("asked", asked)):
             (folder / f"{name}.tsv").write_text("\n".join([header, *rows, ""]), encoding="utf-8")
         clipkit("pack", folder / "taught.tsv", "--shards", SHARDS, "--out", folder / "shards", "--overwrite")
-        # Whole copies and a random rest, so that one epoch is the whole run.
-        copies, rest = divmod(BATCH * STEPS, len(taught))
-        pairs = [f"{folder.resolve()}/{row}" for row in taught * copies + rng.sample(taught, rest)]
-        (folder / "pairs.csv").write_text("\n".join([header, *pairs, ""]), encoding="utf-8")
         (folder / "complete").touch()
 
 
@@ -123,7 +122,7 @@ def clipkit(*args: Any) -> str:
     return done.stdout
 
 
-def open_clip_main(data: Path, csv: bool, rate: float, seed: int, out: Path) -> None:
+def open_clip_main(data: Path, csv: bool, rate: float, seed: int, steps: int, out: Path) -> None:
     """open_clip's trainer, then its checkpoint as an open_clip folder; runs in open_clip's environment."""
     import open_clip
     import torch
@@ -131,14 +130,21 @@ def open_clip_main(data: Path, csv: bool, rate: float, seed: int, out: Path) -> 
     from safetensors.torch import save_file
 
     out.mkdir(parents=True, exist_ok=True)
+    warmup = min(WARMUP, steps // 5)  # as `clipkit.optim.learning_rate` has it
     (out / "bench-tiny.json").write_text(json.dumps(MODEL))
     open_clip.add_model_config(out / "bench-tiny.json")
-    listed = ["--train-data", data / "pairs.csv", "--dataset-type", "csv"]
+    listed = ["--train-data", out / "pairs.csv", "--dataset-type", "csv"]
     listed += ["--csv-separator", "\t", "--csv-img-key", "path", "--csv-caption-key", "caption"]
     packed = ["--train-data", f"{data / 'shards'}/{{000000..{SHARDS - 1:06d}}}.tar", "--dataset-type", "webdataset"]
-    packed += ["--train-num-samples", BATCH * STEPS]
+    packed += ["--train-num-samples", BATCH * steps]
+    if csv:
+        # Whole copies of the list and a random rest, so that one epoch is the whole run.
+        header, *rows = (data / "taught.tsv").read_text(encoding="utf-8").splitlines()
+        copies, rest = divmod(BATCH * steps, len(rows))
+        pairs = [f"{data}/{row}" for row in rows * copies + random.Random(seed).sample(rows, rest)]
+        (out / "pairs.csv").write_text("\n".join([header, *pairs, ""]), encoding="utf-8")
     flags = [*(listed if csv else packed), "--model", "bench-tiny", "--device", "cpu", "--precision", "amp_bf16"]
-    flags += ["--batch-size", BATCH, "--epochs", 1, "--warmup", WARMUP, "--lr", rate, "--wd", DECAY]
+    flags += ["--batch-size", BATCH, "--epochs", 1, "--warmup", warmup, "--lr", rate, "--wd", DECAY]
     flags += ["--aug-cfg", "scale=(0.9,1.0)", "color_jitter=(0.2,0.2,0.3,0.05)", "color_jitter_prob=1.0"]
     flags += ["gray_scale_prob=0.1", "--workers", 1, "--seed", seed, "--logs", out, "--name", "log"]
     train([str(flag) for flag in flags])
@@ -166,23 +172,23 @@ def perform(job: Job, work: Path) -> dict[str, Any]:
     if job.side == "clipkit":
         recipe = RECIPES[job.task]
         flags = [flag for each in job.settings for flag in ("--set", each)]
-        fixed = ["--set", f"data.train={data / 'shards'}", "--set", f"seed={job.seed}"]
+        fixed = ["--set", f"data.train={data / 'shards'}", "--set", f"seed={job.seed}", "--set", f"steps={job.steps}"]
         clipkit("train", recipe, *fixed, *flags, "--out", out / "run", "--overwrite")
         model = out / "run"
     else:
         python = CACHE / "open_clip" / "bin" / "python"
         out.mkdir(parents=True, exist_ok=True)
         (out / "log" / "out.log").unlink(missing_ok=True)
-        call = {"data": str(data), "csv": "csv" in job.variant, "seed": job.seed, "out": str(out)}
+        call = {"data": str(data), "csv": "csv" in job.variant, "seed": job.seed, "steps": job.steps, "out": str(out)}
         call["rate"] = float(job.settings[0])
         environ = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
-        with open(out / "output.log", "w") as log:
+        with (out / "output.log").open("w") as log:
             command = [python, __file__, "--rival", json.dumps(call)]
             if subprocess.run(command, env=environ, stdout=log, stderr=log).returncode:
                 raise SystemExit(f"open_clip failed; see {log.name}")
         model = out / "model"
     told = json.loads(clipkit("evaluate", "retrieval", data / "asked.tsv", "--model", model, "--format", "json"))
-    result = {"task": job.task, "side": job.side, "variant": job.variant, "seed": job.seed, "settings": job.settings}
+    result = {name: getattr(job, name) for name in ("task", "side", "variant", "seed", "steps", "settings")}
     result |= {"figures": {name: told[name] for name in FIGURES}, "versions": versions(python), "cpu": cpu()}
     result |= {"images": told["images"], "captions": told["captions"]}
     done.write_text(json.dumps(result, indent=1))
@@ -202,24 +208,22 @@ def score(result: dict[str, Any]) -> float:
     return mean(result["figures"].values())
 
 
-def jobs(work: Path) -> Iterator[Job]:
+def jobs(work: Path, steps: int) -> Iterator[Job]:
     """What is to be run, in order: the later ones look at the results of the earlier."""
+    for task, kind in RIVALS:
+        tried = [Job(task, "open_clip", f"{kind}, lr {rate:g}", 0, steps, [str(rate)]) for rate in RATES]
+        yield from tried
+        best = max(tried, key=lambda job: score(perform(job, work)))
+        yield from (Job(task, "open_clip", best.variant, seed, steps, best.settings) for seed in SEEDS[1:])
     for task in RECIPES:
-        kinds = ["shards", "csv, all captions"] if task == "flickr8k" else ["shards"]
-        for kind in kinds:
-            tried = [Job(task, "open_clip", f"{kind}, lr {rate:g}", 0, [str(rate)]) for rate in RATES]
-            yield from tried
-            best = max(tried, key=lambda job: score(perform(job, work)))
-            yield from (Job(task, "open_clip", best.variant, seed, best.settings) for seed in SEEDS[1:])
-    for task in RECIPES:
-        yield from (Job(task, "clipkit", "recipe", seed) for seed in SEEDS)
+        yield from (Job(task, "clipkit", "recipe", seed, steps) for seed in SEEDS)
     for task, parts in PARTS.items():
-        yield from (Job(task, "clipkit", name, 0, settings) for name, settings in parts.items())
+        yield from (Job(task, "clipkit", name, 0, steps, settings) for name, settings in parts.items())
 
 
-def table(work: Path) -> str:
+def table(work: Path, steps: int) -> str:
     """All results that are there, as markdown, each figure in per cent with the spread (standard deviation)."""
-    found = [json.loads(path.read_text()) for path in sorted(work.glob("runs/*/*/result.json"))]
+    found = [json.loads(path.read_text()) for path in sorted(work.glob(f"runs-{steps}/*/*/result.json"))]
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for each in found:
         groups.setdefault((each["task"], each["side"], each["variant"]), []).append(each)
@@ -231,11 +235,12 @@ def table(work: Path) -> str:
         cells = [f"{mean(c):.1f}" + (f" ± {stdev(c):.1f}" if len(c) > 1 else "") for c in columns]
         lines.append(f"| {task} | {side} | {variant} | {len(results)} | {' | '.join(cells)} |")
     made = sorted({f"{each['cpu']}; {', '.join(f'{n} {v}' for n, v in each['versions'].items())}" for each in found})
-    return "\n".join([*lines, "", f"Batch {BATCH}, {STEPS} steps. {' / '.join(made)}"])
+    return "\n".join([*lines, "", f"Batch {BATCH}, {steps} steps. {' / '.join(made)}"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=250, help="of every run, of 256 samples each")
     parser.add_argument("--work", type=Path, default=CACHE / "learn", help="where runs and results are kept")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="holds flickr8k/ and emoji/")
     parser.add_argument("--only", nargs="*", default=[], help="run only those whose name contains one of these")
@@ -249,11 +254,11 @@ def main() -> None:
     work = args.work.resolve()
     if not args.table:
         prepare(args.data, work)
-        for job in jobs(work):
-            name = str(job.folder(work).relative_to(work / "runs"))
+        for job in jobs(work, args.steps):
+            name = "/".join(job.folder(work).parts[-2:])
             if not args.only or any(each in name for each in args.only):
                 perform(job, work)
-    print(table(work))
+    print(table(work, args.steps))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipkit-bench"
 SEEDS = (0, 1, 2)
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = (1e-3, 2e-3, 5e-4)
 SHARDS = 8
 BATCH, WARMUP, DECAY = 256, 50, 0.1
 MODEL = {

@@ -200,6 +200,11 @@ class OptimConfig(Settings):
     """Decay per step of an exponential moving average of the weights (Polyak & Juditsky 1992), which then is what is
     evaluated and published; it ramps up as (1 + step) / (10 + step)."""
 
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """What `clipkit.optim.learning_rate` wants to know."""
+        return {"peak": self.lr, "warmup": self.warmup_steps, "floor": self.min_lr}
+
 
 class DistillConfig(Settings):
     """Learn from a teacher's stored embeddings of the same samples (written by `clipkit embed`), beside the data."""
@@ -324,6 +329,8 @@ class TrainConfig(Settings):
         given = [name for name in LENGTHS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} say the same thing; keep one")
+        if self.sharding == "full" and self.precision == "amp_bf16":
+            raise ValueError("sharding=full computes in precision=bf16 or fp32, not under autocast")
         ends = [phase.until for phase in self.phases]
         if ends != sorted(set(ends)):
             raise ValueError("phases must stand in the order of their until, each later than the one before")

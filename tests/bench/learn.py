@@ -41,16 +41,15 @@ FIGURES = [f"{side}_retrieval_recall@{k}" for side in ("image", "text") for k in
 RECIPES = {"flickr8k": "flickr8k", "emoji": "tiny"}
 RIVALS = (("emoji", "shards"), ("flickr8k", "shards"), ("flickr8k", "csv, all captions"))
 # What each part of our recipe earns: the same run without it.
+COMMON = {
+    "multi_positive off": ["loss.multi_positive=false"],
+    "no augmentation": ["data.augment={}"],
+    "AdamW in place of Muon": ["optim.kind=adamw"],
+    "no average of the weights": ["optim.ema=null"],
+}
 PARTS: dict[str, dict[str, list[str]]] = {
-    "flickr8k": {
-        "first caption only": ["data.caption=first"],
-        "multi_positive off": ["loss.multi_positive=false"],
-        "no augmentation": ["data.augment={}"],
-    },
-    "emoji": {
-        "multi_positive off": ["loss.multi_positive=false"],
-        "no augmentation": ["data.augment={}"],
-    },
+    "flickr8k": {"first caption only": ["data.caption=first"], **COMMON},
+    "emoji": COMMON,
 }
 
 

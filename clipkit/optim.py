@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from clipkit.settings import OptimConfig
@@ -67,8 +67,9 @@ def make_optimizers(
 
     Muon makes an update whose singular values are all about one, which is right for a matrix that maps activations to
     activations. Jordan et al. 2024 leave to AdamW what is none of that: embeddings and positions (tables), the first
-    convolutions (inputs), the projections into the shared space (outputs), all vectors; here convolutions inside a
-    ResNet too. Both kinds share one rate: Muon's update is scaled to AdamW's usual size (Liu et al. 2025).
+    convolutions (inputs), the projections into the shared space (outputs), all vectors. A convolution inside a ResNet
+    is a matrix from patches to channels (they flatten it likewise); a depthwise one is not. Both kinds share one rate:
+    Muon's update is scaled to AdamW's usual size (Liu et al. 2025).
 
     Args:
         named: of what learns; float32 tensors, sharded or whole.
@@ -103,8 +104,8 @@ def set_rate(optimizers: Sequence[torch.optim.Optimizer], rate: float) -> None:
             group["lr"] = rate * group["lr_scale"]
 
 
-class Muon(torch.optim.Muon):
-    """torch's Muon (``match_rms_adamw``), for stacked queries, keys and values and for sharded matrices.
+class Muon(torch.optim.Optimizer):
+    """torch's Muon (``match_rms_adamw``), for stacked queries, keys and values, kernels and sharded matrices.
 
     A group's ``parts`` says how many matrices are stacked in each of its parameters; Jordan et al. 2024 find the three
     better orthogonalised one by one. torch's own runs on `DTensor` too, but with collectives in every iteration, and
@@ -112,16 +113,18 @@ class Muon(torch.optim.Muon):
     computes the same update and keeps its rows: bit-equal to no sharding.
 
     Args:
-        params: groups of matrices ``[rows, columns]``.
+        params: groups of matrices ``[rows, columns]`` or kernels ``[rows, ...]``, which are taken as matrices.
         lr: learning rate, as for AdamW.
         momentum: of Nesterov's kind.
     """
 
     def __init__(self, params: Any, lr: float = 1e-3, momentum: float = 0.95):
-        super().__init__(params, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+        # torch's own refuses kernels when it is made.
+        like = torch.optim.Muon([nn.Parameter(torch.zeros(1, 1))], lr=lr, momentum=momentum).defaults
+        super().__init__(params, like)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step; weight decay is decoupled (Loshchilov & Hutter 2019)."""
         loss = None
         if closure is not None:
@@ -137,8 +140,8 @@ class Muon(torch.optim.Muon):
                 buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
                 update = parameter.grad.lerp(buffer, group["momentum"])
                 whole = update.full_tensor() if isinstance(update, DTensor) else update
-                parts = whole.chunk(group.get("parts", 1))
-                whole = torch.cat([_orthogonal(part, group) for part in parts])
+                parts = whole.flatten(1).chunk(group.get("parts", 1))
+                whole = torch.cat([_orthogonal(part, group) for part in parts]).view_as(whole)
                 if isinstance(update, DTensor):
                     # Every rank has the same whole; taking its own rows of it needs no collective.
                     mesh, placements = update.device_mesh, update.placements
@@ -187,7 +190,8 @@ def _tops(depths: Depths) -> dict[str, int]:
 
 def _is_hidden_matrix(name: str, tensor: Tensor, depths: Depths) -> bool:
     side, depth = depths[name]
-    if side is None or tensor.ndim != 2 or any(table in name for table in TABLES):
+    kernel = tensor.ndim > 2 and tensor.shape[1] > 1
+    if side is None or not (kernel or tensor.ndim == 2) or any(table in name for table in TABLES):
         return False
     return 0 < depth < _tops(depths)[side]
 

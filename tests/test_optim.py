@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from clipkit.optim import Muon, make_optimizers, parameter_groups, set_rate
-from clipkit.settings import OptimConfig
+from clipkit.settings import ModelConfig, OptimConfig
+from clipkit.towers import create_model
 from tests.conftest import tiny_model
 from tests.distributed import run_two_ranks
 
@@ -99,6 +100,31 @@ def test_muon_is_torchs_with_queries_keys_and_values_apart():
         theirs.step()
         assert torch.equal(fused, torch.cat(apart[:3]))
         assert torch.equal(wide, apart[3])
+
+
+def test_muon_takes_the_convolutions_inside_a_resnet_as_matrices():
+    torch.manual_seed(0)
+    kernel, flat = nn.Parameter(torch.randn(8, 4, 3, 3)), nn.Parameter(torch.empty(8, 36))
+    flat.data.copy_(kernel.data.flatten(1))
+    optimizers = [Muon([kernel], lr=0.1), Muon([flat], lr=0.1)]
+    for _ in range(2):
+        kernel.grad = torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last)
+        flat.grad = kernel.grad.flatten(1)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(kernel.flatten(1), flat)
+
+    config = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}
+    text = {"context_length": 8, "width": 16, "heads": 2, "layers": 2}
+    model = create_model(ModelConfig(embed_dim=16, vision_cfg=config, text_cfg=text))
+    taken = names_of(optimizers_of(model, "muon")[1], model)
+    kernels = {n for n, p in model.named_parameters() if p.ndim == 4}
+    assert taken & kernels == {n for n in kernels if ".layer" in n} != set()
+    depthwise = nn.Parameter(torch.randn(8, 1, 3, 3))
+    depths = {"stem": ("image", 0), "inside": ("image", 1), "head": ("image", 2)}
+    named = [("stem", kernel), ("inside", depthwise), ("head", flat)]
+    [only] = make_optimizers(named, OptimConfig(kind="muon"), depths, SAME, CPU)
+    assert isinstance(only, torch.optim.AdamW)
 
 
 def steps_of(model, optimizers, side, length):

@@ -26,6 +26,7 @@ from clipkit.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
 from clipkit.settings import ModelConfig
 from clipkit.towers import openclip_forward
 from clipkit.towers.dual_encoder import MODEL_FILE, DualEncoder, Tokenizer
+from clipkit.towers.fast import speed_up
 from clipkit.towers.layers import Layout, Side, openclip_layouts
 
 __all__ = ["OpenClipEncoder", "load_tokenizer"]
@@ -45,7 +46,7 @@ class OpenClipEncoder(DualEncoder):
         if hasattr(model.visual, "patch_dropout"):
             model.visual.patch_dropout = openclip_forward.PatchDropout(self._patch_dropout)
         super().__init__(
-            model,
+            speed_up(model),
             tokenizer,
             preprocess,
             context_length=_context_length(model_cfg),

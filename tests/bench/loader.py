@@ -2,12 +2,11 @@
 
     python tests/bench/loader.py [--photos DIR] [--seconds N] [--rounds N]
 
-open_clip gets an environment of its own, in the user's cache, with what its `training` extra asks for; made on the
-first run (some minutes), used again after. The photos are packed as they are and blown up to 12 megapixels. Then both
-loaders take turns, each in a fresh process with one worker: open_clip's own `get_wds_dataset` with its own transforms,
-which gives normalised floats, and `train_batches`, which gives bytes that the model normalises on the device;
-`threads` is the latter with a thread per core in place of the worker, `gpu`, where there is one, with nvJPEG. Both use
-open_clip's tokenizer. A figure is the median over the rounds, a ratio the median of the rounds' ratios.
+open_clip gets an environment of its own (`rival`). The photos are packed as they are and blown up to 12 megapixels.
+Then both loaders take turns, each in a fresh process with one worker: open_clip's own `get_wds_dataset` with its own
+transforms, which gives normalised floats, and `train_batches`, which gives bytes that the model normalises on the
+device; `threads` is the latter with a thread per core in place of the worker, `gpu`, where there is one, with nvJPEG.
+Both use open_clip's tokenizer. A figure is the median over the rounds, a ratio the median of the rounds' ratios.
 """
 
 import argparse
@@ -24,11 +23,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from rival import environment
+
 BATCH = 64
 SIZE = 224
 MEGAPIXELS = 12
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipkit-bench"
-REQUIREMENTS = ["open_clip_torch[training]", "psutil"]
 LIBRARIES = ("open_clip_torch", "torch", "torchvision", "pillow", "webdataset", "numpy")
 GPU = ("gpu",) if shutil.which("nvidia-smi") else ()
 SIDES = ("open_clip", "clipkit", "threads", *GPU)
@@ -108,19 +107,6 @@ def measure(batches: Iterator[Any], seconds: float) -> dict[str, Any]:
     wall, used = time.perf_counter() - started, cpu() - used
     versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     return {"images": images, "wall": wall, "cpu": used, "memory": [*memory, resident()], "versions": versions}
-
-
-def environment() -> Path:
-    """The Python of open_clip's environment, made if it is not there."""
-    folder = CACHE / "open_clip"
-    python = folder / "bin" / "python"
-    if not (folder / "complete").exists():
-        print(f"installing {REQUIREMENTS[0]} into {folder}", file=sys.stderr)
-        alone = {**os.environ, "PYTHONPATH": ""}
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], env=alone, check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS], env=alone, check=True)
-        (folder / "complete").touch()
-    return python
 
 
 def make_shards(photos: Path, out: Path) -> dict[str, Path]:

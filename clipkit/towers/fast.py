@@ -1,0 +1,97 @@
+"""The same towers with less work: open_clip's blocks compute what they always did, by shorter ways.
+
+Only the way changes: parameters, their names and the mathematics stay those of the library's modules, which the tests
+take as the slow twin.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+__all__ = ["SelfAttention", "attend", "speed_up"]
+
+
+class SelfAttention(nn.MultiheadAttention):
+    """`nn.MultiheadAttention` of a sequence with itself, batch first, without its transposes and copies."""
+
+    def forward(self, query: Tensor, *_: Any, attn_mask: Tensor | None = None, **__: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+        """``query`` is ``[n, length, width]``, the mask as in `attend`; keys and values are not looked at."""
+        projected = F.linear(query, self.in_proj_weight, self.in_proj_bias)
+        return self.out_proj(attend(projected, self.num_heads, attn_mask)), None
+
+
+def attend(qkv: Tensor, heads: int, mask: Tensor | None) -> Tensor:
+    """``softmax(q·kᵀ/√d + mask)·v`` in each head, as `F.scaled_dot_product_attention`, with its gradient.
+
+    Args:
+        qkv: queries, keys and values, ``[n, length, 3 * heads * d]``.
+        heads: how many.
+        mask: added to the similarities, ``[length, length]`` or ``[n * heads, length, length]``.
+
+    Returns:
+        ``[n, length, heads * d]``.
+    """
+    # Under no_grad torch's own is as fast, and needs no room for the similarities.
+    if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        with torch.autocast("cpu", enabled=False):
+            return _Bf16Attention.apply(qkv, heads, mask)  # type: ignore[return-value]
+    n, length, width = qkv.shape
+    q, k, v = qkv.view(n, length, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    if mask is not None:
+        mask = mask.to(q.dtype)
+        mask = mask if mask.ndim == 2 else mask.view(n, heads, length, length)
+    found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return found.transpose(1, 2).reshape(n, length, width // 3)
+
+
+class _Bf16Attention(torch.autograd.Function):
+    """Attention in bf16 for CPUs, where that of torch takes 5 times as long, and 2 at 577 tokens: its backward pass
+    multiplies small tiles one by one (torch 2.15, AVX512-BF16).
+
+    Similarities and their softmax are fp32 there and here. The price is memory: 2 bytes for each pair of tokens in
+    each head are kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, heads: int, mask: Tensor | None) -> Tensor:  # type: ignore[override]
+        n, length, width = qkv.shape
+        depth = width // 3 // heads
+        parts = qkv.view(n, length, 3, heads, depth).permute(2, 0, 3, 1, 4).reshape(3, n * heads, length, depth)
+        q, k = parts[:2].float()
+        similarities = torch.bmm(q, k.transpose(1, 2)).mul_(depth**-0.5)
+        if mask is not None:
+            similarities += mask
+        shares = similarities.softmax(-1).to(qkv.dtype)
+        ctx.save_for_backward(parts, shares)
+        return torch.bmm(shares, parts[2]).view(n, heads, length, depth).transpose(1, 2).reshape(n, length, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        parts, shares = ctx.saved_tensors
+        q, k, v = parts
+        n, length, width = gradient.shape
+        depth = q.shape[-1]
+        of_found = gradient.view(n, length, -1, depth).transpose(1, 2).reshape(q.shape)
+        of_shares = torch.bmm(of_found, v.transpose(1, 2))
+        of_similarities = torch._softmax_backward_data(of_shares, shares, -1, shares.dtype)
+        found = torch.empty_like(parts)
+        torch.bmm(of_similarities, k, out=found[0])
+        torch.bmm(of_similarities.transpose(1, 2), q, out=found[1])
+        torch.bmm(shares.transpose(1, 2), of_found, out=found[2])
+        found[:2] *= depth**-0.5
+        return found.view(3, n, -1, length, depth).permute(1, 3, 0, 2, 4).reshape(n, length, 3 * width), None, None
+
+
+def speed_up(backbone: nn.Module) -> nn.Module:
+    """Let open_clip's blocks compute by shorter ways, in place; what is not known to be the same stays as it is."""
+    for block in backbone.modules():
+        if type(block) is ResidualAttentionBlock and not hasattr(block, "ln_1_kv"):
+            attention = block.attn
+            if type(attention) is nn.MultiheadAttention and attention.batch_first and not attention.dropout:
+                attention.__class__ = SelfAttention  # so that the parameters keep their names
+    return backbone

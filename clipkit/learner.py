@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clipkit.checkpoint import Snapshot, load_checkpoint, take_snapshot
+from clipkit.heap import keep_freed_memory
 from clipkit.optim import make_optimizers, set_rate
 from clipkit.ranks import Ranks, whole
 from clipkit.settings import TowersConfig, TrainConfig
@@ -45,6 +46,8 @@ class Learner:
 
     def __init__(self, model: DualEncoder, config: TrainConfig, ranks: Ranks):
         self.config, self.ranks = config, ranks
+        if ranks.device.type == "cpu":
+            keep_freed_memory()
         self.shape = copy.deepcopy(model).eval()  # whole, fp32, on the CPU: what is evaluated and saved looks like it
         self.model = model.to(ranks.device).train()
         ranks.shard(model)
@@ -88,6 +91,14 @@ class Learner:
         self.model.logit_scale.clamp_(0, math.log(self.config.loss.max_logit_scale))
         self.weights.publish()
         self.weights.update_average(number)
+
+    def bad_rows(self, gradient: Gradient) -> list[int]:
+        """This rank's rows of a step that could not be taken that are to blame; every rank must ask.
+
+        Where all embeddings of all ranks are finite, nobody knows better than that it was this batch: all of them.
+        """
+        rows = gradient.bad_rows()
+        return rows if self.ranks.any([bool(rows)])[0] else list(range(len(gradient.image)))
 
     def scale(self) -> float:
         """The factor on the similarities. The device is waited for."""

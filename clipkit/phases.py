@@ -5,7 +5,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from clipkit.preprocess import Preprocess
-from clipkit.settings import PhaseConfig
+from clipkit.settings import PhaseConfig, TrainConfig
 from clipkit.towers import DualEncoder
 
 __all__ = ["Phases"]
@@ -15,25 +15,25 @@ class Phases:
     """What each step of a run sees of its samples.
 
     Args:
-        phases: in order; after the last one everything is as the model says.
+        config: its phases, in order; after the last one everything is as the model says.
         steps: of the whole run.
         model: whose sizes are the full ones.
-        patch_dropout: outside of phases; None for what the model says.
 
     Raises:
         ClipkitError: where the model cannot see images of a phase's size, or drop patches.
     """
 
-    def __init__(self, phases: list[PhaseConfig], steps: int, model: DualEncoder, patch_dropout: float | None):
+    def __init__(self, config: TrainConfig, steps: int, model: DualEncoder):
         self.model = model
-        self.ends = [(round(phase.until * steps), phase) for phase in phases]
-        self.patch_dropout = patch_dropout
-        for phase in phases:
+        self.ends = [(round(phase.until * steps), phase) for phase in config.phases]
+        self.patch_dropout = config.towers.patch_dropout
+        self.multiple = 8 if config.compile else 1  # a compiled model wants few shapes
+        for phase in config.phases:
             if phase.image_size is not None:
                 model.check_image_size(phase.image_size)
         self._entered: PhaseConfig | None = None
         self._share: float | None = None
-        for phase in (*phases, None):  # so that what cannot be done is said before anything begins
+        for phase in (*config.phases, None):  # so that what cannot be done is said before anything begins
             self._enter(phase)
 
     def at(self, step: int) -> PhaseConfig | None:
@@ -63,7 +63,7 @@ class Phases:
         phase = self.at(step)
         if phase is not None and phase.context_length is not None:
             tokens = self.model.shorten(tokens, phase.context_length)
-        return self.model.trim(tokens)
+        return self.model.trim(tokens, self.multiple)
 
     def preprocessing(self, jumped: int, batch_size: int) -> list[tuple[int, Preprocess]]:
         """Up to which position of the sequence images are prepared in which other way.

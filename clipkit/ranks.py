@@ -7,6 +7,7 @@ cannot be tested on one.
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,13 +56,10 @@ class Ranks:
         AcceleratorState._reset_state()  # a notebook may train twice, with another precision
         mixed = "bf16" if self.precision == "amp_bf16" else "no"
         trackers: list[Any] = [*config.log.trackers]
-        try:
-            self._accelerator = Accelerator(mixed_precision=mixed, log_with=trackers or None, project_dir=str(folder))
-        except (ImportError, ValueError) as error:
-            raise ClipkitError(f"log.trackers: {error}") from error
-        missing = set(trackers) - {getattr(t, "value", t) for t in self._accelerator.log_with}
+        missing = [name for name in trackers if find_spec(name) is None]
         if missing:
-            raise ClipkitError(f"log.trackers: not installed; pip install {' '.join(sorted(missing))}")
+            raise ClipkitError(f"log.trackers: not installed; pip install {' '.join(missing)}")
+        self._accelerator = Accelerator(mixed_precision=mixed, log_with=trackers or None, project_dir=str(folder))
 
     def shard(self, model: DualEncoder) -> None:
         """Divide the model among the ranks, where `sharding` says so; in place, before anything keeps its tensors."""

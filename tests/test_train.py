@@ -51,16 +51,6 @@ def assert_equal_runs(a, b):
     assert untimed[0] == untimed[1]
 
 
-@pytest.fixture(scope="module")
-def trained(recipe, shards, tmp_path_factory):
-    """An undisturbed run of 6 steps."""
-    from clipkit.cli import run_job
-
-    out = tmp_path_factory.mktemp("trained") / "run"
-    assert run_job("train", [str(recipe), "--set", f"data.train={shards}", "--out", str(out)]) == 0
-    return out
-
-
 def test_a_run_folder_holds_what_it_says(trained, shards):
     manifest = json.loads((trained / "manifest.json").read_text())
     assert manifest["kind"] == "run"

@@ -107,7 +107,7 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
     last = ranks.from_main(lambda: newest_usable(out)) if resume else None
     model = load_model(last / MODEL_FOLDER) if last else create_model(config.model, config.preprocess, config.towers)
     prepare_towers(model, config.towers)
-    phases = Phases(config.phases, steps, model, config.towers.patch_dropout)
+    phases = Phases(config, steps, model)
     objective_of = make_objective(config, data, ranks.device, has_bias=model.logit_bias is not None)
     learner = Learner(model, config, ranks)
     state = {"step": 0, "samples": 0, "jumped": 0, "data": identity, "best": None, "skipped": 0, "rollbacks": 0}
@@ -116,7 +116,7 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
     if last is None and ranks.world_size > 1:
         set_seed(config.seed + ranks.rank)  # dropout differs between ranks; the weights are made already
 
-    size, limit, first = config.batch_size, config.data.max_bad_share, state["step"]
+    size, first = config.batch_size, state["step"]
 
     def start(first_step: int, end: int) -> Any:
         """Makes batches, and the batches, of steps from the first to the end."""
@@ -185,10 +185,7 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
             if verdict == "step":
                 learner.step(rate, step + 1)
             else:
-                rows = gradient.bad_rows()
-                # Where every embedding is finite, nobody knows better than that it was this batch.
-                rows = rows if ranks.any([bool(rows)])[0] else range(size // ranks.world_size)
-                named = [data.name(batch["references"][row]) for row in rows]
+                named = [data.name(batch["references"][row]) for row in learner.bad_rows(gradient)]
                 run.add_nonfinite(named, step=step + 1, position=position, rank=ranks.rank)
             run.add_to_ledger(batch["left_out"])
             bad += len(batch["left_out"])
@@ -209,7 +206,8 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
             reports = done % config.log.every_steps == 0 or last_step
             if saves or reports:
                 loss, bad_of_rank = ranks.mean([gradient.loss.item(), bad])
-                refuse_too_many(bad_of_rank * ranks.world_size, (done - first) * size, limit, out)
+                bad_share = config.data.max_bad_share
+                refuse_too_many(bad_of_rank * ranks.world_size, (done - first) * size, bad_share, out)
             if reports:
                 seen = {"loss": loss, "grad_norm": norm.item()} if verdict == "step" else {}
                 seen |= {"lr": rate, "logit_scale": learner.scale(), "memory_gib": memory_gib(ranks.device)}

@@ -23,6 +23,7 @@ from clipkit.log import FORMATS
 
 __all__ = [
     "Job",
+    "find_recipe",
     "format_option",
     "jobs",
     "list_options",
@@ -52,6 +53,20 @@ def jobs() -> dict[str, Path]:
 def recipes() -> dict[str, Path]:
     """The training recipes that ship with the project, by name."""
     return {path.stem: path for path in sorted(_job_folder("train").glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe that ships with the project, or of one's own.
+
+    Raises:
+        ClipkitError: where there is neither.
+    """
+    known = recipes()
+    path = known.get(name, Path(name))
+    if not path.is_file():
+        hint = did_you_mean(name, known)
+        raise ClipkitError(f"no recipe {name!r}{hint}; there are {', '.join(known)}, or name a YAML file")
+    return path
 
 
 def first_line(path: Path) -> str:

@@ -19,7 +19,7 @@ from clipkit.parallel import cores, in_threads
 from clipkit.sources import Sample, Source, check_ids
 from clipkit.towers import DualEncoder
 
-__all__ = ["cast_for_inference", "embed", "embed_source", "fast_bf16"]
+__all__ = ["cast_for_inference", "embed", "embed_source", "evaluating", "fast_bf16"]
 
 
 def cast_for_inference(model: DualEncoder, precision: str) -> DualEncoder:
@@ -62,7 +62,9 @@ def embed_source(
         model: in the precision that is wanted.
         sides: images, texts or both. A sample whose image is unusable is left out of both.
         rows: which samples; all of them when not given.
-        batch_size: images at a time. The cuts depend on the usable samples alone, so a rerun gives the same bits.
+        batch_size: images at a time, those of so many rows: an image that cannot be used shifts no other into another
+            batch. So the same rows give the same bits, whichever part of the source they are embedded with, as long
+            as it begins at a multiple of this. Captions go four times as many at a time.
         threads: that decode; as many as cores when not given.
         show: title of the progress bar; None for no bar.
     """
@@ -84,23 +86,22 @@ def embed_source(
 
     pixels_waiting: list[np.ndarray] = []
     loaded = in_threads(load, rows, threads or cores(), ahead=4 * batch_size)
-    with torch.inference_mode(), _evaluating(model):
+    with torch.inference_mode(), evaluating(model):
         for row, sample, pixels, complaint in progress(loaded, show, len(rows), "samples") if show else loaded:
             if sample is None:
                 found.left_out.append(complaint)
-                continue
-            if "text" in sides:
-                image_of_text += [len(found.samples)] * len(sample.captions)
-                found.captions += sample.captions
-            found.samples.append(sample)
-            found.rows.append(row)
+            else:
+                if "text" in sides:
+                    image_of_text += [len(found.samples)] * len(sample.captions)
+                    found.captions += sample.captions
+                found.samples.append(sample)
+                found.rows.append(row)
             if pixels is not None:
                 pixels_waiting.append(pixels)
-                if len(pixels_waiting) == batch_size:
-                    image_rows.add_images(pixels_waiting)
-                    pixels_waiting = []
-        if pixels_waiting:
-            image_rows.add_images(pixels_waiting)
+            ends = (row + 1 - rows.start) % batch_size == 0 or row == rows[-1]
+            if ends and pixels_waiting:
+                image_rows.add_images(pixels_waiting)
+                pixels_waiting = []
         for start in range(0, len(found.captions), batch_size * 4):
             text_rows.add_texts(found.captions[start : start + batch_size * 4])
     found.image, found.text = image_rows.joined(), text_rows.joined()
@@ -126,13 +127,15 @@ class _Rows:
 
 
 @contextmanager
-def _evaluating(model: DualEncoder) -> Iterator[None]:
-    was_training = model.training
+def evaluating(model: DualEncoder) -> Iterator[None]:
+    """Evaluation mode for a while; afterwards every module is in the mode it was in, which differs among towers."""
+    before = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, mode in before.items():
+            module.training = mode
 
 
 def embed(

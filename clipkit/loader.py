@@ -28,7 +28,7 @@ from clipkit.parallel import Threads, cores
 from clipkit.preprocess import Preprocess
 from clipkit.settings import DataConfig
 from clipkit.shards import Shards
-from clipkit.sources import sample_id
+from clipkit.sources import text_id
 from clipkit.storage import is_pipe
 from clipkit.streams import StreamSet
 from clipkit.towers.dual_encoder import Tokenizer
@@ -48,6 +48,7 @@ class Batch(TypedDict):
     tokens: Tensor  # int64 [n, context]
     image_ids: Tensor  # int64 [n], equal for equal samples
     text_ids: Tensor  # int64 [n], equal for equal captions
+    references: list[Any]  # what stands in each row, for `TrainData.name`
     left_out: list[dict[str, Any]]  # ledger lines of samples that could not be used and were replaced
     waiting: list[Waiting]  # images that `Batches.on_device` decodes; their rows of pixels are empty
 
@@ -105,11 +106,21 @@ class Batches(Dataset["Batch | str"]):
         tokenizer: of the model.
         config: captions, augmentation, threads, timeout.
         seed: of all draws; with the position it decides everything.
+        before: positions up to which images are prepared otherwise, in order, such as smaller at first.
     """
 
-    def __init__(self, data: TrainData, preprocess: Preprocess, tokenizer: Tokenizer, config: DataConfig, seed: int):
+    def __init__(
+        self,
+        data: TrainData,
+        preprocess: Preprocess,
+        tokenizer: Tokenizer,
+        config: DataConfig,
+        seed: int,
+        before: Sequence[tuple[int, Preprocess]] = (),
+    ):
         self.data = data
         self.preprocess = preprocess
+        self.before = before
         self.tokenizer = tokenizer
         self.config = config
         self.seed = seed
@@ -159,13 +170,14 @@ class Batches(Dataset["Batch | str"]):
                 raise error
             items.append(item)
         captions = [item["caption"] for item in items]
-        high, wide = self.preprocess.size
+        high, wide = items[0]["size"]
         empty = np.zeros((3, high, wide), np.uint8)
         return Batch(
             pixels=torch.from_numpy(np.stack([item.get("pixels", empty) for item in items])),
             tokens=self.tokenizer(captions),
             image_ids=torch.tensor([item["image_id"] for item in items]),
-            text_ids=torch.tensor([_text_id(caption) for caption in captions]),
+            text_ids=torch.tensor([text_id(caption) for caption in captions]),
+            references=[item["reference"] for item in items],
             left_out=self.data.drain() + [line for item in items for line in item["left_out"]],
             waiting=[item["waiting"]._replace(row=row) for row, item in enumerate(items) if "waiting" in item],
         )
@@ -176,17 +188,20 @@ class Batches(Dataset["Batch | str"]):
         An image that the GPU refuses is decoded here, and replaced as ever, in `batch` too, where that fails as well.
         """
         pixels = batch["pixels"].to(device, non_blocking=True)
+        if not batch["waiting"]:
+            return pixels
 
         def fall_back(waiting: Waiting) -> None:
             item = self._one(waiting.position, waiting.reference, on_gpu=False)
             row = waiting.row
             pixels[row] = torch.from_numpy(item["pixels"]).to(device)
             batch["tokens"][row] = self.tokenizer([item["caption"]])[0]
-            batch["image_ids"][row], batch["text_ids"][row] = item["image_id"], _text_id(item["caption"])
+            batch["image_ids"][row], batch["text_ids"][row] = item["image_id"], text_id(item["caption"])
+            batch["references"][row] = item["reference"]
             batch["left_out"].extend(item["left_out"])
 
-        if batch["waiting"]:
-            decode_waiting(pixels, batch["waiting"], self.preprocess, device, fall_back)
+        preprocess = self._preprocess_at(batch["waiting"][0].position)
+        decode_waiting(pixels, batch["waiting"], preprocess, device, fall_back)
         return pixels
 
     def close(self) -> None:
@@ -195,8 +210,12 @@ class Batches(Dataset["Batch | str"]):
         if pool is not None and self._owner == os.getpid():
             pool.end()
 
+    def _preprocess_at(self, position: int) -> Preprocess:
+        return next((preprocess for end, preprocess in self.before if position < end), self.preprocess)
+
     def _one(self, position: int, reference: Any, on_gpu: bool) -> dict[str, Any]:
         left_out: list[dict[str, Any]] = []
+        preprocess = self._preprocess_at(position)
         for attempt in range(MAX_REPLACEMENTS):
             # A generator per attempt, so that a replacement is as reproducible as the sample it stands for.
             rng = np.random.default_rng([self.seed, position, attempt])
@@ -205,7 +224,8 @@ class Batches(Dataset["Batch | str"]):
             try:
                 image, caption = pick(self.data.read(reference), self.config, rng)
                 about = {"caption": caption, "image_id": self.data.image_id(reference), "left_out": left_out}
-                return about | self._image(image, rng, Waiting(0, position, reference) if on_gpu else None)
+                about |= {"reference": reference, "size": preprocess.size}
+                return about | self._image(image, preprocess, rng, Waiting(0, position, reference) if on_gpu else None)
             except BadSample as error:
                 # Of the sample itself. What cannot be read at all (a disk, a network) ends the run instead: the sample
                 # may be good, and a run that is resumed loses nothing.
@@ -217,21 +237,19 @@ class Batches(Dataset["Batch | str"]):
         place = f"{last['key']!r} in {last['shard']}: {last['reason']}"
         raise ClipkitError(f"{MAX_REPLACEMENTS} samples in a row cannot be used, the last {place}")
 
-    def _image(self, data: bytes, rng: np.random.Generator, waiting: Waiting | None) -> dict[str, Any]:
-        source = Encoded(data, self.preprocess.background)
-        if waiting is not None and can_wait(data, source, self.preprocess):
+    def _image(
+        self, data: bytes, preprocess: Preprocess, rng: np.random.Generator, waiting: Waiting | None
+    ) -> dict[str, Any]:
+        source = Encoded(data, preprocess.background)
+        if waiting is not None and can_wait(data, source, preprocess):
             width, height = source.size
-            drawn = Augmentation.draw(width, height, self.preprocess.size, self.config.augment, rng)
+            drawn = Augmentation.draw(width, height, preprocess.size, self.config.augment, rng)
             return {"waiting": waiting._replace(data=data, drawn=drawn)}
         exact = self.config.decode == "exact"
-        return {"pixels": augmented_pixels(source, self.preprocess, self.config.augment, rng, exact=exact)}
+        return {"pixels": augmented_pixels(source, preprocess, self.config.augment, rng, exact=exact)}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pool": None}
-
-
-def _text_id(caption: str) -> int:
-    return sample_id(caption.lower())
 
 
 class _Positions(Sampler[list[int]]):

@@ -11,7 +11,14 @@ from math import comb
 import numpy as np
 from jaxtyping import Float, Int
 
-__all__ = ["confusion_matrix", "recall_at_k", "retrieval_chance", "retrieval_recall"]
+__all__ = [
+    "confusion_matrix",
+    "recall_at_k",
+    "retrieval_chance",
+    "retrieval_recall",
+    "zeroshot_accuracy",
+    "zeroshot_chance",
+]
 
 Array = np.ndarray
 CHUNK = 1024
@@ -105,6 +112,43 @@ def retrieval_chance(
     return figures | {
         f"text_retrieval_recall@{k}": float(recall_at_k(zero, zero + texts, captions, k).mean()) for k in ks
     }
+
+
+def zeroshot_accuracy(
+    image: Float[Array, "n dim"],
+    classes: Float[Array, "classes dim"],
+    labels: Int[Array, " n"],
+    ks: Sequence[int] = (1, 5),
+) -> dict[str, float]:
+    """Zero-shot accuracy as CLIP_benchmark defines it, beside which ties are resolved as told above.
+
+    ``zeroshot_acc@k``: share of images with their own class among the k nearest.
+    ``zeroshot_mean_per_class_recall``: the share with their own class nearest, in each class, averaged over the classes
+    that have images (scikit-learn's ``balanced_accuracy_score``).
+
+    Args:
+        image: unit-norm image embeddings.
+        classes: a unit-norm vector per class.
+        labels: the row in `classes` of each image's class.
+        ks: list lengths; one larger than the number of classes counts all of them. CLIP_benchmark gives none there.
+
+    Returns:
+        Fractions by name; empty where there are no images.
+    """
+    if not len(image):
+        return {}
+    ranks = _ranks(image, classes, labels, np.arange(len(classes)))
+    figures = {f"zeroshot_acc@{k}": float(recall_at_k(*ranks, k).mean()) for k in ks}
+    sizes = np.bincount(labels, minlength=len(classes))
+    right = np.bincount(labels, weights=recall_at_k(*ranks, 1), minlength=len(classes))
+    figures["zeroshot_mean_per_class_recall"] = float((right[sizes > 0] / sizes[sizes > 0]).mean())
+    return figures
+
+
+def zeroshot_chance(classes: int, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
+    """What guessing among so many classes scores under the names of `zeroshot_accuracy`."""
+    figures = {f"zeroshot_acc@{k}": min(k, classes) / classes for k in ks}
+    return figures | {"zeroshot_mean_per_class_recall": 1 / classes}
 
 
 def confusion_matrix(

@@ -1,10 +1,10 @@
-"""A training run's folder: who may write into it, its metrics, its ledger, its finished model."""
+"""A training run's folder: who may write into it, its ledgers, its finished model."""
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clipkit.artifact import (
     MODEL_FOLDER,
@@ -20,13 +20,16 @@ from clipkit.artifact import (
     write_json,
     write_ledger,
 )
-from clipkit.checkpoint import checkpoints
+from clipkit.checkpoint_files import newest_usable
 from clipkit.config import changed_keys, dump_yaml, load_config
 from clipkit.errors import ClipkitError
 from clipkit.settings import TrainConfig
 from clipkit.towers import DualEncoder
 
-__all__ = ["MetricsLog", "Run", "refuse_too_many"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Run", "refuse_too_many"]
 
 CONFIG = "config.yaml"
 PLAN = "plan.json"
@@ -111,6 +114,18 @@ class Run:
                 "keep them to resume, or start a new run with --init-from"
             )
 
+    def check_data(self, before: Any, now: Any) -> None:
+        """Refuse to go on with other samples than a checkpoint was trained on.
+
+        Raises:
+            ClipkitError: where the identities of the training data differ.
+        """
+        if before != now:
+            raise ClipkitError(
+                f"data.train holds other samples than {self.folder} was trained on, or mixes them otherwise; "
+                "use --init-from to go on"
+            )
+
     @property
     def finished_steps(self) -> int:
         """Where a finished run ended; 0 for one that is not."""
@@ -118,20 +133,24 @@ class Run:
         return read_json(path)["counts"]["steps"] if path.is_file() else 0
 
     def last_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint."""
-        found = checkpoints(self.folder)
-        return found[-1] if found else None
+        """The newest checkpoint that is whole; each newer one that is not is warned of. Reads all of its files."""
+        return newest_usable(self.folder)
 
     def last_loss(self) -> float:
         """The loss that was reported last; NaN where none was."""
         lines = [json.loads(line) for line in self.metrics_path.read_text(encoding="utf-8").splitlines()]
-        return next((line["loss"] for line in reversed(lines) if "loss" in line), float("nan"))
+        return next((line["loss"] for line in reversed(lines) if line.get("loss") is not None), float("nan"))
 
-    def rewind(self, step: int) -> None:
-        """Drop what was written of steps that will be done again, so that each step stands there once."""
-        samples = step * self.config.batch_size
+    def rewind(self, step: int, position: int) -> None:
+        """Drop what was written of steps that will be done again, so that each step stands there once.
+
+        Args:
+            step: how many are done.
+            position: of the sequence of samples, where the run goes on.
+        """
         self._keep(self.metrics_path, lambda line: line["step"] <= step)
-        self._keep(self._ledger, lambda line: line.get("position", -1) < samples)
+        for path in (self._ledger, self._nonfinite):
+            self._keep(path, lambda line: line.get("position", -1) < position)
 
     def _keep(self, path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
         if path.is_file():
@@ -152,6 +171,17 @@ class Run:
                 handle.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
     @property
+    def _nonfinite(self) -> Path:
+        return self.folder / "nonfinite.jsonl"
+
+    def add_nonfinite(self, samples: Sequence[tuple[str, str]], **about: int) -> None:
+        """Name the samples (shard, key) of a step whose loss or gradient is not finite, as far as this rank knows."""
+        if samples:
+            named = [{"shard": shard, "key": key} for shard, key in samples]
+            with self._nonfinite.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps({**about, "samples": named}, ensure_ascii=False) + "\n")
+
+    @property
     def left_out(self) -> int:
         """How many unusable samples all ranks have met so far."""
         if not self._ledger.is_file():
@@ -159,11 +189,25 @@ class Run:
         with self._ledger.open("rb") as handle:
             return sum(1 for _ in handle)
 
-    def finish(self, model: DualEncoder, state: dict[str, Any]) -> dict[str, Any]:
-        """Write ``model/`` and then the manifest: from here on the run is whole. Returns the manifest."""
+    def finish(
+        self, model: DualEncoder, state: dict[str, Any], weights: "Mapping[str, Tensor] | None" = None
+    ) -> dict[str, Any]:
+        """Write ``model/`` and then the manifest: from here on the run is whole. Returns the manifest.
+
+        Args:
+            model: as trained.
+            state: with ``step`` and ``samples``.
+            weights: what to write instead of the model's own (`DualEncoder.save`): the average, or fp32 masters.
+
+        Raises:
+            ClipkitError: where the model cannot be written.
+        """
         scratch = self.folder / WORK / MODEL_FOLDER
         shutil.rmtree(scratch, ignore_errors=True)
-        model.save(scratch)
+        try:
+            model.save(scratch, weights)
+        except OSError as error:
+            raise ClipkitError(f"cannot write {self.folder / MODEL_FOLDER}: {error.strerror or error}") from error
         (self.folder / "manifest.json").unlink(missing_ok=True)  # of a shorter run that was gone on with
         shutil.rmtree(self.folder / MODEL_FOLDER, ignore_errors=True)
         scratch.replace(self.folder / MODEL_FOLDER)
@@ -194,17 +238,3 @@ def refuse_too_many(bad: float, samples: int, share: float, run: Path) -> None:
             f"{bad:,.0f} of {samples:,} samples could not be used, more than data.max_bad_share={share:g} allows; "
             f"they are listed in {run / 'ledger.jsonl'}; clipkit check tells what is wrong with the shards"
         )
-
-
-class MetricsLog:
-    """``metrics.jsonl``: one line of plain numbers per report."""
-
-    def __init__(self, run: Run, is_main: bool):
-        self.run = run
-        self.is_main = is_main
-
-    def write(self, **figures: float) -> None:
-        """Append a line; flushed, so that a plot can follow the run."""
-        if self.is_main:
-            with self.run.metrics_path.open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps(figures) + "\n")

@@ -155,6 +155,12 @@ class TowerConfig(Settings):
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """The learning rate of each layer is this times that of the layer above it (Clark et al. 2020, "ELECTRA")."""
 
+    @model_validator(mode="after")
+    def _locked(self) -> "TowerConfig":
+        if self.unlocked_layers and not self.lock:
+            raise ValueError("unlocked_layers is for a tower with lock=true")
+        return self
+
 
 class TowersConfig(Settings):
     """Both towers."""
@@ -199,6 +205,11 @@ class OptimConfig(Settings):
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay per step of an exponential moving average of the weights (Polyak & Juditsky 1992), which then is what is
     evaluated and published; it ramps up as (1 + step) / (10 + step)."""
+
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """What `clipkit.optim.learning_rate` wants to know."""
+        return {"peak": self.lr, "warmup": self.warmup_steps, "floor": self.min_lr}
 
 
 class DistillConfig(Settings):
@@ -324,6 +335,8 @@ class TrainConfig(Settings):
         given = [name for name in LENGTHS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} say the same thing; keep one")
+        if self.sharding == "full" and self.precision == "amp_bf16":
+            raise ValueError("sharding=full computes in precision=bf16 or fp32, not under autocast")
         ends = [phase.until for phase in self.phases]
         if ends != sorted(set(ends)):
             raise ValueError("phases must stand in the order of their until, each later than the one before")

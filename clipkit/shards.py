@@ -35,6 +35,7 @@ __all__ = [
     "Shards",
     "captions_of",
     "image_extension",
+    "keys_repeat",
     "load_writer",
     "write_shard",
 ]
@@ -115,7 +116,9 @@ class Shards(Sequence[dict[str, bytes]]):
         self._lock = threading.Lock()
         self.problems: list[dict[str, Any]] = []
         """What was passed over when the tars were indexed: ``shard, key, reason``."""
-        counts, digests, ranges = [], [], []
+        counts, digests = [], []
+        self.key_ranges: list[tuple[str, str]] = []
+        """The smallest and the largest key of each shard that has any."""
         self.extensions: set[str] = set()
         """Every extension that a member has."""
         for number in progress(range(len(self.tars)), "index", len(self.tars), "shards"):
@@ -130,21 +133,12 @@ class Shards(Sequence[dict[str, bytes]]):
             digests.append(index.digest)
             self.extensions |= index.extensions
             if len(index):
-                ranges.append(index.key_range)
+                self.key_ranges.append(index.key_range)
         self.ends = np.cumsum(counts, dtype=np.int64)
         """For each shard, how many samples stand in it and in those before it; int64 ``[shards]``."""
         self._identity = digest(digests)
         # Shards that number their samples from zero, each anew, are common: there the shard is part of the key.
-        self._named_by_shard = _overlap(ranges) and self._repeat_keys()
-
-    def _repeat_keys(self) -> bool:
-        # 8 bytes per sample for a moment, and only where the key ranges of shards overlap.
-        hashes = [
-            np.fromiter((hash(key) for key in self.index_of(number).table["key"].to_pylist()), np.int64)
-            for number in range(len(self.tars))
-        ]
-        joined = np.concatenate(hashes)
-        return len(np.unique(joined)) < len(joined)
+        self._named_by_shard = keys_repeat([self])
 
     def index_of(self, number: int) -> TarIndex:
         """The index of one shard, made and kept beside it where there is none yet."""
@@ -284,9 +278,19 @@ class Shards(Sequence[dict[str, bytes]]):
         return (self[i] for i in range(len(self)))
 
 
-def _overlap(ranges: list[tuple[str, str]]) -> bool:
-    ordered = sorted(ranges)
-    return any(before[1] >= after[0] for before, after in pairwise(ordered))
+def keys_repeat(sets: Sequence[Shards]) -> bool:
+    """Whether two samples of these shards have one key, so that the shard's name must tell them apart."""
+    ordered = sorted(found for shards in sets for found in shards.key_ranges)
+    if not any(before[1] >= after[0] for before, after in pairwise(ordered)):
+        return False
+    # 8 bytes per sample for a moment, and only where the key ranges of shards overlap.
+    hashes = [
+        np.fromiter((hash(key) for key in shards.index_of(number).table["key"].to_pylist()), np.int64)
+        for shards in sets
+        for number in range(len(shards.tars))
+    ]
+    joined = np.concatenate(hashes)
+    return len(np.unique(joined)) < len(joined)
 
 
 def image_extension(extensions: Iterable[str]) -> str | None:

@@ -16,7 +16,8 @@ from clipkit.artifact import digest
 from clipkit.errors import BadSample, ClipkitError
 from clipkit.order import Mixture, Order
 from clipkit.settings import DataConfig
-from clipkit.shards import Shards, captions_of, image_extension
+from clipkit.shard_specs import shard_names
+from clipkit.shards import Shards, captions_of, image_extension, keys_repeat
 from clipkit.sources import sample_id
 from clipkit.spool import Spool
 
@@ -140,6 +141,7 @@ class TrainSet:
         ]
         self._mixture = Mixture(self.weights, seed) if self.weights else None
         self.size: int | None = sum(order.size for order in self._orders)
+        self._shard_names = _names_together(parts) if len(parts) > 1 and keys_repeat(parts) else None
         self._check(config)
 
     def _unusable(self, shards: Shards, config: DataConfig) -> list[int]:
@@ -241,13 +243,23 @@ class TrainSet:
         return shard if len(self._parts) == 1 else str(shards.tar_of(reference.row)), shards.key(reference.row)
 
     def image_id(self, reference: _At) -> int:
-        """The sample's id; with several sets of shards their numbers are part of it, as keys may meet."""
-        key = self._parts[reference.part].shards.key(reference.row)
-        return sample_id(key if len(self._parts) == 1 else f"{reference.part}:{key}")
+        """The sample's id: what `clipkit.sources` says of it where one source names all these shards together."""
+        shards = self._parts[reference.part].shards
+        if len(self._parts) == 1:
+            return sample_id(shards.key(reference.row))
+        number, row = shards.locate(reference.row)
+        key = shards.index_of(number).key(row)
+        return sample_id(f"{self._shard_names[reference.part][number]}/{key}" if self._shard_names else key)
 
     def drain(self) -> list[dict[str, Any]]:
         """Nothing: what is left out of the plan is known from the start (`left_out`)."""
         return []
+
+
+def _names_together(parts: Sequence[Shards]) -> list[list[str]]:
+    """For each set what its shards are called in keys where one source names those of all sets."""
+    names = iter(shard_names([tar.absolute() for shards in parts for tar in shards.tars]))
+    return [[next(names).removesuffix(".tar") for _ in shards.tars] for shards in parts]
 
 
 def pick(members: dict[str, bytes], config: DataConfig, rng: np.random.Generator) -> tuple[bytes, str]:

@@ -68,8 +68,8 @@ class Weights:
 
         They may be written in place; `publish` then brings them to the towers.
         """
-        tensors: dict[str, Tensor] = self._model.state_dict(keep_vars=True)
-        for name, tensor in tensors.items():
+        state: dict[str, Tensor] = self._model.state_dict(keep_vars=True)
+        for name, tensor in state.items():
             yield name, self._masters.get(tensor, tensor)
 
     def named_average(self) -> Iterator[tuple[str, Tensor]] | None:
@@ -81,19 +81,19 @@ class Weights:
     @torch.no_grad()
     def collect_gradients(self) -> None:
         """Add the towers' gradients to those of the masters, in fp32, and drop them; several times a step if wanted."""
-        fresh: tuple[list[Tensor], list[Tensor]] = ([], [])
-        further: tuple[list[Tensor], list[Tensor]] = ([], [])
+        fresh: list[tuple[Tensor, Tensor]] = []
+        further: list[tuple[Tensor, Tensor]] = []
         for working, master in self._trained:
-            if working.grad is not None:
-                sums, gradients = fresh if master.grad is None else further
-                master.grad = torch.empty_like(master) if master.grad is None else master.grad
-                sums.append(master.grad)
-                gradients.append(working.grad)
-                working.grad = None
-        if fresh[0]:
-            torch._foreach_copy_(*fresh)
-        if further[0]:
-            torch._foreach_add_(*further)
+            given, working.grad = working.grad, None
+            if given is not None and master.grad is not None:
+                further.append((master.grad, given))
+            elif given is not None:
+                master.grad = torch.empty_like(master)
+                fresh.append((master.grad, given))
+        if fresh:
+            torch._foreach_copy_([into for into, _ in fresh], [given for _, given in fresh])
+        if further:
+            torch._foreach_add_([into for into, _ in further], [given for _, given in further])
 
     @torch.no_grad()
     def publish(self) -> None:

@@ -1,6 +1,6 @@
 """Zero-shot classification: class names become vectors, images take the nearest (Radford et al. 2021, section 3.1)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,19 @@ def prompt_set(name: str) -> list[str]:
     )
 
 
-def class_vectors(model: DualEncoder, labels: Sequence[str], prompts: Sequence[str]) -> Float[np.ndarray, "labels dim"]:
+def class_vectors(
+    model: DualEncoder,
+    labels: Sequence[str],
+    prompts: Sequence[str],
+    embed_texts: Callable[[Sequence[str]], np.ndarray] | None = None,
+) -> Float[np.ndarray, "labels dim"]:
     """One unit vector per class: each prompt embedded and normalised, averaged, normalised again.
 
     Args:
         model: gives the text embeddings; every prompt is encoded once.
         labels: class names, at least one, none twice.
         prompts: templates with ``{}``.
+        embed_texts: embeds in place of the model's own `embed_texts`, such as one that divides texts among ranks.
 
     Raises:
         ClipkitError: where there are no labels, or one is empty or stands twice.
@@ -64,7 +70,7 @@ def class_vectors(model: DualEncoder, labels: Sequence[str], prompts: Sequence[s
         if list(labels).count(label) > 1:
             raise ClipkitError(f"the label {label!r} is given twice")
     texts = [prompt.replace("{}", label) for label in labels for prompt in prompts]
-    vectors = model.embed_texts(texts).reshape(len(labels), len(prompts), -1).mean(axis=1)
+    vectors = (embed_texts or model.embed_texts)(texts).reshape(len(labels), len(prompts), -1).mean(axis=1)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 

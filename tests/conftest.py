@@ -172,3 +172,13 @@ def index(embeddings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("indexed") / "index"
     assert run_job("build", [str(embeddings), "--out", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained(recipe, shards, tmp_path_factory):
+    """An undisturbed run of 6 steps."""
+    from clipkit.cli import run_job
+
+    out = tmp_path_factory.mktemp("trained") / "run"
+    assert run_job("train", [str(recipe), "--set", f"data.train={shards}", "--out", str(out)]) == 0
+    return out

@@ -19,14 +19,16 @@ def pairs(n, dim, seed=0):
     return [t.requires_grad_() for t in (F.normalize(image, dim=-1), F.normalize(text, dim=-1), scale, bias)]
 
 
-def slow_info_nce(image, text, scale, same):
+def slow_info_nce(image, text, scale, same, label_smoothing=0.0):
     """One row at a time, from the definition."""
     total = torch.zeros((), dtype=image.dtype)
     for a, b in ((image, text), (text, image)):
         for i in range(len(a)):
             kept = [j for j in range(len(b)) if j == i or not same[i, j]]
             powers = torch.stack([torch.exp(scale * (a[i] @ b[j])) for j in kept])
-            total = total - torch.log(torch.exp(scale * (a[i] @ b[i])) / powers.sum())
+            for j, power in zip(kept, powers, strict=True):
+                target = label_smoothing / len(kept) + (1 - label_smoothing if i == j else 0)
+                total = total - target * torch.log(power / powers.sum())
     return total / (2 * len(image))
 
 
@@ -74,6 +76,17 @@ def test_pairs_of_one_image_or_one_text_are_no_negatives():
     ours = sigmoid_loss(image, text, scale, bias, **ids)
     assert_equal_with_gradients(ours, slow_sigmoid(image, text, scale, bias, same), inputs)
     assert info_nce(image, text, scale, **ids) < info_nce(image, text, scale)
+
+
+def test_label_smoothing_is_pytorchs_and_its_definition():
+    image, text, scale, _ = inputs = pairs(7, 5)
+    logits, target = scale * image @ text.T, torch.arange(7)
+    theirs = sum(F.cross_entropy(each, target, label_smoothing=0.2) for each in (logits, logits.T)) / 2
+    assert_equal_with_gradients(info_nce(image, text, scale, label_smoothing=0.2), theirs, inputs[:3])
+    ids = torch.tensor([1, 1, 2, 3, 3, 3, 4])
+    ours = info_nce(image, text, scale, text_ids=ids, label_smoothing=0.2)
+    theirs = slow_info_nce(image, text, scale, ids[:, None] == ids, label_smoothing=0.2)
+    assert_equal_with_gradients(ours, theirs, inputs[:3])
 
 
 def test_one_group_for_all_costs_nothing():

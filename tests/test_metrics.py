@@ -4,10 +4,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
 from sklearn.metrics import confusion_matrix as sklearn_confusion
-from sklearn.metrics import top_k_accuracy_score
 
-from clipkit.metrics import confusion_matrix, retrieval_chance, retrieval_recall
+from clipkit.metrics import (
+    confusion_matrix,
+    retrieval_chance,
+    retrieval_recall,
+    zeroshot_accuracy,
+    zeroshot_chance,
+)
 
 
 def unit(rng, n, dim=6):
@@ -111,3 +117,52 @@ def test_confusion_matrix_is_scikit_learns():
     rng = np.random.default_rng(0)
     true, said = rng.integers(5, size=(2, 100))
     assert np.array_equal(confusion_matrix(true, said, 5), sklearn_confusion(true, said, labels=range(5)))
+
+
+@given(st.integers(2, 12), st.integers(1, 60), st.integers(0, 10_000))
+@settings(max_examples=60, deadline=None)
+def test_zeroshot_accuracy_is_scikit_learns(classes, images, seed):
+    rng = np.random.default_rng(seed)
+    image, vectors = unit(rng, images), unit(rng, classes)
+    labels = rng.integers(classes, size=images)
+    scores = image @ vectors.T
+    figures = zeroshot_accuracy(image, vectors, labels, ks=(1, 3, 5))
+    assert figures["zeroshot_acc@1"] == pytest.approx(accuracy_score(labels, scores.argmax(axis=1)))
+    for k in (3, 5):
+        wanted = 1.0  # where scikit-learn only warns
+        if k < classes > 2:
+            wanted = top_k_accuracy_score(labels, scores, k=k, labels=np.arange(classes))
+        assert figures[f"zeroshot_acc@{k}"] == pytest.approx(wanted)
+    seen = np.isin(scores.argmax(axis=1), labels)
+    said = np.where(seen, scores.argmax(axis=1), -1)  # it warns of classes that are said and not there, too
+    wanted = np.mean([np.mean(said[labels == label] == label) for label in np.unique(labels)])
+    assert figures["zeroshot_mean_per_class_recall"] == pytest.approx(wanted)
+    if seen.all() and len(np.unique(labels)) > 1:
+        assert balanced_accuracy_score(labels, said) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_a_collapsed_classifier_scores_exactly_chance(classes):
+    labels = np.array([0, 0, 0, 1, classes - 1])
+    image = np.tile(unit(np.random.default_rng(0), 1, 37), (5, 1))
+    figures = zeroshot_accuracy(image, np.tile(image[:1], (classes, 1)), labels)
+    assert figures == pytest.approx(zeroshot_chance(classes), abs=1e-12)
+
+
+def test_a_tie_counts_as_its_share():
+    image = np.eye(3, dtype=np.float32)[:1]
+    classes = np.stack([image[0], image[0], np.eye(3, dtype=np.float32)[2]])
+    figures = zeroshot_accuracy(image, classes, np.array([1]), ks=(1, 2, 9))
+    assert figures == {
+        "zeroshot_acc@1": 0.5,
+        "zeroshot_acc@2": 1.0,
+        "zeroshot_acc@9": 1.0,
+        "zeroshot_mean_per_class_recall": 0.5,
+    }
+    assert zeroshot_chance(3, (1, 2, 9)) == {
+        "zeroshot_acc@1": 1 / 3,
+        "zeroshot_acc@2": 2 / 3,
+        "zeroshot_acc@9": 1.0,
+        "zeroshot_mean_per_class_recall": 1 / 3,
+    }
+    assert zeroshot_accuracy(image[:0], classes, np.zeros(0, int)) == {}

@@ -23,6 +23,7 @@ from clipkit.settings import DataConfig
 from clipkit.shards import Shards, write_shard
 from clipkit.trainset import TrainSet
 from tests.distributed import run_two_ranks
+from tests.samples import fake_tokens, png, tar_of
 
 STEPS, BATCH = 18, 8
 FORK = multiprocessing.get_context("fork")
@@ -286,7 +287,6 @@ import sys, torch
 from clipkit.settings import DataConfig
 from clipkit.loader import Batches, open_train_data, train_batches
 from clipkit.preprocess import Preprocess
-from tests.samples import fake_tokens, png, tar_of
 config = DataConfig(train={str(uneven)!r}, workers=0, threads=3)
 made = Batches(open_train_data(config, 0), Preprocess(size=64), lambda t: torch.zeros(len(t), 4), config, 0)
 batches = train_batches(made, first_step=0, steps=10**6, batch_size=64)

@@ -11,20 +11,34 @@ JOBS = [path for folder in ("train", "index", "eval") for path in sorted((ROOT /
 
 # A module may import modules of lower floors, and of its own floor where the package says so.
 FLOORS = [
-    {"errors"},
+    {"errors", "stopping", "step"},
     {"log", "artifact", "decode", "preprocess", "settings", "config", "metrics", "loss", "optim", "scenes", "report"},
-    {"order", "storage", "cli", "augment", "shrink", "parallel", "weights", "heap"},
+    {
+        "checkpoint_files",
+        "guard",
+        "heap",
+        "launch",
+        "order",
+        "storage",
+        "cli",
+        "augment",
+        "shrink",
+        "parallel",
+        "weights",
+    },
     {"tar_index", "lists"},
     {"spool", "shard_specs"},
     {"shards"},
     {"sources", "towers"},
-    {"pack", "embeddings", "trainset", "checkpoint"},
-    {"streams", "check", "gpu_decode"},
+    {"pack", "embeddings", "trainset", "checkpoint", "phases"},
+    {"streams", "check", "gpu_decode", "teacher"},
     {"loader"},
-    {"embed", "search", "run"},
-    {"zeroshot", "evaluation"},
+    {"embed", "search", "run", "objective"},
+    {"zeroshot", "ranks"},
+    {"evaluation", "learner", "pace"},
+    {"plan"},
 ]
-SAME_FLOOR = {("config", "settings"), ("config", "preprocess"), ("report", "artifact")}
+SAME_FLOOR = {("config", "settings"), ("config", "preprocess"), ("report", "artifact"), ("optim", "settings")}
 HOMES = {
     "faiss": {"search"},
     "webdataset": {"shards"},
@@ -32,7 +46,7 @@ HOMES = {
     "open_clip": {"towers"},
     "transformers": {"towers"},
     "huggingface_hub": {"towers"},
-    "accelerate": {"train"},
+    "accelerate": {"ranks"},
     "simplejpeg": {"decode"},
     "torchvision": {"gpu_decode"},
     "matplotlib": {"report"},

@@ -1,8 +1,10 @@
 """Training end to end on the CPU: it learns, resumes bit-equal, refuses what it must, and two ranks are one."""
 
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +20,14 @@ from clipkit import checkpoint
 from clipkit.loader import Batches, open_train_data, train_batches
 from clipkit.loss import info_nce
 from clipkit.optim import learning_rate, parameter_groups
+from clipkit.pace import Pace
 from clipkit.preprocess import Preprocess
 from clipkit.towers import load_model
 from tests.conftest import tiny_model
 
 TRAIN = [sys.executable, "-m", "clipkit", "train"]
+# Sums are cut by threads: a run in a process of its own is bit-equal to one in this process with as many of them.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
 def metrics(run_folder):
@@ -38,22 +43,12 @@ def assert_equal_runs(a, b):
         assert torch.equal(tensor, weights(b)[name]), name
     untimed = [
         [
-            {k: v for k, v in line.items() if k not in ("samples_per_second", "data_wait")}
+            {k: v for k, v in line.items() if k not in ("samples_per_second", "data_wait", "memory_gib")}
             for line in metrics(run_folder)
         ]
         for run_folder in (a, b)
     ]
     assert untimed[0] == untimed[1]
-
-
-@pytest.fixture(scope="module")
-def trained(recipe, shards, tmp_path_factory):
-    """An undisturbed run of 6 steps."""
-    from clipkit.cli import run_job
-
-    out = tmp_path_factory.mktemp("trained") / "run"
-    assert run_job("train", [str(recipe), "--set", f"data.train={shards}", "--out", str(out)]) == 0
-    return out
 
 
 def test_a_run_folder_holds_what_it_says(trained, shards):
@@ -76,6 +71,8 @@ def test_a_run_folder_holds_what_it_says(trained, shards):
         "samples_per_second",
         "data_wait",
         "left_out",
+        "skipped",
+        "memory_gib",
     }
     assert all(set(line) == wanted for line in lines)
     assert [p.name for p in checkpoint.checkpoints(trained)] == ["step-000004", "step-000006"]
@@ -93,14 +90,16 @@ def test_the_loop_is_the_loop_written_plainly(trained, shards):
 
     config = load_config(trained / "config.yaml")
     model = create_model(config.model).train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-3, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model.named_parameters(), 0.1), lr=1e-3, betas=(0.9, 0.98), eps=1e-6, fused=True
+    )
     data = open_train_data(config.data, 0)
     batches = Batches(data, Preprocess(size=32), model.tokenizer, config.data, 0)
     loader = train_batches(batches, first_step=0, steps=6, batch_size=16)
     for step, batch in enumerate(loader):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps=6, peak=1e-3, warmup=2)
-        image, text, scale, _ = model(batch["pixels"], batch["tokens"])
+        image, text, scale, _ = model(batch["pixels"], model.trim(batch["tokens"]))
         loss = info_nce(image, text, scale, image_ids=batch["image_ids"], text_ids=batch["text_ids"])
         optimizer.zero_grad()
         loss.backward()
@@ -108,7 +107,9 @@ def test_the_loop_is_the_loop_written_plainly(trained, shards):
         optimizer.step()
         assert loss.item() == pytest.approx(metrics(trained)[step]["loss"], rel=1e-6)
     for name, tensor in weights(trained).items():
-        assert torch.allclose(tensor, model.backbone.state_dict()[name], atol=1e-7), name
+        # The bias of attention's keys has no gradient but rounding, which Adam makes as large as any.
+        if not name.endswith("in_proj_bias"):
+            assert torch.allclose(tensor, model.backbone.state_dict()[name], atol=1e-6), name
 
 
 def test_it_learns(run, recipe, shards, tmp_path):
@@ -127,52 +128,83 @@ def test_it_learns(run, recipe, shards, tmp_path):
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
 
 
-@pytest.mark.parametrize(("patch_dropout", "workers"), [(0.0, 0), (0.4, 1)])
-def test_stopped_and_resumed_twice_it_ends_bit_equal(
-    run, recipe, shards, tmp_path, monkeypatch, patch_dropout, workers
-):
-    settings = [f"data.train={shards}", f"model.vision_cfg.patch_dropout={patch_dropout}", f"data.workers={workers}"]
-    flags = [part for setting in settings for part in ("--set", setting)]
-    trained = tmp_path / "undisturbed"
-    assert run("train", recipe, *flags, "--out", trained).status == 0
+RESUMED = {
+    "plain": ["data.workers=0"],
+    "everything": [
+        "model.vision_cfg.patch_dropout=0.4",
+        "data.workers=1",
+        "optim.ema=0.9",
+        "micro_batch=5",
+        "precision=bf16",
+        "phases=[{until: 0.6, image_size: 16, context_length: 6}]",
+    ],
+}
+
+
+@pytest.mark.parametrize("settings", RESUMED.values(), ids=RESUMED)
+def test_stopped_and_resumed_twice_it_ends_bit_equal(run, recipe, shards, tmp_path, monkeypatch, settings):
+    flags = [part for setting in [f"data.train={shards}", *settings] for part in ("--set", setting)]
+    whole = tmp_path / "undisturbed"
+    assert run("train", recipe, *flags, "--out", whole).status == 0
     out = tmp_path / "run"
-    call = ["train", recipe, *flags, "--out", out]
-    # Stopped where a kill would hurt most: after the step-2 checkpoint, in the middle of writing the step-4 one.
-    save = checkpoint.save_shared
+    used = Pace.used
 
-    def fail_at(step):
-        def stop(scratch, model, optimizer, state):
-            if state["step"] == step:
-                (scratch / "model").mkdir(parents=True)
-                raise KeyboardInterrupt
-            save(scratch, model, optimizer, state)
+    def signal_at(number):
+        # As a queue would send it, in the middle of a step that is no step of a checkpoint.
+        seen = iter(range(1, 99))
 
-        monkeypatch.setattr(checkpoint, "save_shared", stop)
+        def count(pace, samples):
+            if next(seen) == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+            used(pace, samples)
 
-    for step, left in ((4, ["step-000002"]), (6, ["step-000002", "step-000004"])):
-        fail_at(step)
-        assert run(*call, "--resume").status == 130
-        assert [p.name for p in checkpoint.checkpoints(out)] == left
+        monkeypatch.setattr(Pace, "used", count)
+
+    for steps, number in ((2, 2), (4, 1)):
+        signal_at(number)
+        stopped = run("train", recipe, *flags, "--out", out, "--resume")
+        assert stopped.status == 75
+        assert f"saved at step {steps + 1}" in stopped.err
         assert not (out / "manifest.json").exists()
-    monkeypatch.setattr(checkpoint, "save_shared", save)
-    assert run(*call, "--resume").status == 0
-    assert_equal_runs(out, trained)
-    again = run(*call, "--resume")
+    monkeypatch.setattr(Pace, "used", used)
+    assert run("train", recipe, *flags, "--out", out, "--resume").status == 0
+    assert_equal_runs(out, whole)
+    assert_equal_checkpoints(out, whole)
+    again = run("train", recipe, *flags, "--out", out, "--resume")
     assert again.status == 0
     assert "trained to step 6 already" in again.err
 
 
-def test_killed_from_outside_it_resumes_bit_equal(recipe, shards, trained, tmp_path):
+def assert_equal_checkpoints(a, b):
+    """The last checkpoints: weights, optimizer, average, random generators."""
+    ours, theirs = (sorted((folder / "checkpoints" / "step-000006").rglob("*.safetensors")) for folder in (a, b))
+    assert [p.name for p in ours] == [p.name for p in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        for name, tensor in load_file(mine).items():
+            assert torch.equal(tensor, load_file(other)[name]), (mine.name, name)
+
+
+@pytest.mark.parametrize("moment", ["writing", "written", "between"])
+def test_killed_from_outside_twice_it_resumes_bit_equal(recipe, shards, trained, tmp_path, moment):
+    """While a checkpoint is being written, when one has just been published, and anywhere."""
     out = tmp_path / "run"
     call = [*TRAIN, str(recipe), "--set", f"data.train={shards}", "--out", str(out), "--resume"]
-    process = subprocess.Popen(call, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not checkpoint.checkpoints(out) and time.time() < deadline:
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    subprocess.run(call, check=True, stderr=subprocess.DEVNULL)
+    for life in range(2):
+        process = subprocess.Popen(call, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+        before = len(checkpoint.checkpoints(out))
+        deadline = time.time() + 120
+        while process.poll() is None and time.time() < deadline:
+            if moment == "writing" and any((out / "checkpoints").glob(".step-*/*/*")):
+                break
+            if moment != "writing" and len(checkpoint.checkpoints(out)) > before:
+                time.sleep(0.03 * (life + 1) if moment == "between" else 0)
+                break
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+    subprocess.run(call, check=True, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
     assert_equal_runs(out, trained)
+    assert_equal_checkpoints(out, trained)
 
 
 def test_the_length_may_grow_and_nothing_else_may_change(run, refused, recipe, shards, tmp_path):
@@ -190,8 +222,6 @@ def test_the_length_may_grow_and_nothing_else_may_change(run, refused, recipe, s
 
 
 def test_other_samples_in_the_old_place_are_noticed(run, refused, recipe, pictures, shards, tmp_path):
-    import shutil
-
     from clipkit.pack import pack
     from clipkit.sources import open_source
 
@@ -216,12 +246,19 @@ def test_two_trainings_do_not_share_a_folder(refused, recipe, shards, trained):
     lock.release()
 
 
-def test_a_loss_that_is_not_finite_stops_before_it_is_saved(run, refused, recipe, shards, tmp_path):
+def test_a_run_that_blows_up_goes_back_and_in_the_end_stops_with_a_good_checkpoint(run, recipe, shards, tmp_path):
     out = tmp_path / "run"
-    call = ["train", recipe, "--set", f"data.train={shards}", "--set", "optim.lr=1e30", "--set", "log.every_steps=100"]
-    assert "the loss is nan at step" in run(*call, "--out", out).err
+    settings = [f"data.train={shards}", "steps=200", "optim.lr=1e30", "checkpoint.every_steps=1", "guard.patience=2"]
+    flags = [part for setting in settings for part in ("--set", setting)]
+    result = run("train", recipe, *flags, "--out", out)
+    assert result.status == 2
+    assert "lower optim.lr" in result.err
+    assert "Traceback" not in result.err
     for folder in checkpoint.checkpoints(out):
         assert all(torch.isfinite(t).all() for t in load_file(folder / "model" / "model.safetensors").values())
+    named = [json.loads(line) for line in (out / "nonfinite.jsonl").read_text().splitlines()]
+    assert all(line["samples"] and set(line["samples"][0]) == {"shard", "key"} for line in named)
+    assert all(math.isfinite(line.get("loss", 0)) for line in metrics(out))
 
 
 def test_a_recipe_in_the_run_folder_is_not_overwritten(refused, recipe, shards, tmp_path):
@@ -290,12 +327,17 @@ def test_bf16_trains(run, recipe, shards, tmp_path):
     assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "run").values())
 
 
-def test_a_broken_checkpoint_is_refused_by_name(run, refused, recipe, shards, tmp_path):
-    call = ["train", recipe, "--set", f"data.train={shards}", "--out", tmp_path / "run", "--resume"]
-    assert run(*call, "--set", "steps=2").status == 0
-    path = tmp_path / "run" / "checkpoints" / "step-000002" / "optimizer.safetensors"
+def test_a_cut_checkpoint_is_refused_by_name_and_the_one_before_is_taken(run, recipe, shards, trained, tmp_path):
+    call = ["train", recipe, "--set", f"data.train={shards}", "--out", tmp_path / "run", "--resume", "--set"]
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "manifest.json").unlink()
+    path = tmp_path / "run" / "checkpoints" / "step-000006" / "optimizer.safetensors"
     path.write_bytes(path.read_bytes()[:100])
-    assert "step-000002 is broken" in refused(*call)
+    result = run(*call, "log.every_steps=1")
+    assert result.status == 0
+    assert "step-000006" in result.err
+    assert "optimizer.safetensors" in result.err
+    assert_equal_runs(tmp_path / "run", trained)
 
 
 def two_ranks(recipe, shards, out, *settings):
@@ -342,7 +384,7 @@ def test_two_ranks_train_the_model_that_one_does(recipe, shards, trained, tmp_pa
 
 def test_parameter_groups_spare_what_must_not_decay():
     model = tiny_model(init_logit_bias=-10.0)
-    decayed, spared = parameter_groups(model, 0.3)
+    decayed, spared = parameter_groups(model.named_parameters(), 0.3)
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
     names = {id(p): name for name, p in model.named_parameters()}
     spared_names = {names[id(p)] for p in spared["params"]}

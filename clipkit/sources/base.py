@@ -10,7 +10,7 @@ from clipkit.errors import BadSample, ClipkitError
 from clipkit.log import note
 from clipkit.storage import describe, is_remote, read_bytes
 
-__all__ = ["Files", "Sample", "Source", "check_ids", "extension_of", "own_columns", "sample_id"]
+__all__ = ["Files", "Sample", "Source", "check_ids", "extension_of", "own_columns", "sample_id", "text_id"]
 
 PATIENCE = 20.0  # seconds for one image: long lists of URLs hold many dead ones
 
@@ -18,6 +18,11 @@ PATIENCE = 20.0  # seconds for one image: long lists of URLs hold many dead ones
 def sample_id(key: str) -> int:
     """A 63-bit id of a sample: BLAKE2b of its key. 63, because FAISS ids are signed."""
     return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") >> 1
+
+
+def text_id(caption: str) -> int:
+    """A 63-bit id of a text, the same for texts that differ in their case only, which most tokenizers pass over."""
+    return sample_id(caption.lower())
 
 
 def check_ids(keys: Sequence[str], ids: Sequence[int]) -> None:

@@ -6,15 +6,17 @@ open_clip and transformers are imported here and nowhere else, and only when a m
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
 from clipkit.artifact import MODEL_FOLDER, kind_of, relative_to_artifact
+from clipkit.checkpoint_files import best_checkpoint, checkpoint_name, checkpoints
 from clipkit.config import explain_validation
 from clipkit.errors import ClipkitError, did_you_mean
+from clipkit.log import note
 from clipkit.preprocess import Preprocess
-from clipkit.settings import ModelConfig
+from clipkit.settings import ModelConfig, TowersConfig
 from clipkit.towers.dual_encoder import DualEncoder
 
 if TYPE_CHECKING:
@@ -32,32 +34,47 @@ __all__ = [
     "pick_device",
 ]
 
+SIDES: tuple[Literal["image", "text"], ...] = ("image", "text")
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 
 
-def create_model(config: str | ModelConfig, preprocess: dict[str, Any] | None = None) -> DualEncoder:
+def create_model(
+    config: str | ModelConfig, preprocess: dict[str, Any] | None = None, towers: TowersConfig | None = None
+) -> DualEncoder:
     """Make the model that a training run starts from.
 
     Args:
         config: an architecture of one's own; ``open_clip:NAME``, a named architecture with random weights; or anything
             that `load_model` takes, for starting from trained weights.
         preprocess: fields of `clipkit.preprocess.Preprocess` to set differently.
+        towers: whose ``init`` names models that the image or the text tower is taken from; an image tower brings its
+            preprocessing.
 
     Raises:
-        ClipkitError: where there is no such model or a setting does not exist.
+        ClipkitError: where there is no such model, a setting does not exist, or a tower does not fit.
     """
     from clipkit.towers.openclip import OpenClipEncoder
 
     if isinstance(config, ModelConfig):
-        return OpenClipEncoder.from_config(config, preprocess)
-    if config.startswith("open_clip:") and "/" not in config:
-        return OpenClipEncoder.from_name(config.removeprefix("open_clip:"), None, preprocess)
-    model = load_model(config)
+        model = OpenClipEncoder.from_config(config)
+    elif config.startswith("open_clip:") and "/" not in config:
+        model = OpenClipEncoder.from_name(config.removeprefix("open_clip:"), None)
+    else:
+        model = load_model(config)
+    starts = {side: getattr(towers or TowersConfig(), side).init for side in SIDES}
+    for side in SIDES:
+        if starts[side] is not None:
+            from clipkit.towers.start import take_tower
+
+            take_tower(model, side, starts[side])
     if preprocess:
         try:
             model.set_preprocess(Preprocess.model_validate({**model.preprocess.model_dump(), **preprocess}))
         except ValidationError as error:
             raise ClipkitError(explain_validation(error, Preprocess, "preprocess.")) from error
+    backbone = config.text_cfg.get("hf_model_name") if isinstance(config, ModelConfig) else None
+    if backbone and starts["text"] is None and any(Path(backbone).glob("*.safetensors")):
+        note(f"the text tower starts from random weights; towers.text.init={backbone} takes those in the folder")
     return model
 
 
@@ -65,9 +82,9 @@ def load_model(spec: str | Path, device: "str | torch.device" = "cpu") -> DualEn
     """Load a trained model, ready for inference.
 
     Args:
-        spec: a run folder (its last weights), ``RUN@step-420`` (a checkpoint), a local folder in open_clip's or Hugging
-            Face's form, ``open_clip:ViT-B-32/laion2b_s34b_b79k``, or ``hf:openai/clip-vit-base-patch32``. A local
-            folder never touches the network.
+        spec: a run folder (its last weights), ``RUN@best`` or ``RUN@step-420`` (a checkpoint), a local folder in
+            open_clip's or Hugging Face's form, ``open_clip:ViT-B-32/laion2b_s34b_b79k``, or
+            ``hf:openai/clip-vit-base-patch32``. A local folder never touches the network.
         device: where to put it.
 
     Returns:
@@ -104,24 +121,38 @@ def model_folder(spec: str | Path) -> Path | None:
     spec = str(spec)
     run, at, which = spec.rpartition("@")
     if at and Path(run).is_dir():
-        number = re.fullmatch(r"step-(\d+)", which)
-        chosen = Path(run) / "checkpoints" / (f"step-{int(number[1]):06d}" if number else which)
-        if not (chosen / MODEL_FOLDER).is_dir():
-            known = [p.name for p in sorted((Path(run) / "checkpoints").glob("step-*"))]
-            raise ClipkitError(
-                f"{run} has no checkpoint {which!r}{did_you_mean(which, known)}; it has {', '.join(known) or 'none'}"
-            )
-        return chosen / MODEL_FOLDER
+        return _checkpoint(Path(run), which) / MODEL_FOLDER
     folder = Path(spec)
     if not folder.is_dir():
         return None
     if (folder / MODEL_FOLDER).is_dir():
         return folder / MODEL_FOLDER
     if (folder / "checkpoints").is_dir():
-        steps = sorted(p.name for p in (folder / "checkpoints").glob("step-*"))
-        hint = f"use {spec.rstrip('/')}@{steps[-1]}, or finish it with --resume" if steps else "finish it with --resume"
+        steps = checkpoints(folder)
+        hint = (
+            f"use {spec.rstrip('/')}@{steps[-1].name}, or finish it with --resume"
+            if steps
+            else "finish it with --resume"
+        )
         raise ClipkitError(f"{folder} is a run without a finished model; {hint}")
     return folder
+
+
+def _checkpoint(run: Path, which: str) -> Path:
+    number = re.fullmatch(r"step-(\d+)", which)
+    chosen = run / "checkpoints" / (checkpoint_name(int(number[1])) if number else which)
+    known = [path.name for path in checkpoints(run)]
+    has = f"it has {', '.join(known) or 'none'}"
+    if which == "best":
+        best = best_checkpoint(run)
+        if best is None:
+            raise ClipkitError(
+                f"{run} kept no best checkpoint (validation.best=FIGURE does, such as image_retrieval_recall@1); {has}"
+            )
+        chosen = best[0]
+    elif not (chosen / MODEL_FOLDER).is_dir():
+        raise ClipkitError(f"{run} has no checkpoint {which!r}{did_you_mean(which, [*known, 'best'])}; {has}")
+    return chosen
 
 
 def model_reference(model: DualEncoder, spec: str | Path, artifact: Path) -> dict[str, Any]:

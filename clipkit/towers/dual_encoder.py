@@ -1,9 +1,10 @@
 """`DualEncoder`: an image tower and a text tower that embed into one space, with all that is needed to use them."""
 
+import functools
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from torch import Tensor, nn
 
 from clipkit.artifact import write_json
 from clipkit.decode import decode, to_rgb
+from clipkit.errors import ClipkitError
 from clipkit.preprocess import Preprocess
+from clipkit.towers.layers import Layout, Side, under
 
-__all__ = ["MODEL_FILE", "DualEncoder", "Tokenizer"]
+__all__ = ["BACKBONE", "MODEL_FILE", "DualEncoder", "Tokenizer"]
 
 MODEL_FILE = "clipkit.json"
+BACKBONE = "backbone."  # what the names of a `DualEncoder`'s weights begin with, and its library's own do not
 PROBES = ("a photo of a cat.", "Ünïcode 漢字 42!", "two  spaces, UPPER case", "")
 
 Tokenizer = Callable[[list[str]], Tensor]
@@ -59,6 +63,7 @@ class DualEncoder(nn.Module, ABC):
         self.context_length = context_length
         self.embed_dim = embed_dim
         self.activation = activation
+        self.locked: tuple[Side, ...] = ()
 
     def set_preprocess(self, preprocess: Preprocess) -> None:
         """Look at images another way from now on. It is part of the fingerprint."""
@@ -71,6 +76,37 @@ class DualEncoder(nn.Module, ABC):
 
     @abstractmethod
     def _text_features(self, tokens: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _needed_length(self, tokens: Tensor) -> int: ...
+
+    @abstractmethod
+    def layouts(self) -> dict[Side, Layout]:
+        """Which of the backbone's parameters belong to which layer of which tower."""
+
+    @abstractmethod
+    def check_image_size(self, side: int) -> None:
+        """Refuse a side of square training images that the image tower cannot see.
+
+        Raises:
+            ClipkitError: where it is no multiple of the patches' side, or positions cannot be interpolated.
+        """
+
+    @abstractmethod
+    def set_patch_dropout(self, share: float | None) -> None:
+        """Leave out that share of an image's patches in training (Li et al. 2023, "FLIP"); None: as the model says.
+
+        Raises:
+            ClipkitError: where the image tower has no patches to leave out, or is locked.
+        """
+
+    @abstractmethod
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Compute activations again in the backward pass instead of keeping them (Chen et al. 2016).
+
+        Raises:
+            ClipkitError: for a tower that cannot.
+        """
 
     @property
     @abstractmethod
@@ -97,11 +133,14 @@ class DualEncoder(nn.Module, ABC):
         return pixels.to(self.dtype, memory_format=torch.channels_last)
 
     def encode_image(self, pixels: Shaped[Tensor, "n 3 height width"]) -> Float[Tensor, "n dim"]:
-        """Unit-norm float32 embeddings of uint8 pixels (or of floats that are normalised already)."""
+        """Unit-norm float32 embeddings of uint8 pixels (or of floats that are normalised already).
+
+        Positions are interpolated for images of another size than the model's own; see `check_image_size`.
+        """
         return F.normalize(self._image_features(self._normalise(pixels)).float(), dim=-1)
 
     def encode_text(self, tokens: Int64[Tensor, "n context"]) -> Float[Tensor, "n dim"]:
-        """Unit-norm float32 embeddings of tokens."""
+        """Unit-norm float32 embeddings of tokens, as many as the context has or fewer; see `trim` and `shorten`."""
         return F.normalize(self._text_features(tokens).float(), dim=-1)
 
     def forward(
@@ -118,6 +157,95 @@ class DualEncoder(nn.Module, ABC):
     def tokenize(self, texts: Sequence[str]) -> Int64[Tensor, "n context"]:
         """Tokens of the texts, padded and cut to the context length."""
         return self.tokenizer(list(texts))
+
+    def trim(self, tokens: Int64[Tensor, "n context"], multiple: int = 1) -> Int64[Tensor, "n kept"]:
+        """Cut the columns that cannot change any embedding: the padding of the batch's longest text, mostly.
+
+        Only where that is certain: under a causal mask what comes after the pooled token is not seen, and Hugging Face
+        encoders mask their padding. All columns stay where the tower looks at its padding (SigLIP). Embeddings and
+        gradients are those of the padded texts up to rounding, dropout within a text tower aside.
+
+        Args:
+            tokens: still on the CPU; on a GPU this waits for the device.
+            multiple: keep a multiple of so many columns, so that compiled towers meet fewer shapes.
+        """
+        needed = self._needed_length(tokens) if len(tokens) else 1
+        return tokens[:, : -(-needed // multiple) * multiple]
+
+    def shorten(self, tokens: Int64[Tensor, "n context"], length: int) -> Int64[Tensor, "n length"]:
+        """The first `length` tokens; a longer text ends in its end-of-text token all the same (Li et al. 2023)."""
+        short, end = tokens[:, :length].clone(), self._end_token()
+        if end is not None:
+            cut = (tokens == end).any(1) & ~(short == end).any(1)
+            short[cut, -1] = end
+        return short
+
+    def _end_token(self) -> int | None:
+        end = getattr(self.tokenizer, "eot_token_id", None)  # open_clip's BPE
+        if end is None:
+            tokenizer = self.tokenizer.tokenizer  # type: ignore[attr-defined]
+            end = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
+        return end
+
+    def layer_modules(self, side: Side) -> list[nn.Module]:
+        """A tower's layers from input to output, for sharding or compiling them one by one; none of a timm network."""
+        names = [parts[0] for parts in self.layouts()[side].layers if len(parts) == 1]
+        return [self.backbone.get_submodule(name) for name in names]
+
+    def layer_depths(self) -> dict[str, tuple[Side | None, int]]:
+        """For each parameter's name its tower and depth: 0 embeddings, 1 … L layers, L + 1 last norm and projection.
+
+        The logit scale and bias are in no tower.
+        """
+        layouts = self.layouts()
+        depths: dict[str, tuple[Side | None, int]] = {}
+        for name, _ in self.backbone.named_parameters():
+            depths[f"backbone.{name}"] = (None, 0)
+            for side, layout in layouts.items():
+                if under(name, layout.root):
+                    depths[f"backbone.{name}"] = (side, layout.depth(name))
+        return depths
+
+    def lock(self, side: Side, unlocked_layers: int = 0) -> None:
+        """Keep a tower as it is, except for its projection into the shared space (Zhai et al. 2022, "LiT").
+
+        Its parameters no longer require gradients, so that autograd keeps no activations of it, and it stays in
+        evaluation mode under `train`: no dropout, BatchNorm's statistics as they are. Zhai et al. have no projection on
+        the locked side at all; one that a tower was pretrained with, or needs for another dimension, does learn.
+
+        Args:
+            side: which tower.
+            unlocked_layers: how many of its last layers learn all the same, and the last norm with them.
+
+        Raises:
+            ClipkitError: where it has fewer layers.
+        """
+        layout = self.layouts()[side]
+        if unlocked_layers > len(layout.layers):
+            raise ClipkitError(
+                f"towers.{side}.unlocked_layers={unlocked_layers}: the {side} tower has {len(layout.layers)} layers"
+            )
+        learning = layout.learning(unlocked_layers)
+        for name, parameter in self.backbone.named_parameters():
+            if under(name, layout.root) and not under(name, learning):
+                parameter.requires_grad_(False)
+        self.locked = (*self.locked, side)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "DualEncoder":
+        """Training mode, or evaluation mode; of a locked tower only what learns goes into training mode."""
+        super().train(mode)
+        if mode and self.locked:
+            layouts = self.layouts()
+            roots = [root for side in self.locked for root in layouts[side].root]
+            modules = [module for name, module in self.backbone.named_modules() if under(name, roots)]
+            for module in modules:
+                module.training = False
+            for module in modules:
+                parameters = list(module.parameters())
+                if parameters and all(p.requires_grad for p in parameters):
+                    module.train()
+        return self
 
     def load_image(self, image: Image.Image | bytes | str | Path) -> np.ndarray:
         """Pixels of one image, uint8 ``[3, height, width]``.
@@ -151,48 +279,69 @@ class DualEncoder(nn.Module, ABC):
             rows.append(self.encode_text(tokens).cpu().numpy())
         return np.concatenate(rows)
 
+    @functools.cached_property
     def tokenizer_state(self) -> str:
-        """What decides how texts become tokens, as a canonical string; see also `PROBES`."""
+        """What decides how texts become tokens, as a canonical string; see also `PROBES`.
+
+        Kept, as sorting a vocabulary halts every other thread for a fifth of a second.
+        """
         vocabulary = getattr(self.tokenizer, "encoder", None)  # open_clip's BPE
         if vocabulary is None:
             vocabulary = self.tokenizer.tokenizer.get_vocab()  # type: ignore[attr-defined]
         probes = self.tokenize(PROBES).tolist()
         return json.dumps([sorted(vocabulary.items()), probes], ensure_ascii=False)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, weights: Mapping[str, Tensor] | None = None) -> str:
         """32 hex digits over the weights' values, the tokenizer and the preprocessing.
 
         The values, not the files: saving the model again, moving it or storing it in another order changes nothing.
         A second of work per two gigabytes of weights.
+
+        Args:
+            weights: as in `save`.
         """
         hasher = hashlib.blake2b(digest_size=16)
-        for name, tensor in sorted(self.backbone.state_dict().items()):
+        for name, tensor in sorted(self._weights(weights).items()):
             if name.endswith("num_batches_tracked"):  # of BatchNorm in training; no output depends on it
                 continue
             hasher.update(f"{name}{list(tensor.shape)}".encode())
-            hasher.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy())
+            values: Any = tensor.to("cpu", torch.float32).contiguous().numpy()  # numpy's stubs know no buffers
+            hasher.update(values)
         about = [self.preprocess.model_dump(mode="json"), self.context_length, self.activation]
         hasher.update(json.dumps(about, sort_keys=True).encode())
-        hasher.update(self.tokenizer_state().encode("utf-8", "surrogatepass"))
+        hasher.update(self.tokenizer_state.encode("utf-8", "surrogatepass"))
         return hasher.hexdigest()
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
         """Write everything that is needed to use the model offline: weights, tokenizer, preprocessing, settings.
 
         The folder is also an ordinary model folder of the library that the towers come from.
+
+        Args:
+            folder: is made.
+            weights: written instead of the model's own, by the names and with the shapes of its `state_dict` (such as
+                ``backbone.logit_scale``), all of them. The model's own tensors are not looked at then, so another
+                thread may train it meanwhile.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self._save_backbone(folder)
+        tensors = self._weights(weights)
+        self._save_backbone(folder, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
         about = {
-            "fingerprint": self.fingerprint(),
+            "fingerprint": self.fingerprint(weights),
             "embed_dim": self.embed_dim,
             "context_length": self.context_length,
             "activation": self.activation,
-            "logit_scale": float(self.logit_scale.detach().float().exp()),
-            "logit_bias": None if self.logit_bias is None else float(self.logit_bias.detach()),
+            "logit_scale": float(tensors["logit_scale"].float().exp()),
+            "logit_bias": float(tensors["logit_bias"]) if "logit_bias" in tensors else None,
             "preprocess": self.preprocess.model_dump(mode="json"),
         }
         write_json(folder / MODEL_FILE, about)
 
+    def _weights(self, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """What is to be saved, by the backbone's names."""
+        if weights is None:
+            return {name: tensor.detach() for name, tensor in self.backbone.state_dict().items()}
+        return {name.removeprefix(BACKBONE): tensor.detach() for name, tensor in weights.items()}
+
     @abstractmethod
-    def _save_backbone(self, folder: Path) -> None: ...
+    def _save_backbone(self, folder: Path, weights: dict[str, Tensor]) -> None: ...

@@ -1,10 +1,13 @@
 """CLIP and SigLIP models in Hugging Face's form, from a local folder."""
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
@@ -12,8 +15,9 @@ from clipkit.artifact import read_json
 from clipkit.errors import ClipkitError
 from clipkit.preprocess import Preprocess
 from clipkit.towers.dual_encoder import MODEL_FILE, DualEncoder
+from clipkit.towers.layers import Layout, Side, huggingface_layouts
 
-__all__ = ["HuggingFaceEncoder", "load_tokenizer"]
+__all__ = ["MODEL_TYPES", "HuggingFaceEncoder", "load_text_model", "load_tokenizer"]
 
 # Dual encoders whose text tower pools a position that padding cannot reach (CLIP: the first end token under a causal
 # mask; SigLIP: the last position, trained on padded texts), so tokens alone say everything.
@@ -85,10 +89,39 @@ class HuggingFaceEncoder(DualEncoder):
         return cls(model.float(), PaddedTokenizer(tokenizer, length), processor, preprocess)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
-        return self.backbone.get_image_features(pixel_values=pixels).pooler_output
+        own = self.backbone.config.vision_config.image_size
+        other = tuple(pixels.shape[-2:]) != (own, own)
+        return self.backbone.get_image_features(pixel_values=pixels, interpolate_pos_encoding=other).pooler_output
 
     def _text_features(self, tokens: Tensor) -> Tensor:
         return self.backbone.get_text_features(input_ids=tokens).pooler_output
+
+    def _needed_length(self, tokens: Tensor) -> int:
+        config = self.backbone.config
+        if config.model_type != "clip":  # SigLIP pools the last position, without any mask
+            return tokens.shape[1]
+        # Under CLIP's causal mask. With 2, a wrong value of old configurations, it pools the largest token.
+        end = config.text_config.eos_token_id
+        pooled = tokens.argmax(1) if end == 2 else (tokens == end).int().argmax(1)
+        return int(pooled.max()) + 1
+
+    def layouts(self) -> dict[Side, Layout]:
+        return huggingface_layouts(self.backbone)
+
+    def check_image_size(self, side: int) -> None:
+        vision = self.backbone.config.vision_config
+        if side != vision.image_size and side % vision.patch_size:
+            raise ClipkitError(f"phases.image_size={side}: this image tower needs a multiple of {vision.patch_size}")
+
+    def set_patch_dropout(self, share: float | None) -> None:
+        if share:
+            raise ClipkitError("patch_dropout: transformers' image towers have none; only open_clip's ViT has")
+
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        if on:
+            self.backbone.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.backbone.activation_checkpointing_disable()
 
     @property
     def logit_scale(self) -> nn.Parameter:
@@ -98,8 +131,17 @@ class HuggingFaceEncoder(DualEncoder):
     def logit_bias(self) -> nn.Parameter | None:
         return getattr(self.backbone, "logit_bias", None)
 
-    def _save_backbone(self, folder: Path) -> None:
-        self.backbone.save_pretrained(folder)
+    def _save_backbone(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        # As the backbone's own save_pretrained does, which would however note its dtype, not that of these weights,
+        # and then fp32 masters of a bf16 model were cut to bf16 when they are loaded.
+        config = copy.deepcopy(self.backbone.config)
+        config.architectures = [type(self.backbone).__name__]
+        config.dtype = str(weights["logit_scale"].dtype).removeprefix("torch.")
+        config.save_pretrained(folder)
+        try:
+            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:  # how a full disk shows here
+            raise OSError(str(error)) from error
         self.tokenizer.tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
         self.processor.save_pretrained(folder)
 
@@ -119,6 +161,28 @@ def load_tokenizer(folder: Path) -> PaddedTokenizer:
     except Exception as error:  # as in `HuggingFaceEncoder.from_folder`
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ClipkitError(f"cannot load the tokenizer in {folder}: {reason}") from error
+
+
+def load_text_model(folder: Path) -> tuple[Any, set[str]]:
+    """A text encoder such as XLM-R or BERT from a local folder, and the names of weights that the folder lacks.
+
+    Raises:
+        ClipkitError: where a file is missing or broken.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = AutoModel.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+    except Exception as error:  # as in `HuggingFaceEncoder.from_folder`
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ClipkitError(f"cannot load the text model in {folder}: {reason}") from error
+    model, info = loaded
+    missing = set(info["missing_keys"])
+    if model.config.is_encoder_decoder:
+        return model.encoder, {name.removeprefix("encoder.") for name in missing}
+    return model, missing
 
 
 def _preprocess_of(processor: Any, folder: Path) -> Preprocess:

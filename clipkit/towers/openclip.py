@@ -24,8 +24,10 @@ from clipkit.config import explain_validation
 from clipkit.errors import ClipkitError, did_you_mean
 from clipkit.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
 from clipkit.settings import ModelConfig
+from clipkit.towers import openclip_forward
 from clipkit.towers.dual_encoder import MODEL_FILE, DualEncoder, Tokenizer
 from clipkit.towers.fast import speed_up
+from clipkit.towers.layers import Layout, Side, openclip_layouts
 
 __all__ = ["OpenClipEncoder", "load_tokenizer"]
 
@@ -39,26 +41,30 @@ class OpenClipEncoder(DualEncoder):
 
     def __init__(self, model: Any, model_cfg: dict[str, Any], tokenizer: Tokenizer, preprocess: Preprocess):
         self.model_cfg = model_cfg
-        text = getattr(model, "text", model)
+        self._recompute = False
+        self._patch_dropout = float(model_cfg["vision_cfg"].get("patch_dropout") or 0)
+        if hasattr(model.visual, "patch_dropout"):
+            model.visual.patch_dropout = openclip_forward.PatchDropout(self._patch_dropout)
         super().__init__(
             speed_up(model),
             tokenizer,
             preprocess,
-            context_length=model_cfg["text_cfg"].get("context_length") or text.context_length,
+            context_length=_context_length(model_cfg),
             embed_dim=model_cfg["embed_dim"],
             activation="quick_gelu" if model_cfg.get("quick_gelu") else "gelu",
         )
 
     @classmethod
-    def from_config(cls, config: ModelConfig, preprocess: dict[str, Any] | None = None) -> "OpenClipEncoder":
+    def from_config(cls, config: ModelConfig) -> "OpenClipEncoder":
         """Random weights for an architecture of one's own."""
         model_cfg = config.model_dump(exclude_none=True)
+        if "hf_model_name" in model_cfg["text_cfg"]:  # open_clip would take its own byte-pair encoding
+            model_cfg["text_cfg"].setdefault("hf_tokenizer_name", model_cfg["text_cfg"]["hf_model_name"])
         model = _build(model_cfg)
-        size = {"size": _image_size(model)}
-        return cls(model, model_cfg, load_tokenizer(model_cfg, None), _preprocess({**size, **(preprocess or {})}))
+        return cls(model, model_cfg, load_tokenizer(model_cfg, None), _preprocess({"size": _image_size(model)}))
 
     @classmethod
-    def from_name(cls, name: str, tag: str | None, preprocess: dict[str, Any] | None = None) -> "OpenClipEncoder":
+    def from_name(cls, name: str, tag: str | None) -> "OpenClipEncoder":
         """A named architecture, with random weights or with those of a tag (which open_clip downloads)."""
         model_cfg = open_clip.get_model_config(name)
         if model_cfg is None:
@@ -81,7 +87,7 @@ class OpenClipEncoder(DualEncoder):
                     name, tag, force_quick_gelu=model_cfg["quick_gelu"], require_pretrained=True
                 )
             found = dict(model.visual.preprocess_cfg)
-        settings = {**_known(found), "size": _image_size(model), **(preprocess or {})}
+        settings = {**_known(found), "size": _image_size(model)}
         return cls(model, model_cfg, load_tokenizer(model_cfg, name), _preprocess(settings))
 
     @classmethod
@@ -104,10 +110,32 @@ class OpenClipEncoder(DualEncoder):
         return cls(model, model_cfg, load_tokenizer(model_cfg, None, folder), _preprocess(settings))
 
     def _image_features(self, pixels: Tensor) -> Tensor:
-        return self.backbone.encode_image(pixels)
+        return openclip_forward.image_features(self.backbone, pixels, recompute=self._recompute and self.training)
 
     def _text_features(self, tokens: Tensor) -> Tensor:
-        return self.backbone.encode_text(tokens)
+        return openclip_forward.text_features(self.backbone, tokens)
+
+    def _needed_length(self, tokens: Tensor) -> int:
+        return openclip_forward.needed_length(self.backbone, tokens)
+
+    def layouts(self) -> dict[Side, Layout]:
+        return openclip_layouts(self.backbone)
+
+    def check_image_size(self, side: int) -> None:
+        openclip_forward.check_image_size(self.backbone.visual, side)
+
+    def set_patch_dropout(self, share: float | None) -> None:
+        dropout = getattr(self.backbone.visual, "patch_dropout", None)
+        if share and dropout is None:
+            raise ClipkitError("patch_dropout: this image tower has no patches to leave out; only open_clip's ViT has")
+        if share and "image" in self.locked:
+            raise ClipkitError("patch_dropout: a locked image tower sees whole images; leave it unset")
+        if dropout is not None:
+            dropout.prob = self._patch_dropout if share is None else share
+
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        openclip_forward.checkpoint_gradients(self.backbone, on)
+        self._recompute = on
 
     @property
     def logit_scale(self) -> nn.Parameter:
@@ -117,11 +145,10 @@ class OpenClipEncoder(DualEncoder):
     def logit_bias(self) -> nn.Parameter | None:
         return self.backbone.logit_bias
 
-    def _save_backbone(self, folder: Path) -> None:
-        tensors = {name: t.detach().cpu().contiguous() for name, t in self.backbone.state_dict().items()}
+    def _save_backbone(self, folder: Path, weights: dict[str, Tensor]) -> None:
         with atomic_write(folder / "model.safetensors") as handle:
             try:
-                save_file(tensors, handle.name)
+                save_file(weights, handle.name)
             except SafetensorError as error:  # how a full disk shows here
                 raise OSError(str(error)) from error
         model_cfg = json.loads(json.dumps(self.model_cfg))
@@ -153,7 +180,7 @@ def _build(model_cfg: dict[str, Any]) -> Any:
     text_cfg = model_cfg["text_cfg"]
     custom = model_cfg.pop("custom_text", False) or "hf_model_name" in text_cfg
     if "hf_model_name" in text_cfg and Path(text_cfg["hf_model_name"]).is_dir():
-        text_cfg["hf_model_pretrained"] = False  # the saved weights come next
+        text_cfg["hf_model_pretrained"] = False  # saved weights come next, or those that towers.text.init names
     with _plain_errors("the model"):
         return (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**model_cfg)
 
@@ -177,7 +204,7 @@ def _load_weights(model: Any, folder: Path) -> None:
 def load_tokenizer(model_cfg: dict[str, Any], name: str | None, folder: Path | None = None) -> Tokenizer:
     """The tokenizer of an open_clip configuration: from the model's folder, by the model's name, or the usual one."""
     text_cfg = model_cfg["text_cfg"]
-    length = text_cfg.get("context_length", 77)
+    length = _context_length(model_cfg)
     options = text_cfg.get("tokenizer_kwargs") or {}
     if folder is not None and text_cfg.get("hf_tokenizer_name"):
         with _plain_errors(f"the tokenizer in {folder}"):
@@ -195,6 +222,10 @@ def load_tokenizer(model_cfg: dict[str, Any], name: str | None, folder: Path | N
             mode = text_cfg.get("tokenizer_mode")
             return HFTokenizer(text_cfg["hf_tokenizer_name"], context_length=length, tokenizer_mode=mode, **options)
         return open_clip.get_tokenizer(name) if name else SimpleTokenizer(context_length=length, **options)
+
+
+def _context_length(model_cfg: dict[str, Any]) -> int:
+    return model_cfg["text_cfg"].get("context_length") or CLIPTextCfg.context_length
 
 
 def _known(preprocess_cfg: dict[str, Any]) -> dict[str, Any]:

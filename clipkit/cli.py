@@ -4,7 +4,8 @@ A verb is a file in ``train/``, ``index/`` or ``eval/``; its first docstring lin
 reads source text only, so ``clipkit --help`` imports nothing heavy. A job is an ordinary script: it may be copied,
 changed and run by itself with ``python``; `Job` below gives it the same errors and exit status there.
 
-Exit status: 0 all done; 1 done, with failures that were listed; 2 could not be done; 130 interrupted.
+Exit status: 0 all done; 1 done, with failures that were listed; 2 could not be done; 75 training that was told to stop
+and goes on with --resume; 130 interrupted.
 """
 
 import ast

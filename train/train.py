@@ -95,7 +95,6 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
     run.check(resume=resume, overwrite=overwrite)
     excluded = run.excluded if resume else None
     data = open_train_data(config.data, config.seed, excluded=excluded, is_main=ranks.is_main)
-    identity = data.identity()
     steps = config.total_steps(data.size)
     validation = open_validation(config.validation)
     if resume and run.finished_steps >= steps:
@@ -110,9 +109,9 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
     phases = Phases(config, steps, model)
     objective_of = make_objective(config, data, ranks.device, has_bias=model.logit_bias is not None)
     learner = Learner(model, config, ranks)
-    state = {"step": 0, "samples": 0, "jumped": 0, "data": identity, "best": None, "skipped": 0, "rollbacks": 0}
-    state = learner.restore(last) if last else state
-    run.check_data(state["data"], identity)
+    fresh = {"step": 0, "samples": 0, "jumped": 0, "data": data.identity(), "best": None, "skipped": 0, "rollbacks": 0}
+    state = learner.restore(last) if last else fresh
+    run.check_data(state["data"], fresh["data"])
     if last is None and ranks.world_size > 1:
         set_seed(config.seed + ranks.rank)  # dropout differs between ranks; the weights are made already
 

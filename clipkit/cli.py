@@ -12,6 +12,7 @@ import ast
 import os
 import runpy
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,8 @@ def _report_errors(action: Any, name: str, debug: bool) -> int:
         return 130
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
+            return 2
         print(f"{name}: error: {_one_line(error)}", file=sys.stderr)  # noqa: T201
         return 2
     return status if isinstance(status, int) else 0
@@ -190,7 +192,10 @@ def _overview() -> str:
         "the command itself",
         f"  {'recipes':<10} {(_recipes.help or '').partition(chr(10))[0].rstrip('.')}",
     ]
-    lines += ["", "exit status: 0 done, 1 done with failures that are listed, 2 could not be done"]
+    lines += [
+        "",
+        "exit status: 0 done, 1 done with failures that are listed, 2 could not be done, 75 to be resumed",
+    ]
     return "\n".join(lines)
 
 

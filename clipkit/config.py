@@ -19,6 +19,7 @@ __all__ = [
     "changed_keys",
     "dump_yaml",
     "explain_validation",
+    "flat",
     "load_config",
     "load_yaml",
 ]
@@ -134,9 +135,14 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for name, child in value.items() for k, v in _flat(child, f"{prefix}.{name}".lstrip(".")).items()}
 
 
+def flat(config: BaseModel) -> dict[str, Any]:
+    """Every setting under its dotted key."""
+    return _flat(config.model_dump(mode="json"))
+
+
 def changed_keys(before: TrainConfig, after: TrainConfig, allowed: Iterable[str] = CHANGEABLE) -> list[str]:
     """The keys in which two configurations differ, leaving out those that a resumption may change."""
-    old, new = _flat(before.model_dump(mode="json")), _flat(after.model_dump(mode="json"))
+    old, new = flat(before), flat(after)
     return sorted(
         key
         for key in old.keys() | new.keys()

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from clipkit.embed import cast_for_inference, embed_source, evaluating
 from clipkit.errors import ClipkitError, did_you_mean
-from clipkit.log import note
+from clipkit.log import note, warn
 from clipkit.metrics import retrieval_chance, retrieval_recall, zeroshot_accuracy, zeroshot_chance
 from clipkit.settings import ValidationConfig
 from clipkit.sources import Source, open_source
@@ -36,6 +36,7 @@ __all__ = [
     "open_classes",
     "open_validation",
     "process_group",
+    "validate",
 ]
 
 Value = TypeVar("Value")
@@ -355,3 +356,23 @@ def open_validation(config: ValidationConfig) -> Validation | None:
         None if config.retrieval is None else open_source(config.retrieval, captions_required=True),
         None if config.zeroshot is None else open_classes(config.zeroshot),
     )
+
+
+def validate(validation: Validation, model: DualEncoder, share: dict[str, Any]) -> dict[str, float]:
+    """The figures of a run in the middle of its training, which what it is measured on must not end.
+
+    What cannot be used is told in a warning, and so is a source that is gone: then there are no figures.
+
+    Args:
+        validation: what is measured.
+        model: a copy, as in `Validation.run`.
+        share: this rank and how many there are.
+    """
+    try:
+        figures, left_out = validation.run(model, **share)
+    except ClipkitError as error:  # the same on all ranks
+        warn(f"no validation: {error}")
+        return {}
+    if left_out:
+        warn(f"{len(left_out)} samples cannot be used for validation; the first: {left_out[0]['reason']}")
+    return figures

@@ -25,13 +25,14 @@ def launched() -> bool:
     return "RANK" in os.environ
 
 
-def launch(args: Sequence[str], processes: int, *, gpus: bool) -> int:
-    """Run ``clipkit train ARGS`` in several processes that find each other; returns the worst of their exit statuses.
+def launch(program: str, args: Sequence[str], processes: int, *, gpus: bool) -> int:
+    """Run ``python PROGRAM ARGS`` in several processes that find each other; returns the worst of their exit statuses.
 
     Signals to stop are passed on; when one process fails the others are ended.
 
     Args:
-        args: the command line after the verb.
+        program: the job's file.
+        args: its command line.
         processes: how many.
         gpus: each has a GPU of its own; else all of them compute on the CPU.
 
@@ -52,10 +53,11 @@ def launch(args: Sequence[str], processes: int, *, gpus: bool) -> int:
     if not gpus:
         # Each process would take all cores for itself.
         threads = max(1, (os.cpu_count() or 1) // processes)
-        shared |= {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+        shared |= {"ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": ""}
+        shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "clipkit", "train", *args],
+            [sys.executable, program, *args],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             # Ctrl-C reaches every process of a terminal's group: once from there and once from here would be twice.
             process_group=0,
@@ -86,11 +88,12 @@ def _end_with_parent() -> None:
 
 
 def _watch(started: list[subprocess.Popen[bytes]]) -> int:
-    deadline = None
+    deadline, failed = None, None
     while any(process.poll() is None for process in started):
         # 1 is a run that is done, 75 one that stops in good order: both end by themselves.
-        if deadline is None and any(process.poll() not in (None, 0, 1, 75) for process in started):
-            deadline = time.monotonic() + PATIENCE
+        broken = [process.returncode for process in started if process.poll() not in (None, 0, 1, 75)]
+        if deadline is None and broken:
+            deadline, failed = time.monotonic() + PATIENCE, broken[0]
             for process in started:
                 if process.poll() is None:
                     process.terminate()
@@ -99,8 +102,7 @@ def _watch(started: list[subprocess.Popen[bytes]]) -> int:
                 process.kill()
         time.sleep(0.1)
     statuses = [process.returncode for process in started]
-    # A process that was killed has the signal's number, negative; the one that failed first matters more than those
-    # that were ended because of it.
-    failed = [status for status in statuses if status not in (0, 1, 75, -signal.SIGTERM)]
-    worst = failed[0] if failed else max(statuses, key=abs)
+    # The one that failed first matters more than those that were ended because of it. A process that was killed has the
+    # signal's number, negative.
+    worst = max(statuses, key=abs) if failed is None else failed
     return 128 - worst if worst < 0 else worst

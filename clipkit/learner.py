@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from clipkit.checkpoint import Snapshot, load_checkpoint, take_snapshot
 from clipkit.heap import keep_freed_memory
@@ -54,6 +56,9 @@ class Learner:
         bf16 = ranks.precision == "bf16" and not ranks.sharded  # FSDP2 casts by itself
         self.weights = Weights(model, bf16=bf16, ema=config.optim.ema)
         if config.compile:
+            if config.micro_batch is not None:
+                # The two passes over a micro-batch are compiled apart, and must drop out the same all the same.
+                torch._inductor.config.fallback_random = True
             model.compile()
         self._forward = ranks.wrap(model)
         self._parameters = dict(self.weights.named_parameters())
@@ -61,11 +66,14 @@ class Learner:
         self.optimizers = make_optimizers(
             self._parameters.items(), config.optim, model.layer_depths(), decay, ranks.device
         )
+        self._statistics = [b for m in model.modules() if isinstance(m, _BatchNorm) for b in m.buffers()]
+        self._statistics_before: list[Tensor] = []
         self._names = {id(tensor): name for name, tensor in self._parameters.items()}
 
     def gradient(self, pixels: Tensor, tokens: Tensor, objective: Objective) -> tuple[Gradient, Tensor]:
         """The gradient of a batch's loss, averaged over the ranks and clipped, and its norm before."""
         self.weights.zero_grad()
+        self._statistics_before = [tensor.clone() for tensor in self._statistics]
         found = compute_gradient(
             self._forward,
             pixels,
@@ -76,6 +84,12 @@ class Learner:
         )
         self.ranks.average_gradients(self.ranks.unsharded(self.model))
         return found, clip_gradients(self._parameters.values(), self.config.optim.clip_grad_norm)
+
+    @torch.no_grad()
+    def skip(self) -> None:
+        """Forget the gradient, and what the batch did to running statistics: it may not be finite."""
+        for tensor, before in zip(self._statistics, self._statistics_before, strict=True):
+            tensor.copy_(before)
 
     @torch.no_grad()
     def step(self, rate: float, number: int) -> None:
@@ -141,8 +155,12 @@ class Learner:
 
     def final_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What the run publishes: the average where one is kept, else the weights; whole, every rank must ask."""
+        buffers = dict(self.model.named_buffers())
         for name, tensor in self.weights.named_average() or self.weights.named_tensors():
-            yield name, whole(tensor)
+            value = whole(tensor)
+            if name in buffers:
+                value = self.ranks.of_main(value)  # running statistics are each rank's own
+            yield name, value
 
     def final_model(self) -> DualEncoder:
         """A model of its own with the `final_tensors`, fp32, on the device."""

@@ -24,7 +24,7 @@ from clipkit.augment import Augmentation, augmented_pixels
 from clipkit.decode import Encoded
 from clipkit.errors import BadSample, ClipkitError
 from clipkit.gpu_decode import Waiting, can_wait, decode_waiting
-from clipkit.parallel import Threads, cores
+from clipkit.parallel import Threads, cores, stay
 from clipkit.preprocess import Preprocess
 from clipkit.settings import DataConfig
 from clipkit.shards import Shards
@@ -323,6 +323,7 @@ def _data_loader(batches: Batches, positions: _Positions, pin_memory: bool) -> D
         num_workers=batches.workers,
         prefetch_factor=AHEAD,
         pin_memory=pin_memory,
+        worker_init_fn=stay,
         # A worker gives up by itself; this is for one that cannot even do that.
         timeout=2 * batches.config.timeout + 60,
         # Of its own: an iterator draws a seed, and from the global generator that would shift the model's dropout.

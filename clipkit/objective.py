@@ -58,9 +58,11 @@ def make_objective(
                 total = sigmoid(image, text, scale, bias, **ids)
             else:
                 total = nce(image, text, scale, **ids)
+                # A bias that this loss has no use for: DDP waits for the gradient of everything that learns.
+                total = total if bias is None else total + 0 * bias
             if taught is not None and config.distill is not None:
-                sharp = torch.tensor(config.distill.scale, device=device)
-                total = total + config.distill.weight * distillation(image, text, scale, *taught, sharp)
+                weight, sharpness = config.distill.weight, config.distill.scale
+                total = total + weight * distillation(image, text, scale, *taught, sharpness)
             return total
 
         return objective

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 
 from clipkit.errors import ClipkitError
 
-__all__ = ["Threads", "cores", "in_processes", "in_threads"]
+__all__ = ["Threads", "cores", "in_processes", "in_threads", "stay"]
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -136,6 +136,12 @@ def _run(work: Callable[[Callable[[Any], None]], None], writer: Connection, pare
         message = str(error) if isinstance(error, ClipkitError) else f"{type(error).__name__}: {error}"
         with contextlib.suppress(BrokenPipeError):
             writer.send((False, (message, traceback.format_exc())))
+
+
+def stay(_: int = 0) -> None:
+    """Let signals to stop pass by: they reach the whole group, and the process that this one works for ends it."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _leave(*_: Any) -> NoReturn:

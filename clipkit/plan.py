@@ -64,6 +64,7 @@ def plan_run(
                 began = time.perf_counter()
             seconds += (last - first) * statistics.median(spent[WARM_UP:])
     except torch.OutOfMemoryError:
+        seconds = 0.0  # of what did fit nothing can be told
         problems.append(
             f"a batch of {learner.config.batch_size} does not fit into the memory of {figures['device']}; set "
             "micro_batch (the loss stays over the whole batch), towers.gradient_checkpointing=true, or sharding=full"

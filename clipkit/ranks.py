@@ -7,6 +7,7 @@ cannot be tested on one.
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +20,9 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
+from clipkit.config import flat
 from clipkit.embed import fast_bf16
 from clipkit.errors import ClipkitError
 from clipkit.settings import TrainConfig
@@ -43,8 +46,12 @@ class Ranks:
     """
 
     def __init__(self, config: TrainConfig, folder: Path):
+        if torch.cuda.device_count() == 1:
+            os.environ["LOCAL_RANK"] = "0"  # each process was given a GPU of its own to see; accelerate counts them all
         # accelerate joins the ranks of a CPU launch only when it is told that the CPU is meant.
-        state = PartialState(cpu=pick_device().type == "cpu")
+        cpu = os.environ.get("ACCELERATE_USE_CPU") == "1" or pick_device().type == "cpu"
+        # Ranks wait for what one does alone: a checkpoint on its way to a slow disk, a shard that does not come.
+        state = PartialState(cpu=cpu, timeout=timedelta(seconds=max(3600, 4 * config.data.timeout)))
         if state.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
             raise ClipkitError(f"accelerate joined {state.num_processes} of {os.environ['WORLD_SIZE']} processes")
         self.device = torch.device(state.device or "cpu")
@@ -76,7 +83,10 @@ class Ranks:
 
     def wrap(self, model: DualEncoder) -> Any:
         """The module to call; gradients that its backward pass leaves are the average over the ranks."""
-        return model if self.sharded else self._accelerator.prepare(model)
+        wrapped: Any = model if self.sharded else self._accelerator.prepare(model)
+        if isinstance(wrapped, DistributedDataParallel) and self.precision == "bf16":
+            wrapped.register_comm_hook(None, _average_in_fp32)
+        return wrapped
 
     def unsharded(self, model: DualEncoder) -> list[nn.Parameter]:
         """The logit scale and bias: numbers cannot be divided, so under FSDP each rank holds them."""
@@ -107,19 +117,38 @@ class Ranks:
         return self._accelerator.reduce(told.to(self.device), "mean").tolist()  # type: ignore[union-attr]
 
     def from_main(self, work: Callable[[], Value]) -> Value:
-        """What the work gives on the main rank, told to all: for what is long, or must not be answered in two ways."""
-        told: list[Any] = [work() if self.is_main else None]
+        """What the work gives on the main rank, told to all, who wait for it: what one does, or only one can answer.
+
+        Raises:
+            ClipkitError: on all ranks, where the work raises it.
+        """
+        told: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                told[0] = work()
+            except ClipkitError as error:
+                told[1] = str(error)
         if self.world_size > 1:
             dist.broadcast_object_list(told)
+        if told[1] is not None:
+            raise ClipkitError(told[1])
         return told[0]
+
+    def of_main(self, tensor: Tensor) -> Tensor:
+        """The main rank's, on all of them; a copy where there are several."""
+        if self.world_size == 1:
+            return tensor
+        told = tensor.clone()
+        dist.broadcast(told, 0)
+        return told
 
     def wait(self) -> None:
         """Until every rank is here."""
         self._accelerator.wait_for_everyone()
 
-    def track(self, settings: dict[str, Any]) -> None:
-        """Start the trackers, with the run's settings."""
-        plain = {k: v for k, v in settings.items() if isinstance(v, (int, float, str, bool))}
+    def track(self, config: TrainConfig) -> None:
+        """Start the trackers, with the run's settings as plain values under dotted names."""
+        plain = {k: v for k, v in flat(config).items() if isinstance(v, (int, float, str, bool))}
         self._accelerator.init_trackers("clipkit", plain)
 
     def log(self, figures: dict[str, float], step: int) -> None:
@@ -129,6 +158,14 @@ class Ranks:
     def end(self) -> None:
         """Finish the trackers and let the other processes go."""
         self._accelerator.end_training()
+
+
+def _average_in_fp32(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's own average would be summed in bf16, where the sum over many ranks loses the small ones."""
+    low = bucket.buffer()
+    summed = low.float() / dist.get_world_size()
+    work: Any = dist.all_reduce(summed, async_op=True)
+    return work.get_future().then(lambda done: low.copy_(done.value()[0]))
 
 
 def whole(tensor: Tensor) -> Tensor:

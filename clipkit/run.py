@@ -20,7 +20,6 @@ from clipkit.artifact import (
     write_json,
     write_ledger,
 )
-from clipkit.checkpoint_files import newest_usable
 from clipkit.config import changed_keys, dump_yaml, load_config
 from clipkit.errors import ClipkitError
 from clipkit.settings import TrainConfig
@@ -131,10 +130,6 @@ class Run:
         """Where a finished run ended; 0 for one that is not."""
         path = self.folder / "manifest.json"
         return read_json(path)["counts"]["steps"] if path.is_file() else 0
-
-    def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint that is whole; each newer one that is not is warned of. Reads all of its files."""
-        return newest_usable(self.folder)
 
     def last_loss(self) -> float:
         """The loss that was reported last; NaN where none was."""

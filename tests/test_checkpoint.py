@@ -500,9 +500,9 @@ def test_a_finished_run_publishes_the_weights_it_is_given(tmp_path):
     manifest = run.finish(training.model, {"step": 2, "samples": 32}, training.average)
     assert load_model(tmp_path).fingerprint() == manifest["model"]["fingerprint"]
     assert manifest["model"]["fingerprint"] == training.model.fingerprint(training.average)
-    assert run.last_checkpoint() is None
+    assert newest_usable(tmp_path) is None
     saved = save(training, tmp_path)
-    assert run.last_checkpoint() == saved
+    assert newest_usable(tmp_path) == saved
 
 
 def test_the_estimate_is_what_it_takes(tmp_path):

@@ -83,7 +83,7 @@ def test_the_slurm_script_puts_a_preempted_job_back(tmp_path, status, requeued):
     """With stand-ins for Slurm's commands and ours, which say what they were given."""
     scripts = {
         "scontrol": 'if [ "$1" = show ]; then echo node7; echo node8; else echo "scontrol $*" >> calls; fi',
-        "srun": 'shift; SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_NTASKS=4 exec "$@"',
+        "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_NTASKS=4 exec "$@"',
         "clipkit": f'echo "$RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE $MASTER_ADDR $*" >> calls; exit {status}',
     }
     for name, body in scripts.items():

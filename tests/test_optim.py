@@ -155,7 +155,7 @@ def sharded_steps(rank, world_size):
         decay = {"image": 0.7, "text": 0.9}
         whole = tiny_model().train().to(memory_format=torch.contiguous_format)  # FSDP2 takes no channels_last
         sharded = copy.deepcopy(whole)
-        for layer in sharded.layer_modules("image") + sharded.layer_modules("text"):
+        for layer in [*sharded.backbone.visual.transformer.resblocks, *sharded.backbone.transformer.resblocks]:
             fully_shard(layer, mesh=mesh)
         scalars = {p for p in sharded.parameters() if p.ndim == 0}  # FSDP2 takes none
         fully_shard(sharded, mesh=mesh, ignored_params=scalars)

@@ -53,7 +53,9 @@ def main(
     from clipkit.launch import launch, launched
 
     if init_from is not None:
-        overrides = (*overrides, f"model={json.dumps(init_from)}")
+        # A recipe that takes towers from elsewhere would take them again, over what was trained.
+        own = ("towers.image.init=null", "towers.text.init=null")
+        overrides = (*overrides, f"model={json.dumps(init_from)}", *own)
     config = load_config(find_recipe(recipe), overrides)
     if show_config:
         click.echo(dump_yaml(config), nl=False)
@@ -65,7 +67,7 @@ def main(
     if gpus and processes:
         raise ClipkitError("--gpus and --processes say the same thing of other devices; keep one")
     if (gpus or processes) and not launched():
-        return launch(sys.argv[1:], gpus or processes or 1, gpus=gpus is not None)
+        return launch(__file__, sys.argv[1:], gpus or processes or 1, gpus=gpus is not None)
     return train(config, out, resume=resume, overwrite=overwrite, plan=plan, fmt=fmt)
 
 
@@ -73,7 +75,7 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
     from clipkit.artifact import MODEL_FOLDER
     from clipkit.checkpoint import Saver, newest_usable
     from clipkit.errors import ClipkitError
-    from clipkit.evaluation import open_validation
+    from clipkit.evaluation import open_validation, validate
     from clipkit.guard import Guard
     from clipkit.learner import Learner, prepare_towers
     from clipkit.loader import Batches, describe, open_train_data, train_batches
@@ -110,15 +112,17 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
     objective_of = make_objective(config, data, ranks.device, has_bias=model.logit_bias is not None)
     learner = Learner(model, config, ranks)
     fresh = {"step": 0, "samples": 0, "jumped": 0, "data": data.identity(), "best": None, "skipped": 0, "rollbacks": 0}
+    if ranks.world_size > 1:
+        set_seed(config.seed + ranks.rank)  # dropout differs between ranks; the weights are made already
     state = learner.restore(last) if last else fresh
     run.check_data(state["data"], fresh["data"])
-    if last is None and ranks.world_size > 1:
-        set_seed(config.seed + ranks.rank)  # dropout differs between ranks; the weights are made already
-
     size, first = config.batch_size, state["step"]
 
     def start(first_step: int, end: int) -> Any:
         """Makes batches, and the batches, of steps from the first to the end."""
+        nonlocal data
+        if data.size is None and first_step != first:  # a stream is not read backwards
+            data = open_train_data(config.data, config.seed, is_main=ranks.is_main)
         jumped = state["jumped"]
         before = phases.preprocessing(jumped, size)
         maker = Batches(data, model.preprocess, model.tokenizer, config.data, config.seed, before)
@@ -138,6 +142,7 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
         ranks.end()
         return 1 if figures["problems"] else 0
 
+    maker, batches = start(first, steps)  # nothing is read yet
     ranks.wait()  # every rank has looked at the folder before one changes it
     if ranks.is_main:
         run.begin(resume=resume)
@@ -146,18 +151,16 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
         run.rewind(state["step"], (state["step"] + state["jumped"]) * size)
     ranks.wait()
     guard = Guard(config.guard, state["skipped"], state["rollbacks"])
-    saver = Saver(out, learner.shape, keep=config.checkpoint.keep) if ranks.is_main else None
+    saver = Saver(out, learner.shape, keep=config.checkpoint.keep)  # used on the main rank
     log, pace = MetricsLog(run, ranks), Pace()
-    ranks.track(config.model_dump(mode="json"))
+    ranks.track(config)
     parameters = sum(p.numel() for p in learner.shape.parameters())
     note(f"{parameters / 1e6:.1f} M parameters, {ranks.precision} on {ranks.world_size} x {ranks.device.type}")
     note(f"steps {first:,} to {steps:,} of {size}: {describe(data, steps * size)}")
 
     def go_back(to_step: int) -> dict[str, Any]:
         """Where the last checkpoint stands, and on with the samples after those of `to_step`."""
-        if saver is not None:
-            saver.wait()
-        folder = ranks.from_main(lambda: newest_usable(out))
+        folder = ranks.from_main(lambda: saver.wait() or newest_usable(out))
         if folder is None:
             raise ClipkitError(f"not finite at step {to_step}, and no checkpoint to go back to; lower optim.lr")
         found = learner.restore(folder)
@@ -167,7 +170,6 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
             run.rewind(found["step"], (found["step"] + found["jumped"]) * size)
         return found | {"skipped": guard.skipped, "rollbacks": guard.rollbacks}
 
-    maker, batches = start(first, steps)
     loss, bad, stopping, saved_at = math.nan, 0, False, time.monotonic()
     with StopRequest() as stop, meter("train", steps, "steps", done=first) as advance:
         while state["step"] < steps and not stopping:
@@ -179,13 +181,12 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
             broken = not (math.isfinite(norm.item()) and math.isfinite(gradient.loss.item()))
             late = time.monotonic() - saved_at > 60 * (config.checkpoint.every_minutes or math.inf)
             broken, stopping, due = ranks.any([broken, stop.requested, ranks.is_main and late])
-            verdict = guard.judge(finite=not broken, step=step + 1)
-            rate = learning_rate(step, steps=steps, **config.optim.schedule)
-            if verdict == "step":
-                learner.step(rate, step + 1)
-            else:
+            if broken:
                 named = [data.name(batch["references"][row]) for row in learner.bad_rows(gradient)]
                 run.add_nonfinite(named, step=step + 1, position=position, rank=ranks.rank)
+            verdict = guard.judge(finite=not broken, step=step + 1)
+            rate = learning_rate(step, steps=steps, **config.optim.schedule)
+            learner.step(rate, step + 1) if verdict == "step" else learner.skip()
             run.add_to_ledger(batch["left_out"])
             bad += len(batch["left_out"])
             done = step + 1
@@ -213,36 +214,35 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
                 seen |= {"left_out": run.left_out, "skipped": guard.skipped}
                 log.write(step=done, samples=state["samples"], **seen, **pace.take())
             best, score = False, None
-            if validation is not None and (last_step or done % (config.validation.every_steps or steps) == 0):
+            due = last_step or (not stopping and done % (config.validation.every_steps or steps) == 0)
+            if validation is not None and due:
                 before = time.perf_counter()
-                found, left_out = validation.run(learner.final_model(), **ranks.share())
+                found = validate(validation, learner.final_model(), ranks.share())
                 named = {f"val_{name}": value for name, value in found.items()}
                 log.write(step=done, samples=state["samples"], **named)
-                if left_out:
-                    warn(f"{len(left_out)} samples cannot be used for validation; the first: {left_out[0]['reason']}")
                 score = found.get(config.validation.best)
                 best = score is not None and (state["best"] is None or score > state["best"])
                 state["best"] = score if best else state["best"]
                 pace.pause(time.perf_counter() - before)
             if saves or best:
-                snapshot, saved_at = learner.snapshot(state, saver and saver.spare()), time.monotonic()
-                if saver is not None and snapshot is not None:
+                snapshot, saved_at = learner.snapshot(state, saver.spare()), time.monotonic()
+                if snapshot is not None:
                     saver.save(snapshot, best=best, score=score)
 
-    if saver is not None:
-        saver.wait(final=True)
-    tensors = dict(learner.final_tensors())
+        # Nobody leaves before the main rank has written: who starts several processes ends all when one has ended.
+        finished = state["step"] == steps
+        tensors = dict(learner.final_tensors()) if finished else {}
+        ranks.from_main(lambda: saver.wait(final=True))
+        manifest = ranks.from_main(lambda: run.finish(learner.shape, state, tensors)) if finished else {}
     ranks.end()
-    if state["step"] < steps:
+    if not finished:
         note(f"told to stop: saved at step {state['step']:,} of {steps:,}; the same command with --resume goes on")
         return PREEMPTED
-    if ranks.is_main:
-        manifest = run.finish(learner.shape, state, tensors)
-        name = manifest["model"]["fingerprint"][:12]
-        note(f"{out}: step {state['step']}, loss {run.last_loss():.3f}, model {name} in {out / 'model'}")
-        note(f"next: clipkit embed FOLDER --model {out} --out emb/")
-        if run.left_out:
-            warn(f"{run.left_out:,} unusable samples were replaced, listed in {out / 'ledger.jsonl'}")
+    name = manifest["model"]["fingerprint"][:12]
+    note(f"{out}: step {state['step']}, loss {run.last_loss():.3f}, model {name} in {out / 'model'}")
+    note(f"next: clipkit embed FOLDER --model {out} --out emb/")
+    if run.left_out:
+        warn(f"{run.left_out:,} unusable samples were replaced, listed in {out / 'ledger.jsonl'}")
     return 1 if run.left_out else 0
 
 

@@ -187,11 +187,6 @@ class DualEncoder(nn.Module, ABC):
             end = tokenizer.eos_token_id if tokenizer.sep_token_id is None else tokenizer.sep_token_id
         return end
 
-    def layer_modules(self, side: Side) -> list[nn.Module]:
-        """A tower's layers from input to output, for sharding or compiling them one by one; none of a timm network."""
-        names = [parts[0] for parts in self.layouts()[side].layers if len(parts) == 1]
-        return [self.backbone.get_submodule(name) for name in names]
-
     def layer_depths(self) -> dict[str, tuple[Side | None, int]]:
         """For each parameter's name its tower and depth: 0 embeddings, 1 … L layers, L + 1 last norm and projection.
 

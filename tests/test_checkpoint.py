@@ -69,7 +69,7 @@ class Training:
             scalars = {p for p in self.model.parameters() if p.ndim == 0}
             fully_shard(self.model, ignored_params=scalars)
         self.names = {id(p): name for name, p in self.model.named_parameters()}
-        groups = parameter_groups(self.model, 0.1)
+        groups = parameter_groups(self.model.named_parameters(), 0.1)
         if muon:
             square = [p for p in self.model.parameters() if p.ndim == 2]
             self.optimizers.append(torch.optim.Muon(square, lr=1e-3))

@@ -53,7 +53,12 @@ def assert_same_training(a, b):
 
 @pytest.mark.parametrize(
     "pairs",
-    [("sharding=none",), ("sharding=full",), ("sharding=full", "micro_batch=3"), ("loss.exchange=ring",)],
+    [
+        ("sharding=none",),
+        ("sharding=full",),
+        pytest.param(("sharding=full", "micro_batch=3"), marks=pytest.mark.slow),
+        pytest.param(("loss.exchange=ring",), marks=pytest.mark.slow),
+    ],
     ids=["copied", "divided", "divided, in pieces", "ring"],
 )
 def test_after_twenty_steps_two_ranks_are_where_one_is(recipe, shards, alone, tmp_path, pairs):
@@ -79,6 +84,7 @@ def test_divided_weights_go_on_undivided_and_back(recipe, shards, alone, tmp_pat
             assert torch.allclose(tensor, weights(out)[name], atol=3e-5), name
 
 
+@pytest.mark.slow
 def test_bf16_divided(recipe, shards, tmp_path):
     train(recipe, shards, tmp_path / "run", "sharding=full", "precision=bf16", "optim.kind=muon")
     assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "run").values())

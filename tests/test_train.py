@@ -184,7 +184,7 @@ def assert_equal_checkpoints(a, b):
             assert torch.equal(tensor, load_file(other)[name]), (mine.name, name)
 
 
-@pytest.mark.parametrize("moment", ["writing", "written", "between"])
+@pytest.mark.parametrize("moment", ["writing", pytest.param("written", marks=pytest.mark.slow), "between"])
 def test_killed_from_outside_twice_it_resumes_bit_equal(recipe, shards, trained, tmp_path, moment):
     """While a checkpoint is being written, when one has just been published, and anywhere."""
     out = tmp_path / "run"
@@ -365,6 +365,7 @@ def two_ranks(recipe, shards, out, *settings):
     return subprocess.run(call, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow  # under torchrun; tests/test_ranks.py has the same from one command
 def test_two_ranks_train_the_model_that_one_does(recipe, shards, trained, tmp_path):
     out = tmp_path / "run"
     first = two_ranks(recipe, shards, out, "steps=4")

@@ -180,6 +180,12 @@ class Saver:
         self._begun: Future[None] | None = None
         self._spare: Snapshot | None = None
 
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()  # an error of the run does not take the checkpoint that is being written with it
+
     def spare(self) -> Snapshot | None:
         """The last snapshot that was done with, for `take_snapshot` to overwrite; None where there is none yet."""
         spare, self._spare = self._spare, None

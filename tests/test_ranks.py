@@ -84,6 +84,15 @@ def test_divided_weights_go_on_undivided_and_back(recipe, shards, alone, tmp_pat
             assert torch.allclose(tensor, weights(out)[name], atol=3e-5), name
 
 
+def test_bf16_copied_with_a_bias_that_the_loss_leaves_alone(recipe, shards, trained, tmp_path):
+    """Gradients are bf16 and averaged in fp32, and none comes for the bias: InfoNCE has no use for it."""
+    train(recipe, shards, tmp_path / "run", "precision=bf16", "model.init_logit_bias=-10")
+    assert weights(tmp_path / "run")["logit_bias"].item() == -10
+    for mine, other in zip(metrics(tmp_path / "run"), metrics(trained), strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=0.02)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.1)
+
+
 @pytest.mark.slow
 def test_bf16_divided(recipe, shards, tmp_path):
     train(recipe, shards, tmp_path / "run", "sharding=full", "precision=bf16", "optim.kind=muon")

@@ -150,10 +150,12 @@ def test_another_training(train, trained, pairs):
 
 
 @pytest.mark.slow
-def test_compiled_it_is_the_same_training(recipe, shards, trained, tmp_path):
+@pytest.mark.parametrize("pairs", [[], ["micro_batch=8"]], ids=["whole", "in pieces"])
+def test_compiled_it_is_the_same_training(recipe, shards, trained, tmp_path, pairs):
     """In a process of its own: the shapes that tests check in every signature cannot be traced."""
     out = tmp_path / "run"
-    call = [*TRAIN, str(recipe), "--set", f"data.train={shards}", "--set", "compile=true", "--out", str(out)]
+    flags = [part for pair in (f"data.train={shards}", "compile=true", *pairs) for part in ("--set", pair)]
+    call = [*TRAIN, str(recipe), *flags, "--out", str(out)]
     done = subprocess.run(call, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for ours, theirs in zip(metrics(out), metrics(trained), strict=True):

@@ -171,7 +171,7 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
         return found | {"skipped": guard.skipped, "rollbacks": guard.rollbacks}
 
     loss, bad, stopping, saved_at = math.nan, 0, False, time.monotonic()
-    with StopRequest() as stop, meter("train", steps, "steps", done=first) as advance:
+    with StopRequest() as stop, saver, meter("train", steps, "steps", done=first) as advance:
         while state["step"] < steps and not stopping:
             batch = pace.next(batches)
             step, position = state["step"], (state["step"] + state["jumped"]) * size

@@ -71,6 +71,11 @@ def refused(run: Callable[..., Result]) -> Callable[..., str]:
     return call
 
 
+def with_settings(*settings: str) -> list[str]:
+    """The flags of the command that change these settings, each as ``key=value``."""
+    return [part for setting in settings for part in ("--set", setting)]
+
+
 def make_pictures(folder: Path, count: int, *, captions: int = 1, seed: int = 0, side: int = 40) -> Path:
     """A folder of pictures and ``list.tsv`` with `captions` rows for each; returns the list."""
     rng = np.random.default_rng(seed)

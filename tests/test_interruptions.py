@@ -4,8 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import time
-from functools import partial
 
 import pytest
 import torch
@@ -16,7 +14,8 @@ from clipkit.checkpoint import checkpoints
 from clipkit.errors import ClipkitError
 from clipkit.learner import Learner
 from clipkit.loader import Batches
-from tests.test_train import ENVIRONMENT, TRAIN, metrics, weights
+from tests.conftest import with_settings
+from tests.test_train import TRAIN, begin, metrics, weights
 
 
 @pytest.fixture
@@ -39,16 +38,12 @@ def poison(monkeypatch):
     return at
 
 
-def flags(*settings):
-    return [part for setting in settings for part in ("--set", setting)]
-
-
 RESNET = "model.vision_cfg={layers: [1, 1, 1, 1], width: 8, image_size: 32}"
 
 
 def test_a_step_that_is_skipped_leaves_running_statistics_as_they_were(run, recipe, shards, tmp_path, poison):
     poison(3)
-    settings = flags(f"data.train={shards}", RESNET, "steps=3", "checkpoint={every_steps: 1, keep: 3}")
+    settings = with_settings(f"data.train={shards}", RESNET, "steps=3", "checkpoint={every_steps: 1, keep: 3}")
     assert run("train", recipe, *settings, "--out", tmp_path / "run").status == 0
     published = [folder / "model" / "model.safetensors" for folder in checkpoints(tmp_path / "run")[1:]]
     before, after = map(load_file, published)
@@ -62,7 +57,7 @@ def test_on_a_stream_that_is_not_read_backwards_it_goes_back_all_the_same(run, r
     poison(4, 5)
     tars = sorted(shards.glob("*.tar"))
     pipe = "pipe:cat " + " ".join(str(tar) for tar in tars)
-    settings = flags(f"data.train={pipe}", "steps=8", "guard.patience=2", "checkpoint.every_steps=2")
+    settings = with_settings(f"data.train={pipe}", "steps=8", "guard.patience=2", "checkpoint.every_steps=2")
     result = run("train", recipe, *settings, "--out", tmp_path / "run")
     assert result.status == 0, result.err
     assert "back to step-000002, and on with other samples" in result.err
@@ -82,7 +77,7 @@ def test_validation_that_fails_on_the_way_loses_no_checkpoint(
         return validate(*args)
 
     out = tmp_path / "run"
-    settings = flags(f"data.train={shards}", f"validation.retrieval={captioned}", "validation.every_steps=1")
+    settings = with_settings(f"data.train={shards}", f"validation.retrieval={captioned}", "validation.every_steps=1")
     call = ["train", recipe, *settings, "--out", out, "--resume"]
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "validate", fails)
@@ -100,7 +95,16 @@ def test_a_plan_says_what_does_not_fit(run, recipe, shards, tmp_path, monkeypatc
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(Learner, "gradient", full)
-    call = ["train", recipe, *flags(f"data.train={shards}"), "--out", tmp_path / "run", "--plan", "--format", "json"]
+    call = [
+        "train",
+        recipe,
+        *with_settings(f"data.train={shards}"),
+        "--out",
+        tmp_path / "run",
+        "--plan",
+        "--format",
+        "json",
+    ]
     result = run(*call)
     assert result.status == 1
     figures = json.loads(result.out)
@@ -112,13 +116,13 @@ def test_a_plan_says_what_does_not_fit(run, recipe, shards, tmp_path, monkeypatc
 def test_an_old_run_is_not_removed_for_one_that_cannot_begin(refused, recipe, shards, monkeypatch, trained):
     monkeypatch.setenv("WORLD_SIZE", "3")
     before = sorted(path.name for path in trained.rglob("*"))
-    refused("train", recipe, *flags(f"data.train={shards}"), "--out", trained, "--overwrite")
+    refused("train", recipe, *with_settings(f"data.train={shards}"), "--out", trained, "--overwrite")
     assert sorted(path.name for path in trained.rglob("*")) == before
 
 
 def test_other_weights_come_before_the_towers_of_the_recipe(run, recipe, shards, model_dir, trained, tmp_path):
     """A recipe that takes its towers from a model does not take them again over what it is to start from."""
-    settings = flags(f"data.train={shards}", f"towers.image.init={model_dir}", "steps=1", "optim.lr=1e-12")
+    settings = with_settings(f"data.train={shards}", f"towers.image.init={model_dir}", "steps=1", "optim.lr=1e-12")
     assert run("train", recipe, *settings, "--init-from", trained, "--out", tmp_path / "run").status == 0
     for name, tensor in weights(trained).items():
         assert torch.allclose(tensor, weights(tmp_path / "run")[name], atol=1e-6), name
@@ -127,12 +131,14 @@ def test_other_weights_come_before_the_towers_of_the_recipe(run, recipe, shards,
 def test_a_signal_to_the_whole_group_spares_the_loader_processes(recipe, shards, tmp_path):
     """As Slurm and a terminal send it: to every process of the job."""
     out = tmp_path / "run"
-    start = partial(subprocess.Popen, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    call = [*TRAIN, str(recipe), *flags(f"data.train={shards}", "data.workers=1"), "--out", str(out), "--resume"]
-    process = start([*call, *flags("steps=5000")])
-    deadline = time.time() + 120
-    while not checkpoints(out) and time.time() < deadline:
-        time.sleep(0.01)
+    call = [
+        *TRAIN,
+        str(recipe),
+        *with_settings(f"data.train={shards}", "data.workers=1", "steps=5000"),
+        "--out",
+        str(out),
+    ]
+    process = begin(call, out, stderr=subprocess.PIPE, text=True, start_new_session=True)
     os.killpg(process.pid, signal.SIGTERM)
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 75, said

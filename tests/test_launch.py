@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from clipkit.checkpoint import checkpoints
-from tests.test_train import TRAIN, assert_equal_runs
+from tests.conftest import with_settings
+from tests.test_train import TRAIN, assert_equal_runs, begin
 
 SLURM = Path(__file__).parent.parent / "train" / "slurm.sbatch"
 
 
 def call(recipe, shards, out, *settings):
-    flags = [part for setting in (f"data.train={shards}", *settings) for part in ("--set", setting)]
+    flags = with_settings(f"data.train={shards}", *settings)
     return [*TRAIN, str(recipe), *flags, "--out", str(out), "--resume", "--processes", "2"]
 
 
@@ -42,12 +43,8 @@ def test_two_processes_stopped_by_a_signal_say_75_and_go_on_bit_equal(recipe, sh
 
 
 def test_when_one_process_dies_the_others_are_ended(recipe, shards, tmp_path):
-    process = subprocess.Popen(
-        call(recipe, shards, tmp_path / "run", "steps=5000"), env=ENVIRONMENT, stderr=subprocess.DEVNULL
-    )
-    deadline = time.time() + 120
-    while not checkpoints(tmp_path / "run") and time.time() < deadline:
-        time.sleep(0.01)
+    out = tmp_path / "run"
+    process = begin(call(recipe, shards, out, "steps=5000"), out, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == 2
     os.kill(int(children[1]), signal.SIGKILL)
@@ -56,12 +53,8 @@ def test_when_one_process_dies_the_others_are_ended(recipe, shards, tmp_path):
 
 
 def test_a_launcher_that_is_killed_leaves_nobody_behind(recipe, shards, tmp_path):
-    process = subprocess.Popen(
-        call(recipe, shards, tmp_path / "run", "steps=5000"), env=ENVIRONMENT, stderr=subprocess.DEVNULL
-    )
-    deadline = time.time() + 120
-    while not checkpoints(tmp_path / "run") and time.time() < deadline:
-        time.sleep(0.01)
+    out = tmp_path / "run"
+    process = begin(call(recipe, shards, out, "steps=5000"), out, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.kill()
     process.wait()

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from tests.conftest import tiny_model
+from tests.conftest import tiny_model, with_settings
 
 
 def plan(run, recipe, shards, out, *settings):
-    flags = [part for setting in (f"data.train={shards}", *settings) for part in ("--set", setting)]
+    flags = with_settings(f"data.train={shards}", *settings)
     return run("train", recipe, *flags, "--out", out, "--plan", "--format", "json")
 
 

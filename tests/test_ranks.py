@@ -10,17 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.conftest import with_settings
 from tests.test_train import TRAIN, metrics, weights
 
 ENVIRONMENT = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 
 
-def settings(*pairs):
-    return [part for pair in pairs for part in ("--set", pair)]
-
-
 def train(recipe, shards, out, *pairs, processes=2):
-    call = [*TRAIN, str(recipe), *settings(f"data.train={shards}", *pairs), "--out", str(out), "--resume"]
+    call = [*TRAIN, str(recipe), *with_settings(f"data.train={shards}", *pairs), "--out", str(out), "--resume"]
     done = subprocess.run(
         [*call, "--processes", str(processes)], env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
@@ -135,7 +132,7 @@ main(sys.argv[1:])
 
 def poisoned(recipe, shards, tmp_path, steps, *pairs):
     (tmp_path / "poison.py").write_text(POISON)
-    port, flags = "29517", settings(f"data.train={shards}", *pairs)
+    port, flags = "29517", with_settings(f"data.train={shards}", *pairs)
     ranks = [
         subprocess.Popen(
             [

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from clipkit.checkpoint import checkpoints
 from clipkit.embeddings import Embeddings
 from clipkit.towers import load_model
+from tests.conftest import with_settings
 from tests.test_train import ENVIRONMENT, TRAIN, metrics, weights
 
 
@@ -20,7 +21,7 @@ def train(run, recipe, shards, tmp_path):
     """Train with some settings; gives the run's folder and what was said."""
 
     def call(*pairs, name="run", status=0):
-        flags = [part for pair in (f"data.train={shards}", *pairs) for part in ("--set", pair)]
+        flags = with_settings(f"data.train={shards}", *pairs)
         result = run("train", recipe, *flags, "--out", tmp_path / name)
         assert result.status == status, result.err
         return tmp_path / name, result.err
@@ -154,7 +155,7 @@ def test_another_training(train, trained, pairs):
 def test_compiled_it_is_the_same_training(recipe, shards, trained, tmp_path, pairs):
     """In a process of its own: the shapes that tests check in every signature cannot be traced."""
     out = tmp_path / "run"
-    flags = [part for pair in (f"data.train={shards}", "compile=true", *pairs) for part in ("--set", pair)]
+    flags = with_settings(f"data.train={shards}", "compile=true", *pairs)
     call = [*TRAIN, str(recipe), *flags, "--out", str(out)]
     done = subprocess.run(call, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -216,5 +217,5 @@ def test_settings_that_do_not_go_together(refused, recipe, shards, tmp_path):
         "validation.best=recall": "validation.best=recall is no figure",
     }.items():
         pairs = [pair, "loss.form=plain"] if "ring" in pair else [pair]
-        flags = [part for each in (f"data.train={shards}", *pairs) for part in ("--set", each)]
+        flags = with_settings(f"data.train={shards}", *pairs)
         assert word in refused("train", recipe, *flags, "--out", tmp_path / "run"), pair

@@ -23,7 +23,7 @@ from clipkit.optim import learning_rate, parameter_groups
 from clipkit.pace import Pace
 from clipkit.preprocess import Preprocess
 from clipkit.towers import load_model
-from tests.conftest import tiny_model
+from tests.conftest import tiny_model, with_settings
 
 TRAIN = [sys.executable, "-m", "clipkit", "train"]
 # Sums are cut by threads: a run in a process of its own is bit-equal to one in this process with as many of them.
@@ -36,6 +36,17 @@ def metrics(run_folder):
 
 def weights(run_folder):
     return load_file(run_folder / "model" / "model.safetensors")
+
+
+def begin(call, out, **options):
+    """Start a training of its own and wait until its first checkpoint stands; gives the process."""
+    process = subprocess.Popen(call, **{"env": ENVIRONMENT, **options})
+    deadline = time.time() + 120
+    while not checkpoint.checkpoints(out):
+        assert process.poll() is None
+        assert time.time() < deadline
+        time.sleep(0.01)
+    return process
 
 
 def assert_equal_runs(a, b):
@@ -143,7 +154,7 @@ RESUMED = {
 
 @pytest.mark.parametrize("settings", RESUMED.values(), ids=RESUMED)
 def test_stopped_and_resumed_twice_it_ends_bit_equal(run, recipe, shards, tmp_path, monkeypatch, settings):
-    flags = [part for setting in [f"data.train={shards}", *settings] for part in ("--set", setting)]
+    flags = with_settings(f"data.train={shards}", *settings)
     whole = tmp_path / "undisturbed"
     assert run("train", recipe, *flags, "--out", whole).status == 0
     out = tmp_path / "run"
@@ -249,7 +260,7 @@ def test_two_trainings_do_not_share_a_folder(refused, recipe, shards, trained):
 def test_a_run_that_blows_up_goes_back_and_in_the_end_stops_with_a_good_checkpoint(run, recipe, shards, tmp_path):
     out = tmp_path / "run"
     settings = [f"data.train={shards}", "steps=200", "optim.lr=1e30", "checkpoint.every_steps=1", "guard.patience=2"]
-    flags = [part for setting in settings for part in ("--set", setting)]
+    flags = with_settings(*settings)
     result = run("train", recipe, *flags, "--out", out)
     assert result.status == 2
     assert "lower optim.lr" in result.err
@@ -279,7 +290,7 @@ def test_a_new_run_from_anothers_weights(run, recipe, shards, trained, tmp_path)
 def test_validation_while_training_is_what_evaluate_says(run, recipe, shards, captioned, tmp_path):
     out = tmp_path / "run"
     settings = [f"data.train={shards}", f"validation.retrieval={captioned}", "steps=2", "validation.every_steps=1"]
-    flags = [part for setting in settings for part in ("--set", setting)]
+    flags = with_settings(*settings)
     assert run("train", recipe, *flags, "--out", out).status == 0
     logged = [line for line in metrics(out) if "val_image_retrieval_recall@1" in line]
     assert [line["step"] for line in logged] == [1, 2]
@@ -341,7 +352,7 @@ def test_a_cut_checkpoint_is_refused_by_name_and_the_one_before_is_taken(run, re
 
 
 def two_ranks(recipe, shards, out, *settings):
-    flags = [part for setting in settings for part in ("--set", setting)]
+    flags = with_settings(*settings)
     call = [
         sys.executable,
         "-m",

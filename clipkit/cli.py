@@ -10,6 +10,7 @@ and goes on with --resume; 130 interrupted.
 
 import ast
 import os
+import re
 import runpy
 import sys
 import traceback
@@ -103,6 +104,19 @@ def _together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
+class Bytes(click.ParamType):
+    """A number of bytes: ``500MB``, ``2.5GB``, ``2GiB``, or bare."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number."""
+        found = re.fullmatch(r"([0-9]*\.?[0-9]+) *([kmgt]?)(i?)b?", str(value).strip().lower())
+        if not found:
+            self.fail(f"{value!r} is no size; write 500MB, 2GB or 2GiB", param, ctx)
+        return int(float(found[1]) * (1024 if found[3] else 1000) ** " kmgt".index(found[2] or " "))
+
+
 # Options that several verbs share, so that they read and mean the same everywhere.
 model_option = click.option(
     "--model", metavar="MODEL", help="A run or model folder, RUN@step-N, open_clip:NAME/TAG, or hf:ORG/NAME."
@@ -122,6 +136,13 @@ list_options = _together(
         "--image-root",
         help="Folder or URL where a list's relative paths start [default: its folder].",
     ),
+)
+
+
+memory_option = click.option(
+    "--memory",
+    type=Bytes(),
+    help="Memory that may be used beyond what the program takes [default: half of what is free].",
 )
 
 

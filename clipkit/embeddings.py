@@ -19,7 +19,18 @@ from clipkit.artifact import atomic_write, read_manifest
 from clipkit.errors import ClipkitError
 from clipkit.sources import Sample
 
-__all__ = ["SIDES", "Embedded", "Embeddings", "Side", "joined_tables", "table_path", "vectors_path", "write_part"]
+__all__ = [
+    "SIDES",
+    "Embedded",
+    "Embeddings",
+    "Side",
+    "in_schema",
+    "joined_schema",
+    "joined_tables",
+    "table_path",
+    "vectors_path",
+    "write_part",
+]
 
 Side = Literal["image", "text"]
 SIDES: tuple[Side, ...] = ("image", "text")
@@ -98,20 +109,42 @@ def _text(value: Any) -> str:
 
 def joined_tables(tables: Sequence[pa.Table]) -> pa.Table:
     """One table of several; a column whose type differs among them becomes text."""
+    schema = joined_schema([table.schema for table in tables])
+    return pa.concat_tables([in_schema(table, schema) for table in tables]).combine_chunks()
+
+
+def joined_schema(schemas: Sequence[pa.Schema]) -> pa.Schema:
+    """The columns of all, in the order in which they come; one whose types do not go together is text."""
+    kinds: dict[str, pa.DataType] = {}
+    for field_ in (field_ for schema in schemas for field_ in schema):
+        kinds[field_.name] = _wider(kinds.get(field_.name, pa.null()), field_.type)
+    return pa.schema(list(kinds.items()))
+
+
+def _wider(a: pa.DataType, b: pa.DataType) -> pa.DataType:
     try:
-        return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+        either = [pa.schema([("x", kind)]) for kind in (a, b)]
+        return pa.unify_schemas(either, promote_options="permissive").field("x").type
     except (pa.ArrowInvalid, pa.ArrowTypeError):
-        kinds: dict[str, set[pa.DataType]] = {}
-        for field_ in (field_ for table in tables for field_ in table.schema):
-            kinds.setdefault(field_.name, set()).add(field_.type)
-        mixed = [name for name, types in kinds.items() if len(types - {pa.null()}) > 1]
-        fixed = []
-        for table in tables:
-            for name in set(mixed) & set(table.column_names):
-                values = [None if v is None else _text(v) for v in table[name].to_pylist()]
-                table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.string()))
-            fixed.append(table)
-        return pa.concat_tables(fixed, promote_options="permissive").combine_chunks()
+        return pa.string()
+
+
+def in_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table with exactly these columns; what it has not is missing in every row."""
+    columns = []
+    for wanted in schema:
+        if wanted.name not in table.column_names:
+            columns.append(pa.nulls(table.num_rows, wanted.type))
+            continue
+        column = table[wanted.name]
+        if pa.types.is_string(wanted.type) and not pa.types.is_null(column.type):
+            values = (
+                [None if v is None else _text(v) for v in column.to_pylist()] if column.type != wanted.type else None
+            )
+            columns.append(column if values is None else pa.array(values, pa.string()))
+        else:
+            columns.append(column.cast(wanted.type))
+    return pa.table(columns, schema=schema)
 
 
 def _write_npy(path: Path, rows: np.ndarray) -> None:
@@ -184,13 +217,28 @@ class Embeddings:
 
     def table(self, side: Side = "image") -> pa.Table:
         """The metadata, row by row with `vectors`; a caption's ``image_row`` counts over the whole artifact."""
-        tables, before = [], 0
+        return joined_tables(list(self.tables(side)))
+
+    def tables(self, side: Side = "image") -> Iterator[pa.Table]:
+        """The metadata part by part, as `table` has it."""
+        before = 0
         for part in self._parts:
             if side == "image" or part["captions"]:
                 table = pq.read_table(table_path(self.folder, side, part["name"]))
                 if side == "text":
                     moved = pa.array(table["image_row"].to_numpy() + before)
                     table = table.set_column(table.schema.get_field_index("image_row"), "image_row", moved)
-                tables.append(table)
+                yield table
             before += part["images"]
-        return joined_tables(tables)
+
+    def captions_with_images(self) -> Iterator[pa.Table]:
+        """The captions' metadata part by part, each row with what is known of its image."""
+        for part in self._parts:
+            if part["captions"]:
+                captions = pq.read_table(table_path(self.folder, "text", part["name"]))
+                own = pq.read_table(table_path(self.folder, "image", part["name"])).take(captions["image_row"])
+                captions = captions.drop_columns(["image_row"])
+                for name in own.column_names:
+                    if name not in ("id", *captions.column_names):
+                        captions = captions.append_column(name, own[name])
+                yield captions

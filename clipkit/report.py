@@ -145,6 +145,15 @@ def _data_url(data: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
+def save_figure(path: Path, figure: Any) -> None:
+    """Write a matplotlib figure as PNG; it is closed."""
+    from matplotlib import pyplot
+
+    with atomic_write(path) as handle:
+        figure.savefig(handle, format="png", dpi=130, bbox_inches="tight")
+    pyplot.close(figure)
+
+
 def _axes(width: float, height: float) -> tuple[Any, Any]:
     import matplotlib
 
@@ -186,6 +195,23 @@ def histogram_figure(values: np.ndarray, x_label: str, y_label: str, mark: tuple
         )
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
+    return figure
+
+
+def tradeoff_figure(
+    points: Sequence[tuple[str, float, float, bool]], x_label: str, y_label: str, level: tuple[float, str]
+) -> Any:
+    """Named points, x on a logarithmic scale, the chosen one filled; and a dashed level to reach."""
+    figure, axes = _axes(7, 3.4)
+    for name, x, y, chosen in points:
+        axes.plot(x, y, "o", color="#2f6fde", markerfacecolor="#2f6fde" if chosen else "white", markersize=8)
+        axes.annotate(name, (x, y), xytext=(8, -3), textcoords="offset points", weight="bold" if chosen else "normal")
+    axes.set_xscale("log")
+    axes.axhline(level[0], color="#999", linestyle="--", linewidth=1)
+    axes.annotate(level[1], (0, level[0]), xycoords=("axes fraction", "data"), va="bottom", color="#777")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.margins(x=0.15)
     return figure
 
 

@@ -1,32 +1,70 @@
 """Build a search index from embeddings.
 
-Several embedding folders of one model may go into one index. The search is exact.
+Which kind of index it is, is measured: with the captions of the images, or whatever texts people ask with.
 """
 
 from pathlib import Path
 
 import click
 
-from clipkit.cli import Job, out_options
+from clipkit.cli import Bytes, Job, memory_option, model_option, out_options
+
+KINDS = ("auto", "Flat", "IVF-Flat", "IVF-SQ8", "IVF-PQ", "OPQ", "RaBitQ", "HNSW")
 
 
 @click.command(cls=Job)
 @click.argument("embeddings", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--recall", default=0.95, show_default=True, type=click.FloatRange(0, 1), help="Recall@10 to reach.")
+@click.option("--kind", default="auto", show_default=True, type=click.Choice(KINDS), help="Of the index.")
+@click.option("--serve-memory", type=Bytes(), help="What the index may take in memory while it is searched.")
+@click.option("--queries", type=click.Path(path_type=Path), help="Texts people ask, a line each, to measure with.")
+@memory_option
+@model_option
 @out_options("the index")
-def main(embeddings: tuple[Path, ...], out: Path, overwrite: bool) -> None:
-    """Build a FAISS index over one or several EMBEDDINGS folders (made by clipkit embed)."""
+def main(
+    embeddings: tuple[Path, ...],
+    recall: float,
+    kind: str,
+    serve_memory: int | None,
+    queries: Path | None,
+    memory: int | None,
+    model: str | None,
+    out: Path,
+    overwrite: bool,
+) -> None:
+    """Build a FAISS index over one or several EMBEDDINGS folders (made by clipkit embed).
+
+    The fastest kind is taken that finds the wanted share of what the exact search finds, asked with held-out captions,
+    with --queries, or, where there are neither, with images. What was tried stands in OUT/manifest.json and as a plot.
+    """
     from clipkit.artifact import relative_to_artifact
     from clipkit.embeddings import Embeddings
+    from clipkit.errors import ClipkitError
     from clipkit.log import note
-    from clipkit.search import build_index
+    from clipkit.search import Wanted, build_index
+    from clipkit.towers import load_model_of
 
     sets = [Embeddings.open(folder) for folder in embeddings]
+    asked = None
+    if queries is not None:
+        try:
+            texts = [line for line in queries.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ClipkitError(f"cannot read {queries}: {error}") from error
+        if not texts:
+            raise ClipkitError(f"{queries} holds no text; write one question a line")
+        asked = load_model_of(sets[0].manifest, sets[0].folder, model).embed_texts(texts)
     reference = dict(sets[0].manifest["model"])
     if "path" in reference:
         reference["path"] = relative_to_artifact(sets[0].folder / reference["path"], out)
-    manifest = build_index(sets, out, model_reference=reference, overwrite=overwrite)
-    held = " and ".join(f"{rows:,} {side} vectors" for side, rows in manifest["counts"].items())
-    note(f"{out}: {manifest['type']} index of {held}, dimension {manifest['dim']}")
+    wanted = Wanted(None if kind == "auto" else kind, recall, memory, serve_memory)
+    manifest = build_index(sets, out, wanted, queries=asked, model_reference=reference, overwrite=overwrite)
+    for side, rows in manifest["counts"].items():
+        chosen = manifest["chosen"][side]
+        note(
+            f"{out}: {rows:,} {side} vectors of dimension {manifest['dim']}, {chosen['kind']} ({chosen['why']}), "
+            f"recall@10 {chosen['recall']:.3f}"
+        )
     note(f'next: clipkit search {out} "what to look for"')
 
 

@@ -1,9 +1,10 @@
-"""Search an index by text or by image.
+"""Search an index by text, by image, by a vector, or by several of them together.
 
 The index knows which model it was made with and where; another model is refused.
 """
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,61 +13,113 @@ from clipkit.cli import Job, format_option, model_option
 
 @click.command(cls=Job)
 @click.argument("index", type=click.Path(path_type=Path))
-@click.argument("text", required=False)
-@click.option("--image", type=click.Path(path_type=Path), help="Search by this image instead of a text.")
-@click.option("-k", default=10, show_default=True, type=click.IntRange(1), help="How many results.")
+@click.argument("texts", metavar="[TEXT]...", nargs=-1)
+@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="Ask with this image too.")
+@click.option("--vector", "vectors", multiple=True, type=click.Path(path_type=Path), help="And with this .npy file.")
+@click.option("--minus", multiple=True, metavar="TEXT", help="And away from this text.")
+@click.option("--minus-image", multiple=True, type=click.Path(path_type=Path), help="And away from this image.")
+@click.option("--weights", metavar="W,W,...", help="Of texts, images, vectors and what is unwanted, in this order.")
 @click.option(
-    "--in",
-    "side",
-    default="image",
+    "--fusion",
+    default="early",
     show_default=True,
-    type=click.Choice(["image", "text"]),
-    help="What to find.",
+    type=click.Choice(["early", "score", "rank"]),
+    help="Of several parts: one vector, or lists joined by score or by reciprocal rank.",
 )
+@click.option("--file", "batch", type=click.Path(path_type=Path), help="Questions: a text a line, or JSONL.")
+@click.option("-k", default=10, show_default=True, type=click.IntRange(1), help="How many results.")
+@click.option("--page", default=1, show_default=True, type=click.IntRange(1), help="Which k of the results.")
+@click.option("--where", metavar="CONDITION", help="Only rows of which this holds: 'width > 512 and lang == \"en\"'.")
+@click.option("--min-score", type=float, help="Leave out what scores less.")
+@click.option("--collapse", metavar="COLUMN|COSINE", help="Of rows of one value, or as near as this, show the best.")
+@click.option(
+    "--in", "side", default="image", show_default=True, type=click.Choice(["image", "text"]), help="What to find."
+)
+@click.option("--exact", is_flag=True, help="Compare with everything, whatever the kind of the index.")
+@click.option("--with-vectors", is_flag=True, help="Give the vectors of the results too (JSON, JSONL).")
+@click.option("--html", type=click.Path(path_type=Path), help="Write a contact sheet.")
+@click.option("--image-root", type=click.Path(path_type=Path), help="Where the sheet's pictures are.")
 @click.option("--device", help="For the model [default: the GPU where there is one].")
 @model_option
 @format_option
-def main(
-    index: Path,
-    text: str | None,
-    image: Path | None,
-    k: int,
-    side: str,
-    device: str | None,
-    model: str | None,
-    fmt: str,
-) -> None:
-    """Find in INDEX what is nearest to TEXT, or to --image FILE.
+def main(index: Path, device: str | None, model: str | None, fmt: str, html: Path | None, **asked: Any) -> None:
+    """Find in INDEX what is nearest to TEXT, or to --image FILE, or to all of them together.
 
-    Rows come best first: rank, score (cosine), image_path, caption, id and whatever else the source said of them.
+    Rows come best first: rank, score (cosine), image_path, caption, id and whatever else the source said of them. Of a
+    --file of questions, each row starts with the number and the text of its question; in JSONL a question is an
+    object with any of text, image, vector, minus, minus_image (a value or a list) and weights.
     """
     from clipkit.embeddings import Side
     from clipkit.errors import ClipkitError
     from clipkit.log import emit, note
-    from clipkit.search import Index
+    from clipkit.questions import Question, open_questions
+    from clipkit.search import Index, ask
     from clipkit.towers import load_model_of, pick_device
 
-    if (text is None) == (image is None):
-        raise ClipkitError('ask with a text or with --image FILE, one of the two: clipkit search INDEX "a red heart"')
-    if image is not None and not image.is_file():
-        raise ClipkitError(f"no such image: {image}")
+    if asked["batch"] is None:
+        names = ("texts", "images", "vectors", "minus", "minus_image")
+        questions = [Question(*(tuple(asked[name]) for name in names), weights=_numbers(asked["weights"]))]
+    else:
+        questions = open_questions(asked["batch"])
     opened = Index.open(index)
-    towers = load_model_of(opened.manifest, index, model, pick_device(device))
-    try:
-        query = towers.embed_images([image]) if image is not None else towers.embed_texts([text or ""])
-    except ClipkitError as error:
-        raise ClipkitError(f"{image}: {error}") from error
-    looked_in: Side = "text" if side == "text" else "image"
-    scores, positions = opened.search(query, k, looked_in)
-    if len(positions[0]) < k:
-        note(f"the index holds {len(positions[0])} {side} vectors; all of them are listed")
-    rows = [
-        {"rank": rank, "score": float(score), **row}  # sources keep these two names free
-        for rank, (score, row) in enumerate(zip(scores[0], opened.rows(positions[0], looked_in), strict=True), 1)
-    ]
+    needed = any(question.needs_model for question in questions)
+    towers = load_model_of(opened.manifest, index, model, pick_device(device)) if needed else None
+    side: Side = "text" if asked["side"] == "text" else "image"
+    rows: list[dict[str, Any]] = []
+    for number, question in enumerate(questions, 1):
+        found = ask(
+            opened,
+            question.parts(towers),
+            asked["k"],
+            side,
+            fusion=asked["fusion"],
+            where=asked["where"],
+            min_score=asked["min_score"],
+            offset=(asked["page"] - 1) * asked["k"],
+            collapse=_collapse(asked["collapse"]),
+            exact=asked["exact"],
+        )
+        positions = found.positions[0]
+        if len(positions) < asked["k"]:
+            note(f"there are {len(positions):,} {side} results on this page; all of them are listed")
+        which = {} if asked["batch"] is None else {"query": number, "question": question.told}
+        first = (asked["page"] - 1) * asked["k"] + 1
+        for rank, (score, row) in enumerate(zip(found.scores[0], opened.rows(positions, side), strict=True), first):
+            rows.append({**which, "rank": rank, "score": float(score), **row})  # sources keep these two names free
+        if asked["with_vectors"]:
+            for row, vector in zip(rows[len(rows) - len(positions) :], opened.vectors(positions, side), strict=True):
+                row["vector"] = vector.tolist()
+    if html is not None:
+        from clipkit.sheet import write_sheet
+
+        write_sheet(html, [question.told for question in questions], rows, asked["image_root"] or Path())
+        note(f"{html}: the results as pictures")
+    if asked["with_vectors"] and fmt not in ("json", "jsonl"):
+        raise ClipkitError("--with-vectors goes with --format json or jsonl")
     if fmt == "human":
-        rows = [{key: row.get(key) for key in ("rank", "score", "image_path", "caption")} for row in rows]
+        shown = ("query", "rank", "score", "image_path", "caption")
+        rows = [{key: row.get(key) for key in shown if key != "query" or "query" in row} for row in rows]
     emit(rows, fmt)
+
+
+def _numbers(given: str | None) -> tuple[float, ...] | None:
+    from clipkit.errors import ClipkitError
+
+    if given is None:
+        return None
+    try:
+        return tuple(float(part) for part in given.split(","))
+    except ValueError:
+        raise ClipkitError(f"--weights takes numbers with commas between them, as in 1,0.5; got {given!r}") from None
+
+
+def _collapse(given: str | None) -> str | float | None:
+    if given is None:
+        return None
+    try:
+        return float(given)
+    except ValueError:
+        return given
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ FLOORS = [
         "shrink",
         "parallel",
         "weights",
+        "filters",
+        "sheet",
     },
     {"tar_index", "lists"},
     {"spool", "shard_specs"},
@@ -34,7 +36,7 @@ FLOORS = [
     {"streams", "check", "gpu_decode", "teacher"},
     {"loader"},
     {"embed", "search", "run", "objective"},
-    {"zeroshot", "ranks"},
+    {"zeroshot", "ranks", "questions"},
     {"evaluation", "learner", "pace"},
     {"plan"},
 ]
@@ -57,7 +59,7 @@ HOMES = {
     "yaml": {"config"},
     "click": {"cli", "train", "index", "eval"},
     "pydantic": {"config", "settings", "preprocess", "towers"},
-    "PIL": {"decode", "preprocess", "shrink", "augment", "scenes", "report", "towers", "check"},
+    "PIL": {"decode", "preprocess", "shrink", "augment", "scenes", "report", "towers", "check", "sheet"},
 }
 
 

@@ -45,10 +45,13 @@ COMMON = {
     "multi_positive off": ["loss.multi_positive=false"],
     "no augmentation": ["data.augment={}"],
     "AdamW in place of Muon": ["optim.kind=adamw"],
-    "no average of the weights": ["optim.ema=null"],
 }
 PARTS: dict[str, dict[str, list[str]]] = {
-    "flickr8k": {"first caption only": ["data.caption=first"], **COMMON},
+    "flickr8k": {
+        "first caption only": ["data.caption=first"],
+        "no average of the weights": ["optim.ema=null"],
+        **COMMON,
+    },
     "emoji": COMMON,
 }
 

@@ -1,0 +1,156 @@
+"""Questions of several parts (a text and an image, without another text), thresholds, pages, and twins left out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from clipkit.embeddings import Side
+from clipkit.errors import ClipkitError
+from clipkit.search.index import Found, Index
+
+__all__ = ["Fusion", "Part", "ask", "fused_vector"]
+
+Fusion = Literal["early", "score", "rank"]
+RANK_OFFSET = 60  # of reciprocal rank fusion, as Cormack et al. 2009 found best
+DEPTH = 100  # of each part's own list, at least, where lists are joined
+SHORT = 1e-6  # a sum of vectors as short as this points nowhere
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a question."""
+
+    vector: np.ndarray
+    """float ``[dim]``."""
+    weight: float = 1.0
+    """Negative for what is not wanted."""
+
+
+def fused_vector(parts: Sequence[Part]) -> np.ndarray:
+    """The parts as one unit vector, ``Σ wᵢ·vᵢ/|vᵢ|`` made one long; float32 ``[dim]``.
+
+    Raises:
+        ClipkitError: where there is no part, a vector is zero, or the parts cancel each other.
+    """
+    if not parts:
+        raise ClipkitError("a question needs a text, an image or a vector")
+    total = np.zeros(len(parts[0].vector), np.float64)
+    for part in parts:
+        length = float(np.linalg.norm(part.vector))
+        if length < SHORT:
+            raise ClipkitError("a vector of length zero points nowhere; leave it out")
+        total += part.weight * part.vector / length
+    length = float(np.linalg.norm(total))
+    if length < SHORT:
+        raise ClipkitError("the parts of the question cancel each other; change a weight")
+    return (total / length).astype(np.float32)
+
+
+def ask(
+    index: Index,
+    parts: Sequence[Part],
+    k: int = 10,
+    side: Side = "image",
+    *,
+    fusion: Fusion = "early",
+    where: str | None = None,
+    min_score: float | None = None,
+    offset: int = 0,
+    collapse: str | float | None = None,
+    exact: bool = False,
+) -> Found:
+    """The best k rows for a question of one or several parts.
+
+    Args:
+        index: to ask.
+        parts: of the question.
+        k: how many rows.
+        side: whether to look among images or captions.
+        fusion: early: one vector of all parts is searched for, and scores are cosines with it. score: each part is
+            searched for, its cosines with all that any part found are brought to mean 0 and deviation 1 (images lie
+            closer to images than to texts, so bare cosines would let them decide alone), and their weighted sum is the
+            score. rank: reciprocal rank fusion, ``Σ w/(60 + rank)`` (Cormack et al. 2009).
+        where: a condition on the metadata.
+        min_score: rows of a lower score are left out.
+        offset: how many of the best to pass over: pages.
+        collapse: a column: of rows with one value the best stays. A number: of rows whose vectors' cosine is that or
+            more the best stays.
+        exact: compare in full.
+
+    Returns:
+        Scores and positions ``[1, at most k]``, best first.
+
+    Raises:
+        ClipkitError: for what `Index.search` refuses, parts that cancel each other, or a column that is not there.
+    """
+    everything = index.count(side)
+    if collapse is not None and not isinstance(collapse, float | int):
+        _check_column(index, side, collapse)
+    depth = min(everything, max(1, offset + k))
+    while True:
+        scores, positions = _joined(index, parts, depth, side, fusion, where, exact)
+        kept = positions >= 0
+        if min_score is not None:
+            kept &= scores >= min_score
+        # Whether another, deeper look could bring more: not where rows ran out, or have fallen below the threshold.
+        ended = depth >= everything or not kept.all()
+        scores, positions = scores[kept], positions[kept]
+        if collapse is not None and len(positions):
+            first = _first_of_twins(index, side, positions, collapse)
+            scores, positions = scores[first], positions[first]
+        if ended or len(positions) >= offset + k:
+            part = slice(offset, offset + k)
+            return Found(scores[None, part], positions[None, part])
+        depth = min(everything, 4 * depth)
+
+
+def _joined(
+    index: Index, parts: Sequence[Part], depth: int, side: Side, fusion: Fusion, where: str | None, exact: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    if fusion == "early" or (len(parts) == 1 and parts[0].weight > 0):
+        found = index.search(fused_vector(parts)[None], depth, side, where=where, exact=exact)
+        return found.scores[0], found.positions[0]
+    if not any(part.weight > 0 for part in parts):
+        raise ClipkitError(f"fusion={fusion} needs a part that is wanted; with none but unwanted ones use early")
+    vectors = np.stack([fused_vector([Part(part.vector)]) for part in parts])
+    wanted = np.array([part.weight > 0 for part in parts])
+    found = index.search(vectors[wanted], max(depth, DEPTH), side, where=where, exact=exact)
+    positions = np.unique(found.positions[found.positions >= 0])
+    if not len(positions):
+        return np.zeros(0, np.float32), positions
+    cosines = vectors @ index.vectors(positions, side).astype(np.float32).T
+    weights = np.array([part.weight for part in parts], np.float32)
+    if fusion == "rank":
+        ranks = np.argsort(np.argsort(-cosines, axis=1, kind="stable"), axis=1, kind="stable") + 1
+        scores = weights @ (1 / (RANK_OFFSET + ranks)).astype(np.float32)
+    else:
+        spread = cosines.std(axis=1, keepdims=True)
+        scores = weights @ ((cosines - cosines.mean(axis=1, keepdims=True)) / np.maximum(spread, SHORT))
+    order = np.lexsort((positions, -scores))[:depth]
+    return scores[order], positions[order]
+
+
+def _check_column(index: Index, side: Side, column: str) -> None:
+    names = {name for segment in index.segments(side) for name in segment.table.column_names}
+    if column not in names:
+        raise ClipkitError(f"no column {column!r} to collapse by; there are {', '.join(sorted(names))}")
+
+
+def _first_of_twins(index: Index, side: Side, positions: np.ndarray, collapse: str | float) -> list[int]:
+    first: list[int] = []
+    if isinstance(collapse, str):
+        seen: set[Any] = set()
+        for at, row in enumerate(index.rows(positions, side)):
+            value = row.get(collapse)
+            if value is None or str(value) not in seen:  # what has no value is no twin of anything
+                first.append(at)
+            seen.add(str(value))
+        return first
+    vectors = index.vectors(positions, side).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    for at in range(len(positions)):
+        if not first or (vectors[first] @ vectors[at]).max() < collapse:
+            first.append(at)
+    return first

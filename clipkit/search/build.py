@@ -1,0 +1,290 @@
+"""From embeddings to an index: one segment, its kind chosen by measurement, within a memory budget."""
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from clipkit.artifact import Stage, atomic_write, read_manifest
+from clipkit.embeddings import Embeddings, Side, in_schema, joined_schema
+from clipkit.errors import ClipkitError
+from clipkit.log import note
+from clipkit.report import save_figure, tradeoff_figure
+from clipkit.search.choose import Choice, Queries, choose, measure, tune
+from clipkit.search.coding import Coding, encode, read_codes, sample_rows, train_coding
+from clipkit.search.generations import Generation, SegmentState, commit
+from clipkit.search.kinds import KINDS, Effort, Kind
+from clipkit.search.segments import codes_path, table_path, vectors_path, write_table
+from clipkit.search.vectors import Vectors, write_vectors
+
+__all__ = ["Wanted", "build_index", "default_memory", "kept_queries"]
+
+ASKED = 1000  # queries that are measured with, one half to tune, the other to tell
+FIRST = "000001"  # the segment that a build writes
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an index is to be."""
+
+    kind: str | None = None
+    """Of `KINDS`; None to choose by measurement."""
+    recall: float = 0.95
+    """Recall at 10, of text queries against the exact search, to be reached."""
+    memory: int | None = None
+    """Bytes that building may use; None for half of what is free."""
+    serve_memory: int | None = None
+    """Bytes that the index may hold in memory while it is served; None for as much as it wants."""
+
+
+def default_memory() -> int:
+    """Half of the memory that is free, in bytes."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def build_index(
+    sets: Sequence[Embeddings],
+    out: Path,
+    wanted: Wanted | None = None,
+    *,
+    queries: np.ndarray | None = None,
+    model_reference: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Build an inner-product index over one or several embedding folders.
+
+    Args:
+        sets: opened embeddings of one model.
+        out: the index folder. On an unfinished one of the same input it goes on.
+        wanted: what it is to be.
+        queries: float32 ``[queries, dim]``, unit norm: texts of the people who will ask, to measure with in place of
+            the captions.
+        model_reference: what the manifest says of the model, by default what the first set says.
+        overwrite: replace what is there.
+
+    Returns:
+        The manifest; under ``tried`` stands what was measured.
+
+    Raises:
+        ClipkitError: where the sets come from different models or hold the same ids twice, or where memory or disk
+            are too small.
+    """
+    wanted = wanted or Wanted()
+    _check_models(sets)
+    made_from = {"embeddings": [s.manifest["identity"] for s in sets], "wanted": vars(wanted)}
+    stage = Stage(out, "index", made_from, inputs=[s.folder for s in sets], overwrite=overwrite)
+    if stage.done:
+        return read_manifest(out, "index")
+    sides: list[Side] = [side for side in ("image", "text") if any(side in s.sides for s in sets)]
+    dim: int = sets[0].manifest["dim"]
+    memory = wanted.memory or default_memory()
+    _refuse_full_disk(out, sets, sides, dim)
+    for name in stage.pending(sides):
+        side: Side = "image" if name == "image" else "text"
+        rows = _write_first(out, FIRST, side, sets)
+        note(f"{side}: {rows:,} vectors of dimension {dim}")
+        vectors = Vectors(vectors_path(out, FIRST, side), rows, dim)
+        asked = _queries(sets, side, queries, vectors)
+        keep_queries(out, side, asked)
+        choice = _chosen(vectors, asked, wanted, memory, out / ".work" / "trial")
+        if not choice.kind.is_flat:
+            choice = _coded(out, side, vectors, choice, asked, wanted, memory)
+        stage.finish_part(name, _record(choice, rows))
+    records = stage.records(sides)
+    if records is None:
+        return read_manifest(out, "index")
+    told = dict(zip(sides, records, strict=True))
+    _first_generation(out, told)
+    for side in sides:
+        _plot(out, side, told[side], wanted.recall)
+    return stage.commit(
+        model=model_reference or sets[0].manifest["model"],
+        dim=dim,
+        metric="inner product of unit vectors (cosine)",
+        type=told[sides[0]]["kind"],
+        sides=sides,
+        counts={side: record["rows"] for side, record in told.items()},
+        wanted={"recall": wanted.recall, "serve_memory": wanted.serve_memory},
+        chosen={side: {k: v for k, v in r.items() if k not in ("tried", "rows")} for side, r in told.items()},
+        tried={side: record["tried"] for side, record in told.items()},
+    )
+
+
+def _check_models(sets: Sequence[Embeddings]) -> None:
+    fingerprints = {s.fingerprint: s.folder for s in sets}
+    if len(fingerprints) > 1:
+        told = ", ".join(f"{folder}: {print_[:12]}" for print_, folder in fingerprints.items())
+        raise ClipkitError(f"these embeddings come from different models ({told}); embed them with one")
+
+
+def _write_first(out: Path, name: str, side: Side, sets: Sequence[Embeddings]) -> int:
+    holders = [s for s in sets if side in s.sides]
+    dim = sets[0].manifest["dim"]
+    rows = sum(s.manifest["counts"]["images" if side == "image" else "captions"] for s in holders)
+    path = vectors_path(out, name, side)
+    write_vectors(path, (part for s in holders for block in s.blocks(side) for part in _pieces(block)), dim)
+    ids: list[np.ndarray] = []
+    schema = joined_schema([table.schema for s in holders for table in _tables(s, side)])
+
+    def tables() -> Iterator[pa.Table]:
+        for s in holders:
+            for table in _tables(s, side):
+                if side == "image":
+                    ids.append(table["id"].to_numpy())
+                yield in_schema(table, schema)
+
+    write_table(table_path(out, name, side), tables())
+    if ids:
+        _refuse_twins(np.concatenate(ids), table_path(out, name, side))
+    return rows
+
+
+def _pieces(block: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(block), 65_536):
+        yield block[start : start + 65_536]
+
+
+def _tables(embeddings: Embeddings, side: Side) -> Iterator[pa.Table]:
+    return embeddings.tables("image") if side == "image" else embeddings.captions_with_images()
+
+
+def _refuse_twins(ids: np.ndarray, path: Path) -> None:
+    ordered = np.sort(ids)
+    twins = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(twins):
+        with pa.memory_map(str(path)) as stream:
+            table = pa.ipc.open_file(stream).read_all()
+        key = table["key"][int(np.flatnonzero(ids == twins[0])[0])].as_py()
+        path.unlink()
+        raise ClipkitError(
+            f"the embedding folders hold a sample of the name {key!r} more than once; embed a folder above both, "
+            "so that the names differ"
+        )
+
+
+def _refuse_full_disk(out: Path, sets: Sequence[Embeddings], sides: Sequence[Side], dim: int) -> None:
+    """Vectors, codes of at most as much, and metadata; what is sampled to choose goes before the codes come."""
+    rows = sum(s.manifest["counts"][name] for s in sets for name in ("images", "captions"))
+    tables = sum(
+        p.stat().st_size for s in sets for folder in ("metadata", "captions") for p in s.folder.glob(f"{folder}/*")
+    )
+    needed, free = 4 * dim * rows + 4 * tables, shutil.disk_usage(out).free
+    if needed > free:
+        raise ClipkitError(
+            f"the index of {rows:,} vectors takes up to {needed / 2**30:.2f} GiB and the disk of {out} has "
+            f"{free / 2**30:.2f} free; make room, or name another folder"
+        )
+
+
+def _queries(sets: Sequence[Embeddings], side: Side, given: np.ndarray | None, vectors: Vectors) -> Queries:
+    """What people would ask: the given texts; for images their captions, for captions their images; else its own."""
+    if given is not None:
+        return Queries(np.ascontiguousarray(given, np.float32), f"{len(given):,} given texts")
+    other: Side = "text" if side == "image" else "image"
+    holders = [s for s in sets if other in s.sides]
+    if holders:
+        name = "captions" if other == "text" else "images"
+        sizes = [s.manifest["counts"][name] for s in holders]
+        chosen = sample_rows(sum(sizes), ASKED, seed=1)
+        found = np.concatenate(
+            [_rows_of(s, other, chosen - start) for s, start in zip(holders, np.cumsum([0, *sizes]), strict=False)]
+        )
+        return Queries(found, f"{len(found):,} {name}")
+    chosen = sample_rows(len(vectors.rows), ASKED, seed=1)
+    told = f"{len(chosen):,} of its own {'images' if side == 'image' else 'captions'}, each without itself"
+    return Queries(vectors.rows[chosen].astype(np.float32), told, chosen)
+
+
+def keep_queries(out: Path, side: Side, queries: Queries) -> None:
+    """Leave the queries with the index, to measure it again after a change; not where they are vectors of its own."""
+    if queries.own is None:
+        with atomic_write(out / "queries" / f"{side}.npy") as handle:
+            np.save(handle, queries.vectors.astype(np.float16))
+
+
+def kept_queries(folder: Path, side: Side) -> np.ndarray | None:
+    """What `keep_queries` left, float32 ``[queries, dim]``."""
+    path = folder / "queries" / f"{side}.npy"
+    return np.load(path).astype(np.float32) if path.is_file() else None
+
+
+def _rows_of(embeddings: Embeddings, side: Side, rows: np.ndarray) -> np.ndarray:
+    found, start = [np.zeros((0, embeddings.manifest["dim"]), np.float32)], 0
+    for block in embeddings.blocks(side):
+        inside = rows[(rows >= start) & (rows < start + len(block))] - start
+        found.append(block[inside].astype(np.float32))
+        start += len(block)
+    return np.concatenate(found)
+
+
+def _chosen(vectors: Vectors, queries: Queries, wanted: Wanted, memory: int, scratch: Path) -> Choice:
+    if wanted.kind == "Flat" or len(vectors.rows) < 2:
+        return Choice(KINDS["Flat"], Effort(), 1.0, [], "as asked for" if wanted.kind else "too few to choose for")
+    kinds: Sequence[Kind] = list(KINDS.values())
+    if wanted.kind is not None:
+        return Choice(KINDS[wanted.kind], Effort(), 0.0, [], "as asked for")
+    return choose(
+        vectors,
+        queries,
+        floor=wanted.recall,
+        memory=memory,
+        serve_memory=wanted.serve_memory,
+        kinds=kinds,
+        scratch=scratch,
+    )
+
+
+def _coded(
+    out: Path, side: Side, vectors: Vectors, choice: Choice, queries: Queries, wanted: Wanted, memory: int
+) -> Choice:
+    """Build the kind that was chosen on all vectors, and tune and measure it there."""
+    rows = len(vectors.rows)
+    coding = out / "codings" / FIRST / f"{side}.faiss"
+    note(f"{side}: {choice.kind.name} of {rows:,} vectors")
+    train_coding(vectors, choice.kind, coding, rows=rows, memory=memory)
+    encode(Coding(coding), choice.kind, vectors, codes_path(out, FIRST, side), memory=memory)
+    codes = read_codes(codes_path(out, FIRST, side), rows)
+    effort, _ = tune(codes, vectors, queries.half(0), wanted.recall)
+    recall, speed = measure(codes, vectors, queries.half(1), effort)
+    note(f"{side}: recall@10 {recall:.3f} with {queries.told}, {speed:,.0f} queries/s on one thread")
+    return Choice(choice.kind, effort, recall, choice.tried, choice.why)
+
+
+def _record(choice: Choice, rows: int) -> dict[str, Any]:
+    return {
+        "kind": choice.kind.name,
+        "effort": choice.effort.as_json(),
+        "recall": choice.recall,
+        "why": choice.why,
+        "rows": rows,
+        "tried": [each.as_json() for each in choice.tried],
+    }
+
+
+def _first_generation(out: Path, told: dict[Side, dict[str, Any]]) -> None:
+    coded: list[Side] = [side for side, record in told.items() if record["kind"] != "Flat"]
+    segment = SegmentState(FIRST, {side: record["rows"] for side, record in told.items()}, coded)
+    state = Generation(
+        number=1,
+        segments=[segment],
+        kinds={side: record["kind"] for side, record in told.items()},
+        coding=dict.fromkeys(coded, f"codings/{FIRST}"),
+        efforts={side: told[side]["effort"] for side in coded},
+        recall={side: record["recall"] for side, record in told.items()},
+    )
+    commit(out, state)
+
+
+def _plot(out: Path, side: Side, record: dict[str, Any], floor: float) -> None:
+    if len(record["tried"]) > 1:
+        points = [
+            (each["kind"], each["queries_per_second"], each["recall"], each["kind"] == record["kind"])
+            for each in record["tried"]
+        ]
+        figure = tradeoff_figure(points, "queries per second, one thread", "recall@10", (floor, f"wanted: {floor:g}"))
+        save_figure(out / f"tried-{side}.png", figure)

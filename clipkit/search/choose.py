@@ -1,0 +1,310 @@
+"""Which kind of index, and how hard it looks: chosen by measurement, with the questions that people ask.
+
+Codes that find images by images may miss them by text: text vectors lie elsewhere. So what is measured is the recall
+of held-out text queries against the exact search, and the time of one query at a time on one thread.
+"""
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+
+from clipkit.errors import ClipkitError
+from clipkit.log import note
+from clipkit.search.coding import Coding, encode, read_codes, sample_rows, train_coding
+from clipkit.search.kinds import KINDS, TUNED_FOR, Effort, Kind, parameters
+from clipkit.search.vectors import Vectors, write_vectors
+
+__all__ = ["Choice", "Queries", "Tried", "choose", "measure", "tune"]
+
+PILOT = 200_000  # vectors on which kinds are compared before the best is built on all
+SMALL = 20_000_000  # numbers (vectors times dimensions) that are compared in full in a few milliseconds
+DEEPEST = 1000  # candidates that are scored again at the most
+TIE = np.float32(1e-5)  # scores that differ by less are equal: sums in another order
+TIMED = 64  # queries, one after another
+BLOCK = 65_536  # vectors at a time in the exact search
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Questions that an index is measured with."""
+
+    vectors: np.ndarray
+    """float32 ``[queries, dim]``."""
+    told: str
+    """Whose they are, such as "1,000 captions"."""
+    own: np.ndarray | None = None
+    """The row of each query where queries are vectors of the index itself, which then are no answers to themselves."""
+
+    def half(self, which: int) -> "Queries":
+        """Every other query: one half is tuned with, the other says what that is worth."""
+        return Queries(self.vectors[which::2], self.told, None if self.own is None else self.own[which::2])
+
+
+@dataclass
+class Tried:
+    """What was found out about one kind."""
+
+    kind: str
+    factory: str
+    vectors: int
+    bytes_per_vector: float
+    memory: float
+    """Bytes in memory for all vectors, while it is served."""
+    effort: Effort
+    recall: float
+    """At 10, of queries that nothing was tuned with."""
+    queries_per_second: float
+    """On one thread, one query at a time."""
+    build_seconds: float
+    note: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, for the manifest."""
+        return {**vars(self), "effort": self.effort.as_json()}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kind that was chosen and everything that was tried."""
+
+    kind: Kind
+    effort: Effort
+    recall: float
+    tried: list[Tried]
+    why: str
+
+
+class _Truth:
+    """The exact scores of the best rows for some queries."""
+
+    def __init__(self, vectors: Vectors, queries: Queries):
+        self.queries = queries
+        self.k = min(TUNED_FOR, len(vectors.rows) - (queries.own is not None))
+        heap = faiss.ResultHeap(len(queries.vectors), self.k + 1, keep_max=True)
+        for start in range(0, len(vectors.rows), BLOCK):
+            block = vectors.rows[start : start + BLOCK].astype(np.float32)
+            k = min(self.k + 1, len(block))
+            if faiss.get_num_gpus():
+                gpu = faiss.StandardGpuResources()
+                found = faiss.knn_gpu(gpu, queries.vectors, block, k, metric=faiss.METRIC_INNER_PRODUCT)
+            else:
+                found = faiss.knn(queries.vectors, block, k, metric=faiss.METRIC_INNER_PRODUCT)
+            heap.add_result(np.ascontiguousarray(found[0]), np.ascontiguousarray(found[1] + start))
+        heap.finalize()
+        scores = _without_self(heap.D, heap.I, queries.own)
+        self.worst = -np.sort(-scores, axis=1)[:, self.k - 1 : self.k]
+
+    def recall(self, scores: np.ndarray) -> float:
+        """Of exact scores of what was found; equal scores are equally good."""
+        best = -np.sort(-scores, axis=1)[:, : self.k]
+        return float((best >= self.worst - TIE).sum() / (len(scores) * self.k))
+
+
+def _without_self(scores: np.ndarray, rows: np.ndarray, own: np.ndarray | None) -> np.ndarray:
+    return scores if own is None else np.where(rows == own[:, None], -np.inf, scores)
+
+
+def tune(codes: Any, vectors: Vectors, queries: Queries, floor: float) -> tuple[Effort, float]:
+    """The least effort whose recall at 10 reaches a floor, or the most that there is.
+
+    Args:
+        codes: the FAISS index.
+        vectors: that it was made of.
+        queries: to tune with.
+        floor: recall to reach, a fraction.
+
+    Returns:
+        The effort and its recall on these queries.
+    """
+    truth = _Truth(vectors, queries)
+    rows = len(vectors.rows)
+    depths = [d for d in (10, 20, 50, 100, 200, 500, DEEPEST) if d < rows] or [min(rows, DEEPEST)]
+    best: tuple[float, Effort, float] | None = None
+    fallback, recall_of_fallback = Effort(), -1.0
+    reached = 0
+    is_graph = faiss.try_extract_index_ivf(codes) is None
+    for width in _widths(codes):
+        # A walk with so many candidates gives no more than these; lists give as many as are asked for.
+        within = [d for d in depths if d <= width] or depths[:1] if is_graph else depths
+        found = _searched(codes, vectors, queries, Effort(width, width, within[-1]))
+        recalls = [truth.recall(found[:, :depth]) for depth in within]
+        if recalls[-1] > recall_of_fallback:
+            fallback, recall_of_fallback = Effort(width, width, within[-1]), recalls[-1]
+        enough = [(d, r) for d, r in zip(within, recalls, strict=True) if r >= floor]
+        if not enough:
+            continue
+        effort = Effort(width, width, enough[0][0])
+        seconds = _seconds(codes, vectors, queries, effort)
+        if best is None or seconds < best[0]:
+            best = (seconds, effort, enough[0][1])
+        reached += 1
+        if reached == 3:  # twice and four times as wide, with fewer scored again, may still be faster; more is not
+            break
+    if best is None:
+        return fallback, recall_of_fallback
+    return best[1], best[2]
+
+
+def _widths(codes: Any) -> list[int]:
+    ivf = faiss.try_extract_index_ivf(codes)
+    most = 1024 if ivf is None else ivf.nlist
+    return [2**i for i in range(4 if ivf is None else 0, most.bit_length())]
+
+
+def _searched(codes: Any, vectors: Vectors, queries: Queries, effort: Effort) -> np.ndarray:
+    """Exact scores of the candidates, in the order in which the codes have them."""
+    _, rows = codes.search(queries.vectors, effort.rerank, params=parameters(codes, effort))
+    return _without_self(vectors.scores(queries.vectors, rows), rows, queries.own)
+
+
+def _seconds(codes: Any, vectors: Vectors, queries: Queries, effort: Effort) -> float:
+    """The median time of one query, on one thread."""
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        spent = []
+        for query in queries.vectors[:TIMED]:
+            began = time.perf_counter()
+            _searched(codes, vectors, Queries(query[None], ""), effort)
+            spent.append(time.perf_counter() - began)
+    finally:
+        faiss.omp_set_num_threads(threads)
+    return float(np.median(spent))
+
+
+def measure(codes: Any, vectors: Vectors, queries: Queries, effort: Effort) -> tuple[float, float]:
+    """Recall at 10 against the exact search, and queries per second on one thread."""
+    found = _searched(codes, vectors, queries, effort)
+    return _Truth(vectors, queries).recall(found), 1 / _seconds(codes, vectors, queries, effort)
+
+
+def try_kind(
+    kind: Kind,
+    vectors: Vectors,
+    queries: Queries,
+    folder: Path,
+    *,
+    floor: float,
+    rows: int,
+    memory: int,
+) -> Tried:
+    """Build one kind in a folder and measure it.
+
+    Args:
+        kind: to try.
+        vectors: to build of.
+        queries: half of them to tune with, half to measure with.
+        folder: where ``coding.faiss`` and ``codes.faiss`` go.
+        floor: recall to tune for.
+        rows: for how many vectors the memory is told.
+        memory: bytes that building may use.
+    """
+    held, dim = vectors.rows.shape
+    each = kind.bytes_per_vector(dim)
+    began = time.perf_counter()
+    train_coding(vectors, kind, folder / "coding.faiss", rows=held, memory=memory)
+    encode(Coding(folder / "coding.faiss"), kind, vectors, folder / "codes.faiss", memory=memory)
+    seconds = time.perf_counter() - began
+    codes = read_codes(folder / "codes.faiss", held)
+    effort, _ = tune(codes, vectors, queries.half(0), floor)
+    recall, speed = measure(codes, vectors, queries.half(1), effort)
+    return Tried(kind.name, kind.filled(held, dim), held, each, each * rows, effort, recall, speed, seconds)
+
+
+def flat(vectors: Vectors, queries: Queries, rows: int) -> Tried:
+    """What the exact search costs; its recall is 1 by definition."""
+    held, dim = vectors.rows.shape
+    spent = []
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        for query in queries.vectors[:TIMED]:
+            began = time.perf_counter()
+            vectors.search(query[None], min(TUNED_FOR, held))
+            spent.append(time.perf_counter() - began)
+    finally:
+        faiss.omp_set_num_threads(threads)
+    speed = held / rows / float(np.median(spent))
+    each = KINDS["Flat"].bytes_per_vector(dim)
+    return Tried("Flat", "", held, each, each * rows, Effort(), 1.0, speed, 0.0)
+
+
+def choose(
+    vectors: Vectors,
+    queries: Queries,
+    *,
+    floor: float,
+    memory: int,
+    serve_memory: int | None,
+    kinds: Sequence[Kind],
+    scratch: Path,
+) -> Choice:
+    """The fastest kind whose recall reaches the floor within the memory.
+
+    Where there are many vectors, kinds are compared on a sample of them, and what looks best is what is then built.
+
+    Args:
+        vectors: all of them.
+        queries: to measure with.
+        floor: recall at 10, a fraction.
+        memory: bytes that building may use.
+        serve_memory: bytes that the index may hold in memory while it is served; None for as much as it wants.
+        kinds: to compare.
+        scratch: a folder for the sample and its indexes, emptied afterwards.
+
+    Raises:
+        ClipkitError: where no kind fits into the memory.
+    """
+    rows, dim = vectors.rows.shape
+    fitting = [k for k in kinds if serve_memory is None or rows * k.bytes_per_vector(dim) <= serve_memory]
+    if not fitting:
+        least = min(kinds, key=lambda kind: kind.bytes_per_vector(dim))
+        smallest = rows * least.bytes_per_vector(dim) / 2**30
+        raise ClipkitError(
+            f"{rows:,} vectors take {smallest:.2f} GiB as {least.name}, the smallest, "
+            f"and {(serve_memory or 0) / 2**30:.2f} are allowed; give --serve-memory more"
+        )
+    if [k.name for k in fitting] == ["Flat"] or (rows * dim <= SMALL and any(k.is_flat for k in fitting)):
+        why = "few enough to compare in full" if rows * dim <= SMALL else "the only kind that was to be tried"
+        return Choice(KINDS["Flat"], Effort(), 1.0, [flat(vectors, queries, rows)], why)
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch) as made:
+        sample, asked = vectors, queries
+        if rows > PILOT:
+            sample, asked = _sample(vectors, queries, Path(made) / "sample.faiss")
+        tried = []
+        for kind in fitting:
+            folder = Path(made) / kind.name
+            folder.mkdir()
+            each = flat(sample, asked, rows) if kind.is_flat else None
+            each = each or try_kind(kind, sample, asked, folder, floor=floor, rows=rows, memory=memory)
+            if rows > PILOT:
+                each.note = f"on a sample of {PILOT:,}"
+            note(f"{each.kind}: recall@10 {each.recall:.3f}, {each.queries_per_second:,.0f} queries/s on one thread")
+            tried.append(each)
+    good = [each for each in tried if each.recall >= floor]
+    if good:
+        best = max(good, key=lambda each: each.queries_per_second)
+        why = f"the fastest with recall@10 of {floor:g} or more"
+    else:
+        best = max(tried, key=lambda each: each.recall)
+        why = f"none reached a recall@10 of {floor:g}; the one that found most"
+    return Choice(KINDS[best.kind], best.effort, best.recall, tried, why)
+
+
+def _sample(vectors: Vectors, queries: Queries, path: Path) -> tuple[Vectors, Queries]:
+    rows, dim = vectors.rows.shape
+    chosen = sample_rows(rows, PILOT)
+    own = queries.own
+    if own is not None:  # the queries' own rows must be in it
+        chosen = np.union1d(chosen[: PILOT - len(own)], own)
+        own = np.searchsorted(chosen, own)
+    blocks = (vectors.rows[part] for part in np.array_split(chosen, max(1, len(chosen) // BLOCK * 4)))
+    held = write_vectors(path, blocks, dim)
+    return Vectors(path, held, dim), Queries(queries.vectors, queries.told, own)

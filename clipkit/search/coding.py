@@ -1,0 +1,171 @@
+"""Codes: what is learned from a sample of the vectors, and a segment's vectors turned into them within some memory.
+
+Codes are of the vectors less their mean. ⟨q, x - μ⟩ is ⟨q, x⟩ less a number that only the question decides, so the
+order of the answers stays, while what images have in common, which is most of a CLIP embedding and the reason why
+questions lie far from all of them (Liang et al. 2022, "Mind the Gap"), costs the codes nothing.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+from faiss.contrib.ondisk import merge_ondisk
+
+from clipkit.artifact import atomic_write
+from clipkit.errors import ClipkitError
+from clipkit.search.kinds import Kind
+from clipkit.search.vectors import Vectors
+
+__all__ = ["Coding", "encode", "read_codes", "sample_rows", "train_coding"]
+
+BLOCK = 8192  # vectors in float32 at a time: 16 MiB at 512 dimensions
+PER_LIST = 128  # sampled vectors per inverted list; FAISS asks for 39 at least and looks at 256 at most
+GROWTH = 2.2  # lists grow by doubling, and for a moment stand there twice
+
+
+class Coding:
+    """A trained FAISS index without vectors, and the mean that is taken off them; new segments are coded with it.
+
+    Args:
+        path: of the FAISS file; the mean stands beside it.
+
+    Raises:
+        ClipkitError: where it is missing or altered.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        mean = path.with_suffix(".mean.npy")
+        try:
+            self.mean: np.ndarray = np.load(mean)
+        except (OSError, ValueError) as error:
+            raise ClipkitError(f"{mean} is missing or altered; build the index again") from error
+
+    def empty(self) -> Any:
+        """A FAISS index of its own, trained and empty."""
+        return read_codes(self.path, 0)
+
+
+def read_codes(path: Path, rows: int) -> Any:
+    """A FAISS index of so many vectors; lists on the disk stay there and are memory-mapped.
+
+    Raises:
+        ClipkitError: where it is missing, cut, altered or of another length.
+    """
+    try:
+        # Lists on the disk are looked for beside the file, wherever the folder has been moved to.
+        index = faiss.read_index(str(path), faiss.IO_FLAG_ONDISK_SAME_DIR)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[-160:]
+        raise ClipkitError(f"{path} is missing, cut or altered ({reason}); build the index again") from error
+    if index.ntotal != rows:
+        raise ClipkitError(f"{path} holds {index.ntotal:,} vectors where {rows:,} are expected; build the index again")
+    return index
+
+
+def sample_rows(rows: int, wanted: int, seed: int = 0) -> np.ndarray:
+    """Rows to learn from, rising, without repetition; all of them where there are fewer."""
+    if rows <= wanted:
+        return np.arange(rows)
+    return np.sort(np.random.default_rng(seed).choice(rows, wanted, replace=False))
+
+
+def train_coding(vectors: Vectors, kind: Kind, path: Path, *, rows: int, memory: int) -> None:
+    """Learn a coding from a sample of stored vectors and write it.
+
+    Args:
+        vectors: to learn from.
+        kind: of the index.
+        path: where the trained index goes.
+        rows: for how many vectors it is meant, which decides how many lists there are.
+        memory: bytes that may be used; the sample takes a third of them at most.
+    """
+    held, dim = vectors.rows.shape
+    factory = kind.filled(rows, dim, on_disk=_too_large(kind, rows, dim, memory))
+    # A graph leads along short ways, so it is of distances, and of the vectors as they are: all have length one, where
+    # the nearest is the one of the greatest product.
+    index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT if kind.has_lists else faiss.METRIC_L2)
+    ivf = faiss.try_extract_index_ivf(index)
+    wanted = max(PER_LIST * ivf.nlist if ivf is not None else 0, 2**16)
+    chosen = sample_rows(held, min(wanted, max(1024, memory // 3 // (4 * dim))))
+    sample = vectors.rows[chosen].astype(np.float32)
+    mean = sample.mean(axis=0) if kind.has_lists else np.zeros(dim, np.float32)
+    sample -= mean
+    if ivf is not None:
+        ivf.cp.min_points_per_centroid = 1  # where vectors are few it is known, and `lists_for` has seen to it
+        if faiss.get_num_gpus():
+            ivf.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(dim))
+    if isinstance(index, faiss.IndexPreTransform):
+        faiss.downcast_VectorTransform(index.chain.at(0)).niter = 20  # of 50: the rest turns it hardly any more
+    index.train(sample)
+    with atomic_write(path.with_suffix(".mean.npy")) as handle:
+        np.save(handle, mean)
+    with atomic_write(path) as handle:
+        faiss.write_index(index, handle.name)
+
+
+def _too_large(kind: Kind, rows: int, dim: int, memory: int) -> bool:
+    return kind.has_lists and rows * kind.bytes_per_vector(dim) * GROWTH > memory / 2
+
+
+def encode(coding: Coding, kind: Kind, vectors: Vectors, path: Path, *, memory: int) -> None:
+    """Code a segment's vectors, in pieces with lists on the disk where the memory does not hold them all.
+
+    Args:
+        coding: what was learned.
+        kind: of it.
+        vectors: the segment's.
+        path: where the FAISS index goes; lists on the disk go beside it.
+        memory: bytes that may be used.
+
+    Raises:
+        ClipkitError: where the memory does not hold what this kind must keep in it, or the disk is full.
+    """
+    rows, dim = vectors.rows.shape
+    each = kind.bytes_per_vector(dim) * GROWTH
+    room = int(memory / 2 / each)
+    if rows <= room or not kind.has_lists:
+        if rows > room:
+            raise ClipkitError(
+                f"{kind.name} of {rows:,} vectors takes about {rows * each / 2**30:.1f} GiB while it is built, and "
+                f"{memory / 2**30:.1f} are allowed; give --memory more, or take a kind with lists (IVF-SQ8, RaBitQ)"
+            )
+        index = coding.empty()
+        for block in _blocks(vectors, coding.mean, 0, rows):
+            index.add(block)
+        with atomic_write(path) as handle:
+            faiss.write_index(index, handle.name)
+        return
+    pieces = path.with_name(f".{path.name}.pieces")
+    shutil.rmtree(pieces, ignore_errors=True)
+    pieces.mkdir(parents=True)
+    try:
+        _on_disk(coding, vectors, path, pieces, room)
+    finally:
+        shutil.rmtree(pieces, ignore_errors=True)
+
+
+def _on_disk(coding: Coding, vectors: Vectors, path: Path, pieces: Path, room: int) -> None:
+    rows = len(vectors.rows)
+    made = []
+    for start in range(0, rows, room):
+        index = coding.empty()
+        for block in _blocks(vectors, coding.mean, start, min(start + room, rows)):
+            first = start + index.ntotal
+            index.add_with_ids(block, np.arange(first, first + len(block)))
+        made.append(str(pieces / f"{len(made)}.faiss"))
+        faiss.write_index(index, made[-1])
+        del index
+    whole = coding.empty()
+    lists = path.with_suffix(".lists")
+    merge_ondisk(whole, made, str(lists))
+    with atomic_write(path) as handle:
+        faiss.write_index(whole, handle.name)
+
+
+def _blocks(vectors: Vectors, mean: np.ndarray, start: int, stop: int) -> Iterator[np.ndarray]:
+    for at in range(start, stop, BLOCK):
+        yield vectors.rows[at : min(at + BLOCK, stop)].astype(np.float32) - mean

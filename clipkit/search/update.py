@@ -1,0 +1,330 @@
+"""An index that lives: rows are added, replaced and taken away while others read, and put together again in time.
+
+A change writes a segment of what is new, marks what is gone, measures the recall again, and makes the next generation.
+Vectors are never moved by it, so it costs what is new and not what is there; `compact_index` moves them.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from clipkit.artifact import hold, read_manifest
+from clipkit.embeddings import Embeddings, Side, in_schema, joined_schema
+from clipkit.errors import ClipkitError
+from clipkit.log import note
+from clipkit.search import generations
+from clipkit.search.build import default_memory, kept_queries
+from clipkit.search.coding import Coding, encode, sample_rows
+from clipkit.search.generations import Generation, SegmentState, commit, current, write_dead
+from clipkit.search.index import Index
+from clipkit.search.kinds import KINDS, TUNED_FOR, Effort
+from clipkit.search.segments import codes_path, table_path, vectors_path, write_table
+from clipkit.search.vectors import Vectors, write_vectors
+
+__all__ = ["Changed", "compact_index", "delete_rows", "go_back", "update_index"]
+
+BLOCK = 65_536
+ASKED = 500  # queries that a change is measured with
+TIE = np.float32(1e-5)
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What a change did, in images (captions, where an index holds no images)."""
+
+    generation: int
+    added: int = 0
+    replaced: int = 0
+    deleted: int = 0
+    unchanged: int = 0
+
+    @property
+    def nothing(self) -> bool:
+        """Whether everything was as it should be already."""
+        return not (self.added or self.replaced or self.deleted)
+
+
+class _Change:
+    """The next generation of an index in the making. As a context, it holds the index's lock."""
+
+    def __init__(self, folder: Path):
+        self.manifest = read_manifest(folder, "index")
+        self._lock = hold(folder, "changes")
+        self.folder = folder
+        self.state = current(folder)
+        self.index = Index(folder, self.manifest, self.state)
+        self.number = self.state.number + 1
+        self.segments = {segment.name: segment for segment in self.state.segments}
+
+    def __enter__(self) -> "_Change":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def ids(self, side: Side) -> Iterator[tuple[SegmentState, np.ndarray, np.ndarray]]:
+        """Per segment the image ids of its rows, and whether each can be found."""
+        for segment in self.index.segments(side):
+            column = "id" if side == "image" else "image_id"
+            alive = np.ones(segment.rows, bool) if segment.alive is None else segment.alive
+            yield self.segments[segment.name], segment.table[column].to_numpy(), alive
+
+    def bury(self, ids: np.ndarray) -> None:
+        """Mark every row of these images, and of their captions, as gone."""
+        for side in self.state.sides:
+            for segment, of_rows, alive in self.ids(side):
+                dying = alive & np.isin(of_rows, ids)
+                if dying.any():
+                    rows = np.flatnonzero(~alive | dying)
+                    name = write_dead(self.folder, self.number, segment.name, side, rows)
+                    self.segments[segment.name] = replace(
+                        self.segments[segment.name],
+                        dead={**self.segments[segment.name].dead, side: name},
+                        gone={**self.segments[segment.name].gone, side: len(rows)},
+                    )
+
+    def write(self, side: Side, blocks: Iterator[np.ndarray], tables: Iterator[pa.Table], memory: int) -> int:
+        """Write a side of the generation's own segment; returns how many rows it has."""
+        name = f"{self.number:06d}"
+        path = vectors_path(self.folder, name, side)
+        rows = write_vectors(path, blocks, self.index.dim)
+        write_table(table_path(self.folder, name, side), tables)
+        known = self.segments.get(name) or SegmentState(name, {}, [])
+        coded = known.coded
+        if side in self.state.coding and rows:
+            coding = Coding(self.folder / self.state.coding[side] / f"{side}.faiss")
+            vectors = Vectors(path, rows, self.index.dim)
+            encode(coding, KINDS[self.state.kinds[side]], vectors, codes_path(self.folder, name, side), memory=memory)
+            coded = [*coded, side]
+        self.segments[name] = replace(known, rows={**known.rows, side: rows}, coded=coded)
+        return rows
+
+    def commit(self, *, floor: float) -> int:
+        """Measure what has come of it, look harder where that is needed, and make it what counts."""
+        held = [segment for segment in self.segments.values() if any(_left(segment))]
+        state = replace(self.state, number=self.number, segments=held, before=self.state.number)
+        state = _measured(self.folder, self.manifest, state, floor)
+        commit(self.folder, state)
+        return state.number
+
+
+def _left(segment: SegmentState) -> list[int]:
+    return [rows - segment.gone.get(side, 0) for side, rows in segment.rows.items()]
+
+
+def update_index(folder: Path, sets: Sequence[Embeddings], *, gone: bool = False, memory: int | None = None) -> Changed:
+    """Bring an index up to date with embeddings: what is new is added, what has changed is replaced.
+
+    An image has changed where its vector, its metadata, or any of its captions has.
+
+    Args:
+        folder: of the index.
+        sets: embeddings of the index's model.
+        gone: take away what is in none of them.
+        memory: bytes that may be used; None for half of what is free.
+
+    Raises:
+        ClipkitError: where the embeddings are of another model or hold an id twice, or another process changes the
+            index.
+    """
+    with _Change(folder) as change:
+        for given in sets:
+            if given.fingerprint != change.index.fingerprint:
+                own, other = change.index.fingerprint[:12], given.fingerprint[:12]
+                raise ClipkitError(
+                    f"{folder} is of model {own}, {given.folder} of {other}; embed with the index's model, or build "
+                    "another index"
+                )
+        ids = np.concatenate([np.zeros(0, np.int64), *(table["id"].to_numpy() for s in sets for table in s.tables())])
+        if len(np.unique(ids)) < len(ids):
+            raise ClipkitError(
+                "the embedding folders hold a sample of one name more than once; embed a folder above both"
+            )
+        there = _alive_ids(change)
+        new = ~np.isin(ids, there)
+        changed = np.zeros(len(ids), bool)
+        common = ids[~new]
+        if len(common):
+            before, after = _digests_of_index(change, common), _digests_of_sets(sets, common)
+            changed[~new] = [before[i] != after[i] for i in common.tolist()]
+        missing = np.setdiff1d(there, ids) if gone else np.zeros(0, np.int64)
+        counts = Changed(change.number, int(new.sum()), int(changed.sum()), len(missing), int((~new & ~changed).sum()))
+        if counts.nothing:
+            return replace(counts, generation=change.state.number)
+        change.bury(np.concatenate([ids[changed], missing]))
+        wanted = ids[new | changed]
+        if len(wanted):
+            for side in change.state.sides:
+                holders = [s for s in sets if side in s.sides]
+                change.write(side, _vectors_of(holders, side, wanted), _rows_of(holders, side, wanted), _memory(memory))
+        change.commit(floor=_floor(change))
+        return counts
+
+
+def delete_rows(folder: Path, ids: Sequence[int] = (), *, where: str | None = None) -> Changed:
+    """Take images and their captions away, by id or by a condition on their metadata.
+
+    Raises:
+        ClipkitError: for an id that the index does not hold, or a condition that does not fit.
+    """
+    with _Change(folder) as change:
+        there = _alive_ids(change)
+        wanted = np.asarray(ids, np.int64)
+        unknown = np.setdiff1d(wanted, there)
+        if len(unknown):
+            raise ClipkitError(
+                f"{folder} holds no image of id {unknown[0]} ({len(unknown):,} of {len(wanted):,} unknown)"
+            )
+        if where is not None:
+            side = change.state.sides[0]
+            column = "id" if side == "image" else "image_id"
+            found = [s.table[column].to_numpy()[p] for s, p in change.index.passing(side, where) if p is not None]
+            wanted = np.union1d(wanted, np.concatenate([np.zeros(0, np.int64), *found]))
+        wanted = np.unique(wanted)
+        if not len(wanted):
+            return Changed(change.state.number)
+        change.bury(wanted)
+        change.commit(floor=_floor(change))
+        return Changed(change.number, deleted=len(wanted))
+
+
+def compact_index(folder: Path, *, memory: int | None = None) -> Changed:
+    """Put all segments together into one without the rows that are gone; what can be found stays the same."""
+    with _Change(folder) as change:
+        if len(change.state.segments) == 1 and not change.state.segments[0].dead:
+            return Changed(change.state.number)
+        old = list(change.segments)
+        for side in change.state.sides:
+            segments = change.index.segments(side)
+            schema = joined_schema([segment.table.schema for segment in segments])
+
+            def blocks(segments: Any = segments) -> Iterator[np.ndarray]:
+                for segment in segments:
+                    for start in range(0, segment.rows, BLOCK):
+                        block = segment.vectors.rows[start : start + BLOCK]
+                        yield block if segment.alive is None else block[segment.alive[start : start + BLOCK]]
+
+            def tables(segments: Any = segments, schema: Any = schema) -> Iterator[pa.Table]:
+                for segment in segments:
+                    kept = segment.table if segment.alive is None else segment.table.filter(pa.array(segment.alive))
+                    yield in_schema(kept, schema)
+
+            change.write(side, blocks(), tables(), _memory(memory))
+        for name in old:
+            del change.segments[name]
+        return Changed(change.commit(floor=_floor(change)))
+
+
+def go_back(folder: Path) -> Changed:
+    """Make the generation before the last change the one that counts.
+
+    Raises:
+        ClipkitError: where there is none, or another process changes the index.
+    """
+    read_manifest(folder, "index")
+    lock = hold(folder, "changes")
+    try:
+        return Changed(generations.go_back(folder).number)
+    finally:
+        lock.release()
+
+
+def _memory(given: int | None) -> int:
+    return given or default_memory()
+
+
+def _floor(change: _Change) -> float:
+    return change.manifest["wanted"]["recall"]
+
+
+def _alive_ids(change: _Change) -> np.ndarray:
+    found = [ids[alive] for side in change.state.sides for _, ids, alive in change.ids(side)]
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
+
+
+def _vectors_of(sets: Sequence[Embeddings], side: Side, wanted: np.ndarray) -> Iterator[np.ndarray]:
+    column = "id" if side == "image" else "image_id"
+    for each in sets:
+        for block, table in zip(each.blocks(side), each.tables(side), strict=True):
+            yield block[np.isin(table[column].to_numpy(), wanted)]
+
+
+def _rows_of(sets: Sequence[Embeddings], side: Side, wanted: np.ndarray) -> Iterator[pa.Table]:
+    column = "id" if side == "image" else "image_id"
+
+    def tables() -> Iterator[pa.Table]:
+        for each in sets:
+            yield from each.tables() if side == "image" else each.captions_with_images()
+
+    schema = joined_schema([table.schema for table in tables()])
+    for table in tables():
+        yield in_schema(table.filter(pa.array(np.isin(table[column].to_numpy(), wanted))), schema)
+
+
+def _digests_of_index(change: _Change, ids: np.ndarray) -> dict[int, bytes]:
+    found = {i: hashlib.blake2b(digest_size=16) for i in ids.tolist()}
+    for side in change.state.sides:
+        for segment in change.index.segments(side):
+            alive = np.ones(segment.rows, bool) if segment.alive is None else segment.alive
+            _digest(found, side, segment.vectors.rows, segment.table, alive)
+    return {i: each.digest() for i, each in found.items()}
+
+
+def _digests_of_sets(sets: Sequence[Embeddings], ids: np.ndarray) -> dict[int, bytes]:
+    found = {i: hashlib.blake2b(digest_size=16) for i in ids.tolist()}
+    sides: list[Side] = ["image", "text"]
+    for side in sides:
+        for each in sets:
+            if side in each.sides:
+                tables = each.tables() if side == "image" else each.captions_with_images()
+                for block, table in zip(each.blocks(side), tables, strict=True):
+                    _digest(found, side, block, table, np.ones(len(block), bool))
+    return {i: each.digest() for i, each in found.items()}
+
+
+def _digest(found: dict[int, Any], side: Side, vectors: np.ndarray, table: pa.Table, alive: np.ndarray) -> None:
+    """Add rows to the digests of their images; a value that is missing is as a column that is not there."""
+    column = "id" if side == "image" else "image_id"
+    ids = table[column].to_numpy()
+    chosen = np.flatnonzero(alive & np.isin(ids, np.fromiter(found, np.int64, len(found))))
+    for start in range(0, len(chosen), BLOCK):
+        rows = chosen[start : start + BLOCK]
+        for i, vector, row in zip(
+            ids[rows].tolist(), vectors[rows], table.take(pa.array(rows)).to_pylist(), strict=True
+        ):
+            known = {name: value for name, value in row.items() if value is not None}
+            found[i].update(vector.tobytes())
+            found[i].update(json.dumps(known, sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
+
+
+def _measured(folder: Path, manifest: dict[str, Any], state: Generation, floor: float) -> Generation:
+    """The state with its recall measured again, and more effort where it had fallen below the floor."""
+    index = Index(folder, manifest, state)
+    for side, told in state.efforts.items():
+        asked = kept_queries(folder, side)
+        count = state.count(side)
+        if asked is None or not count:
+            continue
+        asked = asked[sample_rows(len(asked), ASKED)]
+        worst = index.search(asked, TUNED_FOR, side, exact=True).scores[:, -1:]
+        effort = Effort(**told)
+        while True:
+            recall = float((index.search(asked, TUNED_FOR, side, effort=effort).scores >= worst - TIE).mean())
+            harder = effort.doubled()
+            if recall >= floor or harder == effort:
+                break
+            effort = harder
+        if effort.as_json() != told:
+            note(f"{side}: looks harder now, to keep a recall@10 of {floor:g}")
+        state = replace(
+            state,
+            efforts={**state.efforts, side: effort.as_json()},
+            recall={**state.recall, side: recall},
+        )
+    return state

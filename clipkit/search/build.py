@@ -15,7 +15,7 @@ from clipkit.embeddings import Embeddings, Side, in_schema, joined_schema
 from clipkit.errors import ClipkitError
 from clipkit.log import note
 from clipkit.report import save_figure, tradeoff_figure
-from clipkit.search.choose import Choice, Queries, choose, measure, tune
+from clipkit.search.choose import Choice, Queries, Truth, choose, measure, tune
 from clipkit.search.coding import Coding, encode, read_codes, sample_rows, train_coding
 from clipkit.search.generations import Generation, SegmentState, commit
 from clipkit.search.kinds import KINDS, Effort, Kind
@@ -249,8 +249,9 @@ def _coded(
     train_coding(vectors, choice.kind, coding, rows=rows, memory=memory)
     encode(Coding(coding), choice.kind, vectors, codes_path(out, FIRST, side), memory=memory)
     codes = read_codes(codes_path(out, FIRST, side), rows)
-    effort, _ = tune(codes, vectors, queries.half(0), wanted.recall)
-    recall, speed = measure(codes, vectors, queries.half(1), effort)
+    truth = Truth(vectors, queries)
+    effort, _ = tune(codes, vectors, truth.half(0), wanted.recall)
+    recall, speed = measure(codes, vectors, truth.half(1), effort)
     note(f"{side}: recall@10 {recall:.3f} with {queries.told}, {speed:,.0f} queries/s on one thread")
     return Choice(choice.kind, effort, recall, choice.tried, choice.why)
 

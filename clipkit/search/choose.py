@@ -4,6 +4,7 @@ Codes that find images by images may miss them by text: text vectors lie elsewhe
 of held-out text queries against the exact search, and the time of one query at a time on one thread.
 """
 
+import copy
 import tempfile
 import time
 from collections.abc import Sequence
@@ -16,11 +17,11 @@ import numpy as np
 
 from clipkit.errors import ClipkitError
 from clipkit.log import note
-from clipkit.search.coding import Coding, encode, read_codes, sample_rows, train_coding
-from clipkit.search.kinds import KINDS, TUNED_FOR, Effort, Kind, parameters
+from clipkit.search.coding import Coding, encode, learn_lists, read_codes, sample_rows, train_coding
+from clipkit.search.kinds import KINDS, TUNED_FOR, Effort, Kind, lists_for, parameters
 from clipkit.search.vectors import Vectors, write_vectors
 
-__all__ = ["Choice", "Queries", "Tried", "choose", "measure", "tune"]
+__all__ = ["Choice", "Queries", "Tried", "Truth", "choose", "measure", "tune"]
 
 PILOT = 200_000  # vectors on which kinds are compared before the best is built on all
 SMALL = 20_000_000  # numbers (vectors times dimensions) that are compared in full in a few milliseconds
@@ -42,7 +43,7 @@ class Queries:
     """The row of each query where queries are vectors of the index itself, which then are no answers to themselves."""
 
     def half(self, which: int) -> "Queries":
-        """Every other query: one half is tuned with, the other says what that is worth."""
+        """Every other one."""
         return Queries(self.vectors[which::2], self.told, None if self.own is None else self.own[which::2])
 
 
@@ -80,8 +81,13 @@ class Choice:
     why: str
 
 
-class _Truth:
-    """The exact scores of the best rows for some queries."""
+class Truth:
+    """The exact scores of the best rows for some queries.
+
+    Args:
+        vectors: all of them; they are read once, block by block.
+        queries: that are asked.
+    """
 
     def __init__(self, vectors: Vectors, queries: Queries):
         self.queries = queries
@@ -100,6 +106,12 @@ class _Truth:
         scores = _without_self(heap.D, heap.I, queries.own)
         self.worst = -np.sort(-scores, axis=1)[:, self.k - 1 : self.k]
 
+    def half(self, which: int) -> "Truth":
+        """Of every other query: one half is tuned with, the other says what that is worth."""
+        found = copy.copy(self)
+        found.queries, found.worst = self.queries.half(which), self.worst[which::2]
+        return found
+
     def recall(self, scores: np.ndarray) -> float:
         """Of exact scores of what was found; equal scores are equally good."""
         best = -np.sort(-scores, axis=1)[:, : self.k]
@@ -110,20 +122,19 @@ def _without_self(scores: np.ndarray, rows: np.ndarray, own: np.ndarray | None) 
     return scores if own is None else np.where(rows == own[:, None], -np.inf, scores)
 
 
-def tune(codes: Any, vectors: Vectors, queries: Queries, floor: float) -> tuple[Effort, float]:
+def tune(codes: Any, vectors: Vectors, truth: Truth, floor: float) -> tuple[Effort, float]:
     """The least effort whose recall at 10 reaches a floor, or the most that there is.
 
     Args:
         codes: the FAISS index.
         vectors: that it was made of.
-        queries: to tune with.
+        truth: the queries to tune with and what the exact search finds.
         floor: recall to reach, a fraction.
 
     Returns:
         The effort and its recall on these queries.
     """
-    truth = _Truth(vectors, queries)
-    rows = len(vectors.rows)
+    queries, rows = truth.queries, len(vectors.rows)
     depths = [d for d in (10, 20, 50, 100, 200, 500, DEEPEST) if d < rows] or [min(rows, DEEPEST)]
     best: tuple[float, Effort, float] | None = None
     fallback, recall_of_fallback = Effort(), -1.0
@@ -178,42 +189,44 @@ def _seconds(codes: Any, vectors: Vectors, queries: Queries, effort: Effort) -> 
     return float(np.median(spent))
 
 
-def measure(codes: Any, vectors: Vectors, queries: Queries, effort: Effort) -> tuple[float, float]:
+def measure(codes: Any, vectors: Vectors, truth: Truth, effort: Effort) -> tuple[float, float]:
     """Recall at 10 against the exact search, and queries per second on one thread."""
-    found = _searched(codes, vectors, queries, effort)
-    return _Truth(vectors, queries).recall(found), 1 / _seconds(codes, vectors, queries, effort)
+    found = _searched(codes, vectors, truth.queries, effort)
+    return truth.recall(found), 1 / _seconds(codes, vectors, truth.queries, effort)
 
 
 def try_kind(
     kind: Kind,
     vectors: Vectors,
-    queries: Queries,
+    truth: Truth,
     folder: Path,
     *,
     floor: float,
     rows: int,
     memory: int,
+    lists: np.ndarray,
 ) -> Tried:
     """Build one kind in a folder and measure it.
 
     Args:
         kind: to try.
         vectors: to build of.
-        queries: half of them to tune with, half to measure with.
+        truth: half of its queries to tune with, half to measure with.
         folder: where ``coding.faiss`` and ``codes.faiss`` go.
         floor: recall to tune for.
         rows: for how many vectors the memory is told.
         memory: bytes that building may use.
+        lists: see `train_coding`.
     """
     held, dim = vectors.rows.shape
     each = kind.bytes_per_vector(dim)
     began = time.perf_counter()
-    train_coding(vectors, kind, folder / "coding.faiss", rows=held, memory=memory)
+    train_coding(vectors, kind, folder / "coding.faiss", rows=held, memory=memory, lists=lists)
     encode(Coding(folder / "coding.faiss"), kind, vectors, folder / "codes.faiss", memory=memory)
     seconds = time.perf_counter() - began
     codes = read_codes(folder / "codes.faiss", held)
-    effort, _ = tune(codes, vectors, queries.half(0), floor)
-    recall, speed = measure(codes, vectors, queries.half(1), effort)
+    effort, _ = tune(codes, vectors, truth.half(0), floor)
+    recall, speed = measure(codes, vectors, truth.half(1), effort)
     return Tried(kind.name, kind.filled(held, dim), held, each, each * rows, effort, recall, speed, seconds)
 
 
@@ -279,11 +292,12 @@ def choose(
         if rows > PILOT:
             sample, asked = _sample(vectors, queries, Path(made) / "sample.faiss")
         tried = []
+        truth, lists = Truth(sample, asked), learn_lists(sample, lists_for(len(sample.rows)), memory)
+        how: dict[str, Any] = {"floor": floor, "rows": rows, "memory": memory, "lists": lists}
         for kind in fitting:
             folder = Path(made) / kind.name
             folder.mkdir()
-            each = flat(sample, asked, rows) if kind.is_flat else None
-            each = each or try_kind(kind, sample, asked, folder, floor=floor, rows=rows, memory=memory)
+            each = flat(sample, asked, rows) if kind.is_flat else try_kind(kind, sample, truth, folder, **how)
             if rows > PILOT:
                 each.note = f"on a sample of {PILOT:,}"
             note(f"{each.kind}: recall@10 {each.recall:.3f}, {each.queries_per_second:,.0f} queries/s on one thread")

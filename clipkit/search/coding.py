@@ -16,13 +16,14 @@ from faiss.contrib.ondisk import merge_ondisk
 
 from clipkit.artifact import atomic_write
 from clipkit.errors import ClipkitError
-from clipkit.search.kinds import Kind
+from clipkit.search.kinds import Kind, lists_for
 from clipkit.search.vectors import Vectors
 
-__all__ = ["Coding", "encode", "read_codes", "sample_rows", "train_coding"]
+__all__ = ["Coding", "encode", "learn_lists", "read_codes", "sample_rows", "train_coding"]
 
 BLOCK = 8192  # vectors in float32 at a time: 16 MiB at 512 dimensions
 PER_LIST = 128  # sampled vectors per inverted list; FAISS asks for 39 at least and looks at 256 at most
+OPQ_SAMPLE = 20_000  # vectors that a rotation is learned from
 GROWTH = 2.2  # lists grow by doubling, and for a moment stand there twice
 
 
@@ -73,7 +74,33 @@ def sample_rows(rows: int, wanted: int, seed: int = 0) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(rows, wanted, replace=False))
 
 
-def train_coding(vectors: Vectors, kind: Kind, path: Path, *, rows: int, memory: int) -> None:
+def learn_lists(vectors: Vectors, count: int, memory: int) -> np.ndarray:
+    """The centres of inverted lists by k-means, float32 ``[count, dim]``, of vectors less their mean.
+
+    They are most of what training costs, and the same for every kind, so they are learned once.
+    """
+    sample, _ = _sample(vectors, PER_LIST * count, memory)
+    dim = sample.shape[1]
+    means = faiss.Kmeans(
+        dim, count, niter=10, spherical=True, seed=1234, min_points_per_centroid=1, gpu=bool(faiss.get_num_gpus())
+    )
+    means.train(sample)
+    return np.asarray(means.centroids)
+
+
+def _sample(vectors: Vectors, wanted: int, memory: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to learn from less their mean, float32, within a third of the memory; and the mean."""
+    held, dim = vectors.rows.shape
+    chosen = sample_rows(held, min(max(wanted, 2**16), max(1024, memory // 3 // (4 * dim))))
+    sample = vectors.rows[chosen].astype(np.float32)
+    mean = sample.mean(axis=0)
+    sample -= mean
+    return sample, mean
+
+
+def train_coding(
+    vectors: Vectors, kind: Kind, path: Path, *, rows: int, memory: int, lists: np.ndarray | None = None
+) -> None:
     """Learn a coding from a sample of stored vectors and write it.
 
     Args:
@@ -82,24 +109,29 @@ def train_coding(vectors: Vectors, kind: Kind, path: Path, *, rows: int, memory:
         path: where the trained index goes.
         rows: for how many vectors it is meant, which decides how many lists there are.
         memory: bytes that may be used; the sample takes a third of them at most.
+        lists: as `learn_lists` gives them for so many; learned where not given.
     """
-    held, dim = vectors.rows.shape
+    dim = vectors.rows.shape[1]
     factory = kind.filled(rows, dim, on_disk=_too_large(kind, rows, dim, memory))
     # A graph leads along short ways, so it is of distances, and of the vectors as they are: all have length one, where
     # the nearest is the one of the greatest product.
     index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT if kind.has_lists else faiss.METRIC_L2)
-    ivf = faiss.try_extract_index_ivf(index)
-    wanted = max(PER_LIST * ivf.nlist if ivf is not None else 0, 2**16)
-    chosen = sample_rows(held, min(wanted, max(1024, memory // 3 // (4 * dim))))
-    sample = vectors.rows[chosen].astype(np.float32)
-    mean = sample.mean(axis=0) if kind.has_lists else np.zeros(dim, np.float32)
-    sample -= mean
-    if ivf is not None:
-        ivf.cp.min_points_per_centroid = 1  # where vectors are few it is known, and `lists_for` has seen to it
-        if faiss.get_num_gpus():
-            ivf.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(dim))
+    if kind.has_lists and lists is None:
+        lists = learn_lists(vectors, lists_for(rows), memory)
+    sample, mean = _sample(vectors, 0, memory)
+    if not kind.has_lists:
+        sample += mean
+        mean = np.zeros_like(mean)
     if isinstance(index, faiss.IndexPreTransform):
-        faiss.downcast_VectorTransform(index.chain.at(0)).niter = 20  # of 50: the rest turns it hardly any more
+        rotation = faiss.downcast_VectorTransform(index.chain.at(0))
+        if isinstance(rotation, faiss.OPQMatrix):
+            inner: Any = faiss.downcast_index(index.index)
+            quantizer = faiss.ProductQuantizer(dim, inner.pq.M, inner.pq.nbits)  # it would learn for 8 bits otherwise
+            rotation.pq, rotation.niter, rotation.niter_pq_0 = quantizer, 8, 8  # of 50 and 40: it is slow
+        rotation.train(sample[:OPQ_SAMPLE])
+        lists = rotation.apply(lists)  # type: ignore[call-overload]  # a rotation takes centres to centres
+    if lists is not None:
+        faiss.downcast_index(faiss.extract_index_ivf(index).quantizer).add(lists)  # which leaves no k-means to be done
     index.train(sample)
     with atomic_write(path.with_suffix(".mean.npy")) as handle:
         np.save(handle, mean)

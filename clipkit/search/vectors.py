@@ -136,7 +136,7 @@ class Vectors:
         for start in range(0, len(queries), 16):
             part = rows[start : start + 16]
             block = self.rows[np.maximum(part, 0)].astype(np.float32)
-            found[start : start + 16] = np.einsum("qcd,qd->qc", block, queries[start : start + 16], optimize=True)
+            found[start : start + 16] = np.matmul(block, queries[start : start + 16, :, None])[..., 0]
         found[rows < 0] = -np.inf
         return found
 

@@ -1,6 +1,6 @@
-"""open_clip as others install it, in an environment of its own in the user's cache, for the scripts beside this one.
+"""Rivals as others install them, each in an environment of its own in the user's cache, for the scripts here.
 
-Made on the first call (some minutes), with what its `training` extra asks for; used again after.
+Made on the first call (some minutes); used again after.
 """
 
 import os
@@ -9,17 +9,20 @@ import sys
 from pathlib import Path
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipkit-bench"
-REQUIREMENTS = ["open_clip_torch[training]", "psutil"]
+REQUIREMENTS = {
+    "open_clip": ["open_clip_torch[training]", "psutil"],
+    "autofaiss": ["autofaiss", "psutil"],
+}
 
 
-def environment() -> Path:
-    """The Python of open_clip's environment, made if it is not there."""
-    folder = CACHE / "open_clip"
+def environment(rival: str = "open_clip") -> Path:
+    """The Python of a rival's environment, made if it is not there."""
+    folder = CACHE / rival
     python = folder / "bin" / "python"
     if not (folder / "complete").exists():
-        print(f"installing {REQUIREMENTS[0]} into {folder}", file=sys.stderr)
+        print(f"installing {rival} into {folder}", file=sys.stderr)
         alone = {**os.environ, "PYTHONPATH": ""}
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], env=alone, check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS], env=alone, check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS[rival]], env=alone, check=True)
         (folder / "complete").touch()
     return python

@@ -1,4 +1,4 @@
-"""Indexes that clipkit and autofaiss choose at the same memory: recall with text queries, speed, size, cost of building.
+"""Indexes that clipkit and autofaiss choose at the same memory: recall with text queries, speed, size and build cost.
 
     python tests/bench/index_quality.py [--rows N] [--dim D] [--memory SIZE ...] [--work DIR] [--embeddings DIR]
 

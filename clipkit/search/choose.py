@@ -299,7 +299,7 @@ def choose(
             folder.mkdir()
             each = flat(sample, asked, rows) if kind.is_flat else try_kind(kind, sample, truth, folder, **how)
             if rows > PILOT:
-                each.note = f"on a sample of {PILOT:,}"
+                each.note = f"on a sample of {each.vectors:,}"
             note(f"{each.kind}: recall@10 {each.recall:.3f}, {each.queries_per_second:,.0f} queries/s on one thread")
             tried.append(each)
     good = [each for each in tried if each.recall >= floor]

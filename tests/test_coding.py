@@ -1,0 +1,205 @@
+"""Codes: built in memory or in pieces on the disk they find the same, and a build stays within its memory."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clipkit.errors import ClipkitError
+from clipkit.search.choose import Queries, Truth, choose, measure, tune
+from clipkit.search.coding import Coding, encode, learn_lists, read_codes, sample_rows, train_coding
+from clipkit.search.kinds import KINDS, Effort, lists_for, parameters
+from clipkit.search.vectors import Vectors, write_vectors
+
+ROWS, DIM = 3000, 24
+SMALL = 100_000  # bytes: less than any kind's codes take while they are made
+
+
+def unit(rows):
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def vectors(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vectors") / "v.faiss"
+    rng = np.random.default_rng(0)
+    write_vectors(path, [unit(rng.normal(size=(ROWS, DIM)) + 2)], DIM)
+    return Vectors(path, ROWS, DIM)
+
+
+@pytest.fixture(scope="module")
+def questions():
+    return unit(np.random.default_rng(1).normal(size=(50, DIM)) - 1)
+
+
+@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.has_lists])
+def test_in_pieces_on_the_disk_it_is_the_same_index(vectors, questions, tmp_path, kind):
+    chosen = KINDS[kind]
+    train_coding(vectors, chosen, tmp_path / "coding.faiss", rows=ROWS, memory=SMALL)
+    coding = Coding(tmp_path / "coding.faiss")
+    for name, memory in (("small", SMALL), ("large", 2**30)):
+        (tmp_path / name).mkdir()
+        encode(coding, chosen, vectors, tmp_path / name / "codes.faiss", memory=memory)
+    assert sorted(p.name for p in (tmp_path / "small").iterdir()) == ["codes.faiss", "codes.lists"]
+    assert sorted(p.name for p in (tmp_path / "large").iterdir()) == ["codes.faiss"]
+    shutil.move(tmp_path / "small", tmp_path / "moved")
+    effort = Effort(16, 16, 100)
+    found = []
+    for name in ("moved", "large"):
+        codes = read_codes(tmp_path / name / "codes.faiss", ROWS)
+        found.append(codes.search(questions, 20, params=parameters(codes, effort)))
+    assert np.allclose(found[0][0], found[1][0], atol=1e-6)
+    assert (found[0][1] == found[1][1]).mean() > 0.999  # equal scores come in the order of the lists
+
+
+def test_a_graph_that_does_not_fit_is_refused_with_what_it_takes(vectors, tmp_path):
+    train_coding(vectors, KINDS["HNSW"], tmp_path / "coding.faiss", rows=ROWS, memory=SMALL)
+    with pytest.raises(ClipkitError, match="give --memory more, or take a kind with lists"):
+        encode(Coding(tmp_path / "coding.faiss"), KINDS["HNSW"], vectors, tmp_path / "codes.faiss", memory=SMALL)
+    assert not (tmp_path / "codes.faiss").exists()
+
+
+@pytest.mark.parametrize("kind", ["IVF-PQ", "OPQ", "RaBitQ", "RaBitQ4"])
+def test_lists_learned_once_serve_every_kind(vectors, questions, tmp_path, kind):
+    """Turned with the vectors, they are the lists that the vectors fall into: those nearest are in the first lists."""
+    lists = learn_lists(vectors, lists_for(ROWS), 2**30)
+    train_coding(vectors, KINDS[kind], tmp_path / "coding.faiss", rows=ROWS, memory=2**30, lists=lists)
+    encode(Coding(tmp_path / "coding.faiss"), KINDS[kind], vectors, tmp_path / "codes.faiss", memory=2**30)
+    codes = read_codes(tmp_path / "codes.faiss", ROWS)
+    centred = vectors.rows.astype(np.float32) - vectors.rows.astype(np.float32).mean(axis=0)
+    by_hand = np.argmax(centred @ lists.T, axis=1)
+    own = centred[:200]
+    _, rows = codes.search(own, 2000, params=parameters(codes, Effort(1)))
+    for question, found in enumerate(rows):
+        assert set(by_hand[found[found >= 0]]) == {by_hand[question]}
+
+
+def test_recall_is_the_share_of_the_best_that_were_found(vectors, questions):
+    truth = Truth(vectors, Queries(questions, ""))
+    exact = questions @ vectors.rows.astype(np.float32).T
+    ordered = -np.sort(-exact, axis=1)
+    assert np.allclose(truth.worst[:, 0], ordered[:, 9], atol=1e-5)
+    assert truth.recall(ordered[:, :10]) == 1
+    assert truth.recall(ordered[:, 5:15]) == 0.5
+    assert truth.recall(ordered[:, 10:20]) == 0
+    own = np.arange(0, ROWS, 60)
+    alone = Truth(vectors, Queries(vectors.rows[own].astype(np.float32), "", own))
+    others = vectors.rows[own].astype(np.float32) @ vectors.rows.astype(np.float32).T
+    others[np.arange(len(own)), own] = -np.inf
+    assert np.allclose(alone.worst[:, 0], -np.sort(-others, axis=1)[:, 9], atol=1e-5)
+
+
+def test_the_least_effort_that_reaches_the_floor(vectors, questions, tmp_path):
+    kind = KINDS["RaBitQ4"]
+    train_coding(vectors, kind, tmp_path / "coding.faiss", rows=ROWS, memory=2**30)
+    encode(Coding(tmp_path / "coding.faiss"), kind, vectors, tmp_path / "codes.faiss", memory=2**30)
+    codes, truth = read_codes(tmp_path / "codes.faiss", ROWS), Truth(vectors, Queries(questions, ""))
+    little, recall_of_little = tune(codes, vectors, truth, 0.5)
+    much, recall_of_much = tune(codes, vectors, truth, 0.99)
+    assert 0.5 <= recall_of_little <= recall_of_much
+    assert recall_of_much >= 0.99
+    assert (little.lists, little.rerank) != (much.lists, much.rerank)
+    assert measure(codes, vectors, truth, much)[0] == recall_of_much
+    assert tune(codes, vectors, truth, 1.1)[1] >= recall_of_much  # which nothing reaches: the most that there is
+
+
+def test_what_does_not_fit_into_the_memory_it_is_served_from_is_not_tried(vectors, questions, tmp_path, monkeypatch):
+    monkeypatch.setattr("clipkit.search.choose.SMALL", 0)
+    how = {"floor": 0.9, "memory": 2**30, "kinds": [KINDS[k] for k in ("Flat", "IVF-SQ8", "RaBitQ")]}
+    queries = Queries(questions, "")
+    free = choose(vectors, queries, serve_memory=None, scratch=tmp_path / "a", **how)
+    assert [each.kind for each in free.tried] == ["Flat", "IVF-SQ8", "RaBitQ"]
+    reached = [each for each in free.tried if each.recall >= 0.9]
+    assert free.kind.name == max(reached, key=lambda each: each.queries_per_second).kind
+    tight = choose(vectors, queries, serve_memory=25 * ROWS, scratch=tmp_path / "b", **how)
+    assert [each.kind for each in tight.tried] == ["RaBitQ"]
+    with pytest.raises(ClipkitError, match="as RaBitQ, the smallest"):
+        choose(vectors, queries, serve_memory=10 * ROWS, scratch=tmp_path / "c", **how)
+    assert not list((tmp_path / "a").iterdir())
+
+
+def test_kinds_are_compared_on_a_sample_of_many(vectors, questions, tmp_path, monkeypatch):
+    monkeypatch.setattr("clipkit.search.choose.SMALL", 0)
+    monkeypatch.setattr("clipkit.search.choose.PILOT", 1000)
+    own = sample_rows(ROWS, 60, seed=3)
+    for queries in (Queries(questions, ""), Queries(vectors.rows[own].astype(np.float32), "", own)):
+        found = choose(
+            vectors,
+            queries,
+            floor=0.9,
+            memory=2**30,
+            serve_memory=None,
+            kinds=[KINDS["IVF-SQ8"]],
+            scratch=tmp_path,
+        )
+        (tried,) = found.tried
+        assert 940 <= tried.vectors <= 1000
+        assert tried.note == f"on a sample of {tried.vectors:,}"
+        assert found.recall > 0.8
+
+
+BUILD = """
+import sys
+from clipkit.cli import main
+main(["build", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["IVF-SQ8", "RaBitQ"])
+def test_a_build_of_a_million_stays_within_a_third_of_its_data(tmp_path, kind):
+    """Measured from outside, beyond an empty process with the same imports; the vectors themselves are 128 MB."""
+    from tests.test_index import make_embeddings
+
+    rows, dim = 1_000_000, 64
+    emb = make_embeddings(tmp_path / "emb", [0], dim=dim)
+    del emb
+    grow(tmp_path / "emb", rows, dim)
+    memory = rows * dim * 2 // 3
+    idle = peak([sys.executable, "-c", "import clipkit.search, clipkit.report, faiss, matplotlib.pyplot"])
+    flags = ["--memory", str(memory), "--kind", kind, "--out", str(tmp_path / "index")]
+    used = peak([sys.executable, "-c", BUILD, str(tmp_path / "emb"), *flags])
+    assert used - idle < memory
+    assert (tmp_path / "index" / "manifest.json").is_file()
+
+
+def grow(folder, rows, dim):
+    """Make an embeddings folder hold so many images, all of one part."""
+    import json
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from clipkit.embeddings import table_path, vectors_path
+
+    rng = np.random.default_rng(0)
+    values = np.concatenate(
+        [unit(rng.normal(size=(50_000, dim)) + 1).astype(np.float16) for _ in range(rows // 50_000)]
+    )
+    np.save(vectors_path(folder, "image", "0000"), values)
+    ids = np.arange(rows)
+    table = {"id": ids, "key": ids.astype(str), "image_path": ids.astype(str), "caption": pa.nulls(rows, pa.string())}
+    pq.write_table(pa.table(table), table_path(folder, "image", "0000"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["counts"]["images"] = manifest["parts"][0]["images"] = rows
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def peak(command):
+    """The most anonymous memory of a process, in bytes."""
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "2"}, stderr=subprocess.DEVNULL)
+    most = 0
+    while process.poll() is None:
+        try:
+            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        except OSError:
+            break
+        most = max([most, *(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))])
+        time.sleep(0.01)
+    assert process.wait() == 0
+    return most

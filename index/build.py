@@ -42,7 +42,6 @@ def main(
     from clipkit.errors import ClipkitError
     from clipkit.log import note
     from clipkit.search import Wanted, build_index
-    from clipkit.towers import load_model_of
 
     sets = [Embeddings.open(folder) for folder in embeddings]
     asked = None
@@ -53,6 +52,8 @@ def main(
             raise ClipkitError(f"cannot read {queries}: {error}") from error
         if not texts:
             raise ClipkitError(f"{queries} holds no text; write one question a line")
+        from clipkit.towers import load_model_of  # torch takes memory, and is needed for nothing else here
+
         asked = load_model_of(sets[0].manifest, sets[0].folder, model).embed_texts(texts)
     reference = dict(sets[0].manifest["model"])
     if "path" in reference:

@@ -25,6 +25,7 @@ from clipkit.search.vectors import Vectors, write_vectors
 __all__ = ["Wanted", "build_index", "default_memory", "kept_queries"]
 
 ASKED = 1000  # queries that are measured with, one half to tune, the other to tell
+LEAST = 20  # captions: with fewer nothing can be told
 FIRST = "000001"  # the segment that a build writes
 
 
@@ -187,9 +188,9 @@ def _queries(sets: Sequence[Embeddings], side: Side, given: np.ndarray | None, v
         return Queries(np.ascontiguousarray(given, np.float32), f"{len(given):,} given texts")
     other: Side = "text" if side == "image" else "image"
     holders = [s for s in sets if other in s.sides]
-    if holders:
-        name = "captions" if other == "text" else "images"
-        sizes = [s.manifest["counts"][name] for s in holders]
+    name = "captions" if other == "text" else "images"
+    sizes = [s.manifest["counts"][name] for s in holders]
+    if sum(sizes) >= LEAST:
         chosen = sample_rows(sum(sizes), ASKED, seed=1)
         found = np.concatenate(
             [_rows_of(s, other, chosen - start) for s, start in zip(holders, np.cumsum([0, *sizes]), strict=False)]

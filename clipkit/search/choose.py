@@ -29,6 +29,7 @@ DEEPEST = 1000  # candidates that are scored again at the most
 TIE = np.float32(1e-5)  # scores that differ by less are equal: sums in another order
 TIMED = 64  # queries, one after another
 BLOCK = 65_536  # vectors at a time in the exact search
+FEW = 40  # queries: not to be divided any more
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class Queries:
     """The row of each query where queries are vectors of the index itself, which then are no answers to themselves."""
 
     def half(self, which: int) -> "Queries":
-        """Every other one."""
+        """Every other one; of a few, all."""
+        if len(self.vectors) < FEW:
+            return self
         return Queries(self.vectors[which::2], self.told, None if self.own is None else self.own[which::2])
 
 
@@ -109,7 +112,8 @@ class Truth:
     def half(self, which: int) -> "Truth":
         """Of every other query: one half is tuned with, the other says what that is worth."""
         found = copy.copy(self)
-        found.queries, found.worst = self.queries.half(which), self.worst[which::2]
+        if len(self.worst) >= FEW:
+            found.queries, found.worst = self.queries.half(which), self.worst[which::2]
         return found
 
     def recall(self, scores: np.ndarray) -> float:

@@ -5,6 +5,7 @@ order of the answers stays, while what images have in common, which is most of a
 questions lie far from all of them (Liang et al. 2022, "Mind the Gap"), costs the codes nothing.
 """
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,15 +57,27 @@ def read_codes(path: Path, rows: int) -> Any:
     Raises:
         ClipkitError: where it is missing, cut, altered or of another length.
     """
+    lists = path.with_suffix(".lists")
     try:
-        # Lists on the disk are looked for beside the file, wherever the folder has been moved to.
-        index = faiss.read_index(str(path), faiss.IO_FLAG_ONDISK_SAME_DIR)
-    except RuntimeError as error:
+        index = _with_lists(path, lists) if lists.is_file() else faiss.read_index(str(path))
+    except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[-160:]
         raise ClipkitError(f"{path} is missing, cut or altered ({reason}); build the index again") from error
     if index.ntotal != rows:
         raise ClipkitError(f"{path} holds {index.ntotal:,} vectors where {rows:,} are expected; build the index again")
     return index
+
+
+def _with_lists(path: Path, lists: Path) -> Any:
+    """FAISS keeps where the lists are, and the folder may have been moved since: they are beside the file.
+
+    FAISS's own flag for that prints a line to where results go. The file is small, as it holds no codes.
+    """
+    kept, now = (len(name).to_bytes(8, "little") + name for name in (lists.name.encode(), os.fsencode(lists.resolve())))
+    data = path.read_bytes()
+    if data.count(kept) != 1:
+        raise OSError(f"it does not name {lists.name}")
+    return faiss.deserialize_index(np.frombuffer(data.replace(kept, now), np.uint8))
 
 
 def sample_rows(rows: int, wanted: int, seed: int = 0) -> np.ndarray:
@@ -194,6 +207,7 @@ def _on_disk(coding: Coding, vectors: Vectors, path: Path, pieces: Path, room: i
     whole = coding.empty()
     lists = path.with_suffix(".lists")
     merge_ondisk(whole, made, str(lists))
+    faiss.downcast_InvertedLists(faiss.extract_index_ivf(whole).invlists).filename = lists.name
     with atomic_write(path) as handle:
         faiss.write_index(whole, handle.name)
 

@@ -207,7 +207,8 @@ def _on_disk(coding: Coding, vectors: Vectors, path: Path, pieces: Path, room: i
     whole = coding.empty()
     lists = path.with_suffix(".lists")
     merge_ondisk(whole, made, str(lists))
-    faiss.downcast_InvertedLists(faiss.extract_index_ivf(whole).invlists).filename = lists.name
+    made_lists: Any = faiss.extract_index_ivf(whole).invlists
+    faiss.downcast_InvertedLists(made_lists).filename = lists.name
     with atomic_write(path) as handle:
         faiss.write_index(whole, handle.name)
 

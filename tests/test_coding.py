@@ -99,11 +99,11 @@ def test_the_least_effort_that_reaches_the_floor(vectors, questions, tmp_path):
     train_coding(vectors, kind, tmp_path / "coding.faiss", rows=ROWS, memory=2**30)
     encode(Coding(tmp_path / "coding.faiss"), kind, vectors, tmp_path / "codes.faiss", memory=2**30)
     codes, truth = read_codes(tmp_path / "codes.faiss", ROWS), Truth(vectors, Queries(questions, ""))
-    little, recall_of_little = tune(codes, vectors, truth, 0.5)
+    little, recall_of_little = tune(codes, vectors, truth, 0.3)
     much, recall_of_much = tune(codes, vectors, truth, 0.99)
-    assert 0.5 <= recall_of_little <= recall_of_much
+    assert recall_of_little >= 0.3
     assert recall_of_much >= 0.99
-    assert (little.lists, little.rerank) != (much.lists, much.rerank)
+    assert little.lists < much.lists
     assert measure(codes, vectors, truth, much)[0] == recall_of_much
     assert tune(codes, vectors, truth, 1.1)[1] >= recall_of_much  # which nothing reaches: the most that there is
 

@@ -1,11 +1,6 @@
-"""Codes: built in memory or in pieces on the disk they find the same, and a build stays within its memory."""
+"""Codes: built in memory or in pieces on the disk they find the same; the least effort that finds enough."""
 
-import os
 import shutil
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,65 +144,3 @@ def test_kinds_are_compared_on_a_sample_of_many(vectors, questions, tmp_path, mo
         assert 940 <= tried.vectors <= 1000
         assert tried.note == f"on a sample of {tried.vectors:,}"
         assert found.recall > 0.8
-
-
-BUILD = """
-import sys
-from clipkit.cli import main
-main(["build", *sys.argv[1:]])
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["IVF-SQ8", "RaBitQ"])
-def test_a_build_of_a_million_stays_within_a_third_of_its_data(tmp_path, kind):
-    """Measured from outside, beyond an empty process with the same imports; the vectors themselves are 128 MB."""
-    from tests.test_index import make_embeddings
-
-    rows, dim = 1_000_000, 64
-    emb = make_embeddings(tmp_path / "emb", [0], dim=dim)
-    del emb
-    grow(tmp_path / "emb", rows, dim)
-    memory = rows * dim * 2 // 3
-    idle = peak([sys.executable, "-c", "import clipkit.search, clipkit.report, faiss, matplotlib.pyplot"])
-    flags = ["--memory", str(memory), "--kind", kind, "--out", str(tmp_path / "index")]
-    used = peak([sys.executable, "-c", BUILD, str(tmp_path / "emb"), *flags])
-    assert used - idle < memory
-    assert (tmp_path / "index" / "manifest.json").is_file()
-
-
-def grow(folder, rows, dim):
-    """Make an embeddings folder hold so many images, all of one part."""
-    import json
-
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from clipkit.embeddings import table_path, vectors_path
-
-    rng = np.random.default_rng(0)
-    values = np.concatenate(
-        [unit(rng.normal(size=(50_000, dim)) + 1).astype(np.float16) for _ in range(rows // 50_000)]
-    )
-    np.save(vectors_path(folder, "image", "0000"), values)
-    ids = np.arange(rows)
-    table = {"id": ids, "key": ids.astype(str), "image_path": ids.astype(str), "caption": pa.nulls(rows, pa.string())}
-    pq.write_table(pa.table(table), table_path(folder, "image", "0000"))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["counts"]["images"] = manifest["parts"][0]["images"] = rows
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
-def peak(command):
-    """The most anonymous memory of a process, in bytes."""
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "2"}, stderr=subprocess.DEVNULL)
-    most = 0
-    while process.poll() is None:
-        try:
-            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-        except OSError:
-            break
-        most = max([most, *(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))])
-        time.sleep(0.01)
-    assert process.wait() == 0
-    return most

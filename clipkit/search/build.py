@@ -26,6 +26,7 @@ __all__ = ["Wanted", "build_index", "default_memory", "kept_queries"]
 
 ASKED = 1000  # queries that are measured with, one half to tune, the other to tell
 LEAST = 20  # captions: with fewer nothing can be told
+PIECE = 8192  # vectors that are copied at a time
 FIRST = "000001"  # the segment that a build writes
 
 
@@ -146,8 +147,8 @@ def _write_first(out: Path, name: str, side: Side, sets: Sequence[Embeddings]) -
 
 
 def _pieces(block: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(block), 65_536):
-        yield block[start : start + 65_536]
+    for start in range(0, len(block), PIECE):
+        yield block[start : start + PIECE]
 
 
 def _tables(embeddings: Embeddings, side: Side) -> Iterator[pa.Table]:

@@ -28,7 +28,7 @@ SMALL = 20_000_000  # numbers (vectors times dimensions) that are compared in fu
 DEEPEST = 1000  # candidates that are scored again at the most
 TIE = np.float32(1e-5)  # scores that differ by less are equal: sums in another order
 TIMED = 64  # queries, one after another
-BLOCK = 65_536  # vectors at a time in the exact search
+BLOCK = 8192  # vectors at a time in the exact search: 16 MiB at 512 dimensions
 FEW = 40  # queries: not to be divided any more
 
 
@@ -323,6 +323,6 @@ def _sample(vectors: Vectors, queries: Queries, path: Path) -> tuple[Vectors, Qu
     if own is not None:  # the queries' own rows must be in it
         chosen = np.union1d(chosen[: PILOT - len(own)], own)
         own = np.searchsorted(chosen, own)
-    blocks = (vectors.rows[part] for part in np.array_split(chosen, max(1, len(chosen) // BLOCK * 4)))
+    blocks = (vectors.rows[part] for part in np.array_split(chosen, max(1, len(chosen) // BLOCK)))
     held = write_vectors(path, blocks, dim)
     return Vectors(path, held, dim), Queries(queries.vectors, queries.told, own)

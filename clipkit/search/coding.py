@@ -102,9 +102,10 @@ def learn_lists(vectors: Vectors, count: int, memory: int) -> np.ndarray:
 
 
 def _sample(vectors: Vectors, wanted: int, memory: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to learn from less their mean, float32, within a third of the memory; and the mean."""
+    """Rows to learn from less their mean, float32, within an eighth of the memory, as training turns and
+    copies it; and the mean."""
     held, dim = vectors.rows.shape
-    chosen = sample_rows(held, min(max(wanted, 2**16), max(1024, memory // 3 // (4 * dim))))
+    chosen = sample_rows(held, min(max(wanted, 2**16), max(1024, memory // 8 // (4 * dim))))
     sample = vectors.rows[chosen].astype(np.float32)
     mean = sample.mean(axis=0)
     sample -= mean
@@ -121,7 +122,7 @@ def train_coding(
         kind: of the index.
         path: where the trained index goes.
         rows: for how many vectors it is meant, which decides how many lists there are.
-        memory: bytes that may be used; the sample takes a third of them at most.
+        memory: bytes that may be used; the sample takes an eighth of them at most.
         lists: as `learn_lists` gives them for so many; learned where not given.
     """
     dim = vectors.rows.shape[1]
@@ -153,7 +154,7 @@ def train_coding(
 
 
 def _too_large(kind: Kind, rows: int, dim: int, memory: int) -> bool:
-    return kind.has_lists and rows * kind.bytes_per_vector(dim) * GROWTH > memory / 2
+    return kind.has_lists and rows * kind.bytes_per_vector(dim) * GROWTH > memory / 3
 
 
 def encode(coding: Coding, kind: Kind, vectors: Vectors, path: Path, *, memory: int) -> None:
@@ -171,7 +172,7 @@ def encode(coding: Coding, kind: Kind, vectors: Vectors, path: Path, *, memory: 
     """
     rows, dim = vectors.rows.shape
     each = kind.bytes_per_vector(dim) * GROWTH
-    room = int(memory / 2 / each)
+    room = int(memory / 3 / each)
     if rows <= room or not kind.has_lists:
         if rows > room:
             raise ClipkitError(

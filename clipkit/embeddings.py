@@ -24,6 +24,7 @@ __all__ = [
     "Embedded",
     "Embeddings",
     "Side",
+    "image_id_column",
     "in_schema",
     "joined_schema",
     "joined_tables",
@@ -56,6 +57,11 @@ class Embedded:
     """The source row of each sample."""
     left_out: list[dict[str, Any]] = field(default_factory=list)
     """Ledger lines of what could not be used: ``row``, ``key``, ``reason``."""
+
+
+def image_id_column(side: Side) -> str:
+    """The column of a side's metadata that holds the id of a row's image."""
+    return "id" if side == "image" else "image_id"
 
 
 def vectors_path(folder: Path, side: Side, name: str) -> Path:
@@ -231,14 +237,32 @@ class Embeddings:
                 yield table
             before += part["images"]
 
-    def captions_with_images(self) -> Iterator[pa.Table]:
-        """The captions' metadata part by part, each row with what is known of its image."""
+    def index_tables(self, side: Side) -> Iterator[pa.Table]:
+        """The metadata part by part as an index keeps it: each caption's row says what is known of its image, too."""
+        if side == "image":
+            yield from self.tables()
+            return
         for part in self._parts:
             if part["captions"]:
-                captions = pq.read_table(table_path(self.folder, "text", part["name"]))
-                own = pq.read_table(table_path(self.folder, "image", part["name"])).take(captions["image_row"])
-                captions = captions.drop_columns(["image_row"])
-                for name in own.column_names:
-                    if name not in ("id", *captions.column_names):
-                        captions = captions.append_column(name, own[name])
-                yield captions
+                captions, images = (pq.read_table(table_path(self.folder, s, part["name"])) for s in ("text", "image"))
+                yield _with_images(captions, images.take(captions["image_row"]))
+
+    def index_schemas(self, side: Side) -> Iterator[pa.Schema]:
+        """The columns of `index_tables`, of which no row is read."""
+        for part in self._parts:
+            if side == "image" or part["captions"]:
+                images = pq.read_schema(table_path(self.folder, "image", part["name"]))
+                if side == "image":
+                    yield images
+                else:
+                    captions = pq.read_schema(table_path(self.folder, "text", part["name"]))
+                    yield _with_images(captions.empty_table(), images.empty_table()).schema
+
+
+def _with_images(captions: pa.Table, images: pa.Table) -> pa.Table:
+    """Captions with the columns of their images, row by row; where both have one, the caption's own."""
+    captions = captions.drop_columns(["image_row"])
+    for name in images.column_names:
+        if name not in ("id", *captions.column_names):
+            captions = captions.append_column(name, images[name])
+    return captions

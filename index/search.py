@@ -56,6 +56,8 @@ def main(index: Path, device: str | None, model: str | None, fmt: str, html: Pat
     from clipkit.search import Index, ask
     from clipkit.towers import load_model_of, pick_device
 
+    if asked["with_vectors"] and fmt not in ("json", "jsonl"):
+        raise ClipkitError("--with-vectors goes with --format json or jsonl")
     if asked["batch"] is None:
         names = ("texts", "images", "vectors", "minus", "minus_image")
         questions = [Question(*(tuple(asked[name]) for name in names), weights=_numbers(asked["weights"]))]
@@ -94,8 +96,6 @@ def main(index: Path, device: str | None, model: str | None, fmt: str, html: Pat
 
         write_sheet(html, [question.told for question in questions], rows, asked["image_root"] or Path())
         note(f"{html}: the results as pictures")
-    if asked["with_vectors"] and fmt not in ("json", "jsonl"):
-        raise ClipkitError("--with-vectors goes with --format json or jsonl")
     if fmt == "human":
         shown = ("query", "rank", "score", "image_path", "caption")
         rows = [{key: row.get(key) for key in shown if key != "query" or "query" in row} for row in rows]

@@ -152,6 +152,11 @@ def test_filtered_it_finds_what_brute_force_finds(indexes, questions, kind, wher
     assert share == 1 if kind == "Flat" or allowed.mean() < 0.1 else share >= 0.93
 
 
+def test_the_command_offers_every_kind(run):
+    offered = "".join(run("build", "--help").out.split())
+    assert f"[{'|'.join(['auto', *KINDS])}]" in offered
+
+
 @pytest.mark.parametrize("k", [1, 10, 100, 6001])
 def test_more_results_are_found_as_surely(indexes, questions, k):
     opened = Index.open(indexes("RaBitQ"))

@@ -214,8 +214,8 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
                 seen |= {"left_out": run.left_out, "skipped": guard.skipped}
                 log.write(step=done, samples=state["samples"], **seen, **pace.take())
             best, score = False, None
-            due = last_step or (not stopping and done % (config.validation.every_steps or steps) == 0)
-            if validation is not None and due:
+            validates = last_step or (not stopping and done % (config.validation.every_steps or steps) == 0)
+            if validation is not None and validates:
                 before = time.perf_counter()
                 found = validate(validation, learner.final_model(), ranks.share())
                 named = {f"val_{name}": value for name, value in found.items()}

@@ -18,8 +18,8 @@ from clipkit.report import save_figure, tradeoff_figure
 from clipkit.search.choose import Choice, Queries, Truth, choose, measure, tune
 from clipkit.search.coding import Coding, encode, read_codes, sample_rows, train_coding
 from clipkit.search.generations import Generation, SegmentState, commit
-from clipkit.search.kinds import KINDS, Effort, Kind
-from clipkit.search.segments import codes_path, table_path, vectors_path, write_table
+from clipkit.search.kinds import KINDS, Effort
+from clipkit.search.segments import codes_path, read_table, table_path, vectors_path, write_table
 from clipkit.search.vectors import Vectors, write_vectors
 
 __all__ = ["Wanted", "build_index", "default_memory", "kept_queries"]
@@ -88,11 +88,11 @@ def build_index(
     _refuse_full_disk(out, sets, sides, dim)
     for name in stage.pending(sides):
         side: Side = "image" if name == "image" else "text"
-        rows = _write_first(out, FIRST, side, sets)
+        rows = _write_first(out, side, sets)
         note(f"{side}: {rows:,} vectors of dimension {dim}")
         vectors = Vectors(vectors_path(out, FIRST, side), rows, dim)
         asked = _queries(sets, side, queries, vectors)
-        keep_queries(out, side, asked)
+        _keep_queries(out, side, asked)
         choice = _chosen(vectors, asked, wanted, memory, out / ".work" / "trial")
         if not choice.kind.is_flat:
             choice = _coded(out, side, vectors, choice, asked, wanted, memory)
@@ -124,25 +124,28 @@ def _check_models(sets: Sequence[Embeddings]) -> None:
         raise ClipkitError(f"these embeddings come from different models ({told}); embed them with one")
 
 
-def _write_first(out: Path, name: str, side: Side, sets: Sequence[Embeddings]) -> int:
+def _write_first(out: Path, side: Side, sets: Sequence[Embeddings]) -> int:
     holders = [s for s in sets if side in s.sides]
     dim = sets[0].manifest["dim"]
     rows = sum(s.manifest["counts"]["images" if side == "image" else "captions"] for s in holders)
-    path = vectors_path(out, name, side)
-    write_vectors(path, (part for s in holders for block in s.blocks(side) for part in _pieces(block)), dim)
+    write_vectors(
+        vectors_path(out, FIRST, side),
+        (part for s in holders for block in s.blocks(side) for part in _pieces(block)),
+        dim,
+    )
     ids: list[np.ndarray] = []
-    schema = joined_schema([table.schema for s in holders for table in _tables(s, side)])
+    schema = joined_schema([schema for s in holders for schema in s.index_schemas(side)])
 
     def tables() -> Iterator[pa.Table]:
         for s in holders:
-            for table in _tables(s, side):
+            for table in s.index_tables(side):
                 if side == "image":
                     ids.append(table["id"].to_numpy())
                 yield in_schema(table, schema)
 
-    write_table(table_path(out, name, side), tables())
+    write_table(table_path(out, FIRST, side), tables())
     if ids:
-        _refuse_twins(np.concatenate(ids), table_path(out, name, side))
+        _refuse_twins(np.concatenate(ids), table_path(out, FIRST, side))
     return rows
 
 
@@ -151,17 +154,11 @@ def _pieces(block: np.ndarray) -> Iterator[np.ndarray]:
         yield block[start : start + PIECE]
 
 
-def _tables(embeddings: Embeddings, side: Side) -> Iterator[pa.Table]:
-    return embeddings.tables("image") if side == "image" else embeddings.captions_with_images()
-
-
 def _refuse_twins(ids: np.ndarray, path: Path) -> None:
     ordered = np.sort(ids)
     twins = ordered[1:][ordered[1:] == ordered[:-1]]
     if len(twins):
-        with pa.memory_map(str(path)) as stream:
-            table = pa.ipc.open_file(stream).read_all()
-        key = table["key"][int(np.flatnonzero(ids == twins[0])[0])].as_py()
+        key = read_table(path)["key"][int(np.flatnonzero(ids == twins[0])[0])].as_py()
         path.unlink()
         raise ClipkitError(
             f"the embedding folders hold a sample of the name {key!r} more than once; embed a folder above both, "
@@ -202,7 +199,7 @@ def _queries(sets: Sequence[Embeddings], side: Side, given: np.ndarray | None, v
     return Queries(vectors.rows[chosen].astype(np.float32), told, chosen)
 
 
-def keep_queries(out: Path, side: Side, queries: Queries) -> None:
+def _keep_queries(out: Path, side: Side, queries: Queries) -> None:
     """Leave the queries with the index, to measure it again after a change; not where they are vectors of its own."""
     if queries.own is None:
         with atomic_write(out / "queries" / f"{side}.npy") as handle:
@@ -210,7 +207,7 @@ def keep_queries(out: Path, side: Side, queries: Queries) -> None:
 
 
 def kept_queries(folder: Path, side: Side) -> np.ndarray | None:
-    """What `keep_queries` left, float32 ``[queries, dim]``."""
+    """What `_keep_queries` left, float32 ``[queries, dim]``."""
     path = folder / "queries" / f"{side}.npy"
     return np.load(path).astype(np.float32) if path.is_file() else None
 
@@ -227,7 +224,6 @@ def _rows_of(embeddings: Embeddings, side: Side, rows: np.ndarray) -> np.ndarray
 def _chosen(vectors: Vectors, queries: Queries, wanted: Wanted, memory: int, scratch: Path) -> Choice:
     if wanted.kind == "Flat" or len(vectors.rows) < 2:
         return Choice(KINDS["Flat"], Effort(), 1.0, [], "as asked for" if wanted.kind else "too few to choose for")
-    kinds: Sequence[Kind] = list(KINDS.values())
     if wanted.kind is not None:
         return Choice(KINDS[wanted.kind], Effort(), 0.0, [], "as asked for")
     return choose(
@@ -236,7 +232,7 @@ def _chosen(vectors: Vectors, queries: Queries, wanted: Wanted, memory: int, scr
         floor=wanted.recall,
         memory=memory,
         serve_memory=wanted.serve_memory,
-        kinds=kinds,
+        kinds=list(KINDS.values()),
         scratch=scratch,
     )
 

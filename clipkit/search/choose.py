@@ -7,7 +7,7 @@ of held-out text queries against the exact search, and the time of one query at 
 import copy
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from clipkit.search.coding import Coding, encode, learn_lists, read_codes, sampl
 from clipkit.search.kinds import KINDS, TUNED_FOR, Effort, Kind, lists_for, parameters
 from clipkit.search.vectors import Vectors, write_vectors
 
-__all__ = ["Choice", "Queries", "Tried", "Truth", "choose", "measure", "tune"]
+__all__ = ["Choice", "Queries", "Tried", "Truth", "choose", "measure", "share_found", "tune"]
 
 PILOT = 200_000  # vectors on which kinds are compared before the best is built on all
 SMALL = 20_000_000  # numbers (vectors times dimensions) that are compared in full in a few milliseconds
@@ -118,8 +118,18 @@ class Truth:
 
     def recall(self, scores: np.ndarray) -> float:
         """Of exact scores of what was found; equal scores are equally good."""
-        best = -np.sort(-scores, axis=1)[:, : self.k]
-        return float((best >= self.worst - TIE).sum() / (len(scores) * self.k))
+        return share_found(-np.sort(-scores, axis=1), self.worst, self.k)
+
+
+def share_found(scores: np.ndarray, worst: np.ndarray, k: int) -> float:
+    """Recall at k: the share of the k best that were found; equal scores are equally good.
+
+    Args:
+        scores: of what was found, exact and best first, float32 ``[queries, found]``.
+        worst: the k-th best score that there is, ``[queries, 1]``.
+        k: how many.
+    """
+    return float((scores[:, :k] >= worst - TIE).sum() / (len(scores) * k))
 
 
 def _without_self(scores: np.ndarray, rows: np.ndarray, own: np.ndarray | None) -> np.ndarray:
@@ -155,7 +165,7 @@ def tune(codes: Any, vectors: Vectors, truth: Truth, floor: float) -> tuple[Effo
         if not enough:
             continue
         effort = Effort(width, width, enough[0][0])
-        seconds = _seconds(codes, vectors, queries, effort)
+        seconds = _seconds(lambda q, e=effort: _searched(codes, vectors, Queries(q, ""), e), queries)
         if best is None or seconds < best[0]:
             best = (seconds, effort, enough[0][1])
         reached += 1
@@ -178,15 +188,15 @@ def _searched(codes: Any, vectors: Vectors, queries: Queries, effort: Effort) ->
     return _without_self(vectors.scores(queries.vectors, rows), rows, queries.own)
 
 
-def _seconds(codes: Any, vectors: Vectors, queries: Queries, effort: Effort) -> float:
-    """The median time of one query, on one thread."""
+def _seconds(search: Callable[[np.ndarray], object], queries: Queries) -> float:
+    """The median time of one query, float32 ``[1, dim]``, on one thread."""
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
         spent = []
         for query in queries.vectors[:TIMED]:
             began = time.perf_counter()
-            _searched(codes, vectors, Queries(query[None], ""), effort)
+            search(query[None])
             spent.append(time.perf_counter() - began)
     finally:
         faiss.omp_set_num_threads(threads)
@@ -196,7 +206,8 @@ def _seconds(codes: Any, vectors: Vectors, queries: Queries, effort: Effort) -> 
 def measure(codes: Any, vectors: Vectors, truth: Truth, effort: Effort) -> tuple[float, float]:
     """Recall at 10 against the exact search, and queries per second on one thread."""
     found = _searched(codes, vectors, truth.queries, effort)
-    return truth.recall(found), 1 / _seconds(codes, vectors, truth.queries, effort)
+    seconds = _seconds(lambda q: _searched(codes, vectors, Queries(q, ""), effort), truth.queries)
+    return truth.recall(found), 1 / seconds
 
 
 def try_kind(
@@ -237,17 +248,7 @@ def try_kind(
 def flat(vectors: Vectors, queries: Queries, rows: int) -> Tried:
     """What the exact search costs; its recall is 1 by definition."""
     held, dim = vectors.rows.shape
-    spent = []
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        for query in queries.vectors[:TIMED]:
-            began = time.perf_counter()
-            vectors.search(query[None], min(TUNED_FOR, held))
-            spent.append(time.perf_counter() - began)
-    finally:
-        faiss.omp_set_num_threads(threads)
-    speed = held / rows / float(np.median(spent))
+    speed = held / rows / _seconds(lambda query: vectors.search(query, min(TUNED_FOR, held)), queries)
     each = KINDS["Flat"].bytes_per_vector(dim)
     return Tried("Flat", "", held, each, each * rows, Effort(), 1.0, speed, 0.0)
 

@@ -17,7 +17,7 @@ from clipkit.search.generations import SegmentState, read_dead
 from clipkit.search.kinds import Effort, parameters, selector_of
 from clipkit.search.vectors import Vectors
 
-__all__ = ["Segment", "codes_path", "table_path", "vectors_path", "write_table"]
+__all__ = ["Segment", "codes_path", "read_table", "table_path", "vectors_path", "write_table"]
 
 FEW = 20_000  # rows: so many are compared in full faster than lists can be read
 PART_IN_FULL = 0.05  # of a segment: up to here the rows that pass are gathered, beyond them all are walked through
@@ -51,6 +51,19 @@ def write_table(path: Path, tables: Iterable[pa.Table]) -> int:
     return rows
 
 
+def read_table(path: Path) -> pa.Table:
+    """What `write_table` wrote, memory-mapped.
+
+    Raises:
+        ClipkitError: where it is missing, cut or altered.
+    """
+    try:
+        with pa.memory_map(str(path)) as stream:
+            return pa.ipc.open_file(stream).read_all()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ClipkitError(f"{path} is missing, cut or altered; build the index again") from error
+
+
 class Segment:
     """A side of a segment, opened. Nothing in it changes, so threads may share it.
 
@@ -72,11 +85,7 @@ class Segment:
         if side in state.coded:
             self.codes = read_codes(codes_path(folder, state.name, side), self.rows)
         path = table_path(folder, state.name, side)
-        try:
-            with pa.memory_map(str(path)) as stream:
-                self.table: pa.Table = pa.ipc.open_file(stream).read_all()
-        except (OSError, pa.ArrowInvalid) as error:
-            raise ClipkitError(f"{path} is missing, cut or altered; build the index again") from error
+        self.table = read_table(path)
         if self.table.num_rows != self.rows:
             raise ClipkitError(
                 f"{path} has {self.table.num_rows:,} rows where {self.rows:,} are expected; it was altered, build the "
@@ -87,6 +96,10 @@ class Segment:
         if side in state.dead:
             self.alive = np.ones(self.rows, bool)
             self.alive[read_dead(folder, state.dead[side], state.gone[side])] = False
+
+    def findable(self) -> np.ndarray:
+        """Which rows are not gone, bool ``[rows]``."""
+        return np.ones(self.rows, bool) if self.alive is None else self.alive
 
     def passing(self, where: Filter | None) -> np.ndarray | None:
         """Which rows may be found, bool ``[rows]``; None where all may."""

@@ -15,11 +15,12 @@ import numpy as np
 import pyarrow as pa
 
 from clipkit.artifact import hold, read_manifest
-from clipkit.embeddings import Embeddings, Side, in_schema, joined_schema
+from clipkit.embeddings import Embeddings, Side, image_id_column, in_schema, joined_schema
 from clipkit.errors import ClipkitError
 from clipkit.log import note
 from clipkit.search import generations
 from clipkit.search.build import default_memory, kept_queries
+from clipkit.search.choose import share_found
 from clipkit.search.coding import Coding, encode, sample_rows
 from clipkit.search.generations import Generation, SegmentState, commit, current, write_dead
 from clipkit.search.index import Index
@@ -31,7 +32,6 @@ __all__ = ["Changed", "compact_index", "delete_rows", "go_back", "update_index"]
 
 BLOCK = 65_536
 ASKED = 500  # queries that a change is measured with
-TIE = np.float32(1e-5)
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,7 @@ class _Change:
     def ids(self, side: Side) -> Iterator[tuple[SegmentState, np.ndarray, np.ndarray]]:
         """Per segment the image ids of its rows, and whether each can be found."""
         for segment in self.index.segments(side):
-            column = "id" if side == "image" else "image_id"
-            alive = np.ones(segment.rows, bool) if segment.alive is None else segment.alive
-            yield self.segments[segment.name], segment.table[column].to_numpy(), alive
+            yield self.segments[segment.name], segment.table[image_id_column(side)].to_numpy(), segment.findable()
 
     def bury(self, ids: np.ndarray) -> None:
         """Mark every row of these images, and of their captions, as gone."""
@@ -183,7 +181,7 @@ def delete_rows(folder: Path, ids: Sequence[int] = (), *, where: str | None = No
             )
         if where is not None:
             side = change.state.sides[0]
-            column = "id" if side == "image" else "image_id"
+            column = image_id_column(side)
             found = [s.table[column].to_numpy()[p] for s, p in change.index.passing(side, where) if p is not None]
             wanted = np.union1d(wanted, np.concatenate([np.zeros(0, np.int64), *found]))
         wanted = np.unique(wanted)
@@ -249,30 +247,25 @@ def _alive_ids(change: _Change) -> np.ndarray:
 
 
 def _vectors_of(sets: Sequence[Embeddings], side: Side, wanted: np.ndarray) -> Iterator[np.ndarray]:
-    column = "id" if side == "image" else "image_id"
+    column = image_id_column(side)
     for each in sets:
         for block, table in zip(each.blocks(side), each.tables(side), strict=True):
             yield block[np.isin(table[column].to_numpy(), wanted)]
 
 
 def _rows_of(sets: Sequence[Embeddings], side: Side, wanted: np.ndarray) -> Iterator[pa.Table]:
-    column = "id" if side == "image" else "image_id"
-
-    def tables() -> Iterator[pa.Table]:
-        for each in sets:
-            yield from each.tables() if side == "image" else each.captions_with_images()
-
-    schema = joined_schema([table.schema for table in tables()])
-    for table in tables():
-        yield in_schema(table.filter(pa.array(np.isin(table[column].to_numpy(), wanted))), schema)
+    column = image_id_column(side)
+    schema = joined_schema([schema for each in sets for schema in each.index_schemas(side)])
+    for each in sets:
+        for table in each.index_tables(side):
+            yield in_schema(table.filter(pa.array(np.isin(table[column].to_numpy(), wanted))), schema)
 
 
 def _digests_of_index(change: _Change, ids: np.ndarray) -> dict[int, bytes]:
     found = {i: hashlib.blake2b(digest_size=16) for i in ids.tolist()}
     for side in change.state.sides:
         for segment in change.index.segments(side):
-            alive = np.ones(segment.rows, bool) if segment.alive is None else segment.alive
-            _digest(found, side, segment.vectors.rows, segment.table, alive)
+            _digest(found, side, segment.vectors.rows, segment.table, segment.findable())
     return {i: each.digest() for i, each in found.items()}
 
 
@@ -282,15 +275,14 @@ def _digests_of_sets(sets: Sequence[Embeddings], ids: np.ndarray) -> dict[int, b
     for side in sides:
         for each in sets:
             if side in each.sides:
-                tables = each.tables() if side == "image" else each.captions_with_images()
-                for block, table in zip(each.blocks(side), tables, strict=True):
+                for block, table in zip(each.blocks(side), each.index_tables(side), strict=True):
                     _digest(found, side, block, table, np.ones(len(block), bool))
     return {i: each.digest() for i, each in found.items()}
 
 
 def _digest(found: dict[int, Any], side: Side, vectors: np.ndarray, table: pa.Table, alive: np.ndarray) -> None:
     """Add rows to the digests of their images; a value that is missing is as a column that is not there."""
-    column = "id" if side == "image" else "image_id"
+    column = image_id_column(side)
     ids = table[column].to_numpy()
     chosen = np.flatnonzero(alive & np.isin(ids, np.fromiter(found, np.int64, len(found))))
     for start in range(0, len(chosen), BLOCK):
@@ -312,10 +304,11 @@ def _measured(folder: Path, manifest: dict[str, Any], state: Generation, floor: 
         if asked is None or not count:
             continue
         asked = asked[sample_rows(len(asked), ASKED)]
-        worst = index.search(asked, TUNED_FOR, side, exact=True).scores[:, -1:]
+        exact = index.search(asked, TUNED_FOR, side, exact=True).scores
         effort = Effort(**told)
         while True:
-            recall = float((index.search(asked, TUNED_FOR, side, effort=effort).scores >= worst - TIE).mean())
+            found = index.search(asked, TUNED_FOR, side, effort=effort).scores
+            recall = share_found(found, exact[:, -1:], exact.shape[1])
             harder = effort.doubled()
             if recall >= floor or harder == effort:
                 break

@@ -7,13 +7,13 @@ whole, a folder with a plan can be completed by running the same stage again, an
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import secrets
 import shutil
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +21,7 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from clipkit.errors import ClipkitError
+from clipkit.renewal import PLAN, beside, is_held, mend, one_at_a_time, others, put_in_place, remove_folder, share, tidy
 
 __all__ = [
     "MODEL_FOLDER",
@@ -36,6 +37,7 @@ __all__ = [
     "refuse_own_input",
     "relative_to_artifact",
     "remove_folder",
+    "state_of",
     "write_json",
     "write_ledger",
 ]
@@ -43,7 +45,7 @@ __all__ = [
 VERSION = 1  # of the layout of every kind; a reader refuses what is newer than itself
 MANIFEST = "manifest.json"
 MODEL_FOLDER = "model"  # of a run and of a checkpoint: the weights with all that is needed to use them
-WORK = ".work"
+WORK = str(PLAN.parent)
 
 
 def digest(value: Any) -> str:
@@ -114,8 +116,8 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     if not folder.is_dir():
         raise ClipkitError(f"no such folder: {folder}")
     if not (folder / MANIFEST).is_file():
-        if (folder / WORK / "plan.json").is_file():
-            plan = read_json(folder / WORK / "plan.json")
+        if (folder / PLAN).is_file():
+            plan = read_json(folder / PLAN)
             raise ClipkitError(
                 f"{folder} holds unfinished {plan.get('kind')}; run the command that makes it again to complete it"
             )
@@ -154,17 +156,6 @@ def refuse_own_input(folder: Path, inputs: Sequence[str | Path]) -> None:
             raise ClipkitError(f"{folder} holds {path}, which is read to make it; name another output folder")
 
 
-def remove_folder(folder: Path) -> None:
-    """Remove a folder so that a kill in the middle leaves nothing under its name: it is renamed first."""
-    real = folder.resolve()
-    aside = real.with_name(f".{real.name}.removed.{os.getpid()}")
-    try:
-        real.rename(aside)
-        shutil.rmtree(aside)
-    except OSError as error:
-        raise ClipkitError(f"cannot remove {folder}: {error.strerror or error}") from error
-
-
 def hold(folder: Path, what: str) -> FileLock:
     """Lock a folder for this process; the lock goes with the object or the process.
 
@@ -179,21 +170,6 @@ def hold(folder: Path, what: str) -> FileLock:
     return lock
 
 
-@contextlib.contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Let one process at a time look at a folder and begin it; the lock is on its parent, so that no file is left."""
-    try:
-        folder.resolve().parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder.resolve().parent, os.O_RDONLY)
-    except OSError as error:
-        raise ClipkitError(f"cannot make {folder}: {error.strerror or error}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 class Stage:
     """One artifact being made: opened over an empty, unfinished or finished folder.
 
@@ -204,6 +180,9 @@ class Stage:
             unfinished folder continues it, on a finished one does nothing (`done` is true).
         inputs: what the stage reads; none of it may lie in `folder`, where `overwrite` would remove it.
         overwrite: remove an artifact of other content or kind first. A folder that is no artifact is never removed.
+        update: leave an artifact of the same kind and other content as it is until this one is whole, made in a hidden
+            folder beside it (`folder`), and put in its place then. `earlier` names what there is to take over. None
+            for a kind that cannot be brought up to date.
 
     Raises:
         ClipkitError: where the folder holds something else.
@@ -217,51 +196,97 @@ class Stage:
         *,
         inputs: Sequence[str | Path] = (),
         overwrite: bool = False,
+        update: bool | None = None,
     ):
         refuse_own_input(folder, inputs)
-        self.folder = folder
+        self.place = self.folder = folder
         self.kind = kind
         self.made_from = made_from
-        self.work = folder / WORK
         identity = digest({"kind": kind, "version": VERSION, "made_from": made_from})
         self.identity = identity
         self.done = False
-        with _one_at_a_time(folder):
-            self._clear_the_way(identity, overwrite)
+        self._committing: FileLock | None = None
+        self.earlier: list[Path] = []
+        """Artifacts, finished or not, of the same kind and other content: what an update may take over."""
+        with one_at_a_time(folder):
+            mend(folder.resolve())
+            self._clear_the_way(overwrite, update)
             if not self.done:
+                if not (self.folder / PLAN).is_file():
+                    shutil.rmtree(self.work, ignore_errors=True)
                 try:
                     (self.work / "parts").mkdir(parents=True, exist_ok=True)
                 except OSError as error:
-                    raise ClipkitError(f"cannot make {folder}: {error.strerror or error}") from error
+                    raise ClipkitError(f"cannot make {self.folder}: {error.strerror or error}") from error
                 plan = {"kind": kind, "version": VERSION, "identity": identity, "made_from": made_from}
-                if not (self.work / "plan.json").is_file():
-                    write_json(self.work / "plan.json", plan)
+                if not (self.folder / PLAN).is_file():
+                    write_json(self.folder / PLAN, plan)
+                weakref.finalize(self, os.close, share(self.folder))
+            self._replaced = _inode(folder)
 
-    def _clear_the_way(self, identity: str, overwrite: bool) -> None:
-        if self.folder.is_file():
-            raise ClipkitError(f"{self.folder} is a file; name a folder for the output")
-        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+    @property
+    def work(self) -> Path:
+        """What only an unfinished artifact has: its plan, locks and records."""
+        return self.folder / WORK
+
+    def _clear_the_way(self, overwrite: bool, update: bool | None) -> None:
+        state, present = state_of(self.folder)
+        if state == "empty":
             return
-        if kind_of(self.folder):
-            present, state = read_json(self.folder / MANIFEST), "finished"
-        elif (self.work / "plan.json").is_file():
-            present, state = read_json(self.work / "plan.json"), "unfinished"
-        else:
-            # A kill before the plan was written leaves a .work/ alone; that much is ours, and nothing in it counts.
-            if {p.name for p in self.folder.iterdir()} == {WORK}:
-                shutil.rmtree(self.work)
-                return
-            raise ClipkitError(f"{self.folder} is not empty and holds no clipkit artifact; name another output folder")
-        if present.get("identity") == identity and not (overwrite and state == "finished"):
+        if present.get("identity") == self.identity and not (overwrite and state == "finished"):
             self.done = state == "finished"
             if self.done:
                 shutil.rmtree(self.work, ignore_errors=True)  # a kill after the manifest left it behind
+                tidy(self.folder.resolve())
             return
-        if not overwrite:
-            what = f"{self.folder} already holds {state} {present.get('kind')}"
-            why = "" if present.get("kind") != self.kind else " made from other input or settings"
-            raise ClipkitError(f"{what}{why}; name another output folder, or add --overwrite to replace it")
-        remove_folder(self.folder)
+        if update and present.get("kind") == self.kind:
+            self._go_beside()
+        elif overwrite:
+            remove_folder(self.folder)
+        else:
+            what, how = f"{self.folder} already holds {state} {present.get('kind')}", ""
+            if present.get("kind") == self.kind:
+                what += " made from other input or settings"
+                how = "" if update is None else "--update to bring it up to date, or "
+            raise ClipkitError(f"{what}; name another output folder, or add {how}--overwrite to replace it")
+
+    def _go_beside(self) -> None:
+        real = self.place.resolve()
+        if real.stat().st_dev != real.parent.stat().st_dev:
+            raise ClipkitError(f"{self.place} is where a disk is mounted and cannot be replaced; use a folder below it")
+        self.folder = beside(real, self.identity)
+        self.earlier = [self.place, *others(real, self.identity)]
+        if any(is_held(folder) for folder in self.earlier):
+            raise ClipkitError(f"another process makes {self.place} from other input right now; wait for it")
+        state, present = state_of(self.folder)
+        if state != "empty" and present.get("identity") != self.identity:
+            remove_folder(self.folder)  # what stood in the place before: a kill came after the exchange
+        elif state == "finished":
+            self._end()
+
+    def _end(self) -> None:
+        """Within `one_at_a_time`: put what is whole in its place, and remove what kills and others left behind."""
+        real = self.place.resolve()
+        if self.folder != self.place:
+            state, present = state_of(self.folder)
+            if state == "finished" and present.get("identity") == self.identity:  # else it is the old one, or gone
+                if is_held(real):
+                    raise ClipkitError(f"another process works in {self.place}; wait for it, and run this again")
+                shutil.rmtree(self.work, ignore_errors=True)
+                put_in_place(self.folder, real)
+            self.folder = self.place
+        state, present = state_of(self.place)
+        if state == "finished" and present.get("identity") == self.identity:
+            self.done = True
+            # Who waits for a lock in it may make that anew at this moment; they come by here, too.
+            shutil.rmtree(self.work, ignore_errors=True)
+        tidy(real)
+
+    def _over(self) -> bool:
+        """Whether another process has made the artifact whole."""
+        # In this order: the manifest's folder is moved to its place, and not the other way round.
+        moved = self.folder != self.place
+        return (self.folder / MANIFEST).is_file() or (moved and _inode(self.place) != self._replaced)
 
     def pending(self, names: Sequence[str]) -> Iterator[str]:
         """Claim, one after another, the parts that nobody has finished; yields while holding the part's lock.
@@ -270,7 +295,7 @@ class Stage:
         nothing left to claim waits for the others, and takes over the part of one that died.
         """
         left = list(names)
-        while left and not (self.folder / MANIFEST).is_file():
+        while left and not self._over():
             for name in list(left):
                 if self._record(name).is_file():
                     left.remove(name)
@@ -279,7 +304,7 @@ class Stage:
                     return  # another process has committed meanwhile; `records` tells if it has not
                 try:
                     with FileLock(self.work / f"{name}.lock").acquire(timeout=0):
-                        if not self._record(name).is_file() and not (self.folder / MANIFEST).is_file():
+                        if not self._record(name).is_file() and not self._over():
                             yield name
                     left.remove(name)
                 except (Timeout, FileNotFoundError):
@@ -299,16 +324,22 @@ class Stage:
         """The records of all the parts in order, or None where another process has committed the artifact already.
 
         From here to `commit` this process is the only one: two that finish at once would tread on each other's files.
+
+        Raises:
+            ClipkitError: where another artifact has taken the place meanwhile.
         """
-        self._committing = FileLock(self.work / "commit.lock")
+        self._committing = lock = FileLock(self.work / "commit.lock")
         # Whoever commits removes the folder of locks under those who wait for one.
         with contextlib.suppress(FileNotFoundError):
-            self._committing.acquire()
-        if (self.folder / MANIFEST).is_file():
-            self._committing.release()
-            shutil.rmtree(self.work, ignore_errors=True)
-            return None
-        return [read_json(self._record(name)) for name in names]
+            lock.acquire()
+        if not self._over():
+            return [read_json(self._record(name)) for name in names]
+        lock.release()
+        with one_at_a_time(self.place):
+            self._end()
+        if read_json(self.place / MANIFEST).get("identity") != self.identity:
+            raise ClipkitError(f"another process has made {self.place} from other input meanwhile; run this again")
+        return None
 
     def _record(self, name: str) -> Path:
         return self.work / "parts" / f"{name}.json"
@@ -319,7 +350,37 @@ class Stage:
         manifest["identity"] = self.identity
         for scratch in self.folder.rglob(".*.tmp"):  # what a kill in the middle of a write left behind
             scratch.unlink()
-        write_json(self.folder / MANIFEST, manifest)
-        shutil.rmtree(self.work, ignore_errors=True)
-        self.done = True
+        with one_at_a_time(self.place):
+            write_json(self.folder / MANIFEST, manifest)
+            self._end()
+        if self._committing is not None:
+            self._committing.release()
         return manifest
+
+
+def state_of(folder: Path) -> tuple[str, dict[str, Any]]:
+    """``empty``, ``unfinished`` or ``finished``, and the plan or the manifest that says what of.
+
+    Raises:
+        ClipkitError: where it is a file, or holds something that is no artifact.
+    """
+    if folder.is_file():
+        raise ClipkitError(f"{folder} is a file; name a folder for the output")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return "empty", {}
+    if kind_of(folder):
+        return "finished", read_json(folder / MANIFEST)
+    if (folder / PLAN).is_file():
+        return "unfinished", read_json(folder / PLAN)
+    # A kill before the plan was written leaves a .work/ alone; that much is ours, and nothing in it counts.
+    if {p.name for p in folder.iterdir()} == {WORK}:
+        return "empty", {}
+    raise ClipkitError(f"{folder} is not empty and holds no clipkit artifact; name another output folder")
+
+
+def _inode(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = folder.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino

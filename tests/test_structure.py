@@ -11,7 +11,7 @@ JOBS = [path for folder in ("train", "index", "eval") for path in sorted((ROOT /
 
 # A module may import modules of lower floors, and of its own floor where the package says so.
 FLOORS = [
-    {"errors", "stopping", "step"},
+    {"errors", "renewal", "stopping", "step"},
     {"log", "artifact", "decode", "preprocess", "settings", "config", "metrics", "loss", "optim", "scenes", "report"},
     {
         "checkpoint_files",
@@ -40,7 +40,13 @@ FLOORS = [
     {"evaluation", "learner", "pace"},
     {"plan"},
 ]
-SAME_FLOOR = {("config", "settings"), ("config", "preprocess"), ("report", "artifact"), ("optim", "settings")}
+SAME_FLOOR = {
+    ("renewal", "errors"),
+    ("config", "settings"),
+    ("config", "preprocess"),
+    ("report", "artifact"),
+    ("optim", "settings"),
+}
 HOMES = {
     "faiss": {"search"},
     "webdataset": {"shards"},

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
@@ -207,8 +207,7 @@ def embed(
     if not images:
         first = left_out[0]
         raise ClipkitError(f"nothing in {source.spec} can be used; the first: {first['key']}: {first['reason']}")
-    table = pa.concat_tables([pq.read_table(table_path(out, "image", name), columns=["id", "key"]) for name in names])
-    check_ids(table["key"].to_pylist(), table["id"].to_pylist())
+    _check_ids(out, names, images)
     write_ledger(out, left_out)
     present: list[Side] = [side for side in sides if side == "image" or sum(r["captions"] for r in records)]
     return stage.commit(
@@ -227,3 +226,17 @@ def embed(
             {"name": n, "images": r["images"], "captions": r["captions"]} for n, r in zip(names, records, strict=True)
         ],
     )
+
+
+def _check_ids(out: Path, names: Sequence[str], images: int) -> None:
+    ids, end = np.empty(images, np.int64), 0
+    for name in names:
+        part = pq.read_table(table_path(out, "image", name), columns=["id"])["id"].to_numpy()
+        ids[end : end + len(part)] = part
+        end += len(part)
+
+    def keys_of(twin: int) -> list[str]:
+        tables = (pq.read_table(table_path(out, "image", name), columns=["id", "key"]) for name in names)
+        return [key for table in tables for key in table.filter(pc.field("id") == twin)["key"].to_pylist()]
+
+    check_ids(ids, keys_of)

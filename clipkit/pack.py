@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
 from clipkit.artifact import Stage, read_manifest, write_ledger
 from clipkit.decode import IMAGE_SUFFIXES, identify
 from clipkit.errors import BadSample, ClipkitError
@@ -70,7 +72,8 @@ def pack(
     if stage.done:
         return read_manifest(out, "shards")
     keys = shard_keys([source.key(row) for row in range(count)])
-    check_ids(keys, [sample_id(key) for key in keys])
+    ids = np.fromiter(map(sample_id, keys), np.int64, count)
+    check_ids(ids, lambda twin: [key for key in keys if sample_id(key) == twin])
     if shards is None:
         cuts = _cuts(source, shard_samples, shard_bytes)
     else:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from clipkit.embed import embed_source
 from clipkit.embeddings import Embeddings
+from clipkit.errors import ClipkitError
 from clipkit.sources import open_source, sample_id
 from clipkit.towers import load_model
 
@@ -184,8 +185,6 @@ def test_one_side_only(run, pictures, model_dir, tmp_path):
 
 
 def test_broken_files_are_named(embeddings, tmp_path):
-    from clipkit.errors import ClipkitError
-
     shutil.copytree(embeddings, tmp_path / "e")
     path = tmp_path / "e" / "img_emb" / "img_emb_0001.npy"
     np.save(path, np.load(path)[:-1])
@@ -194,3 +193,14 @@ def test_broken_files_are_named(embeddings, tmp_path):
     path.unlink()
     with pytest.raises(ClipkitError, match=r"img_emb_0001\.npy is missing or broken"):
         Embeddings.open(tmp_path / "e").vectors()
+
+
+def test_two_samples_with_one_id_are_named(model, tmp_path, monkeypatch):
+    from clipkit.embed import embed
+    from clipkit.sources import base
+
+    for number in range(5):
+        Image.new("RGB", (9, 9)).save(tmp_path / f"{number}.png")
+    monkeypatch.setattr(base, "sample_id", lambda key: 7 if key in ("1.png", "4.png") else sample_id(key))
+    with pytest.raises(ClipkitError, match=r"'4\.png' and '1\.png' have the same id; rename one"):
+        embed(open_source(tmp_path), model, tmp_path / "e", model_reference={"fingerprint": "f"}, part_size=2)

@@ -6,6 +6,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -129,10 +130,26 @@ def test_a_packed_list_holds_the_same_samples(pictures, shards):
         assert packed.size(i) == listed.size(i)
 
 
-def test_two_keys_with_one_id_are_refused():
-    check_ids(["a", "b", "c"], [1, 2, 3])
-    with pytest.raises(ClipkitError, match="'b' and 'a' have the same id"):
-        check_ids(["a", "b"], [1, 1])
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([1, 2, 3], None),
+        ([1], None),
+        ([2, 1, 2], "'c' and 'a' have the same id; rename one of them"),
+        ([5, 9, 1, 9, 9], "'d' and 'b' have the same id"),
+    ],
+)
+def test_two_keys_with_one_id_are_refused(ids, message):
+    keys = dict(zip("abcde", ids, strict=False))
+
+    def check():
+        check_ids(np.array(ids), lambda twin: [key for key, number in keys.items() if number == twin])
+
+    if message is None:
+        check()
+    else:
+        with pytest.raises(ClipkitError, match=message):
+            check()
 
 
 def test_a_users_columns_do_not_hide_what_clipkit_says(tmp_path):

@@ -1,10 +1,12 @@
 """What every source gives: samples with ids, from files on the disk and at URLs."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
 
 from clipkit.errors import BadSample, ClipkitError
 from clipkit.log import note
@@ -25,17 +27,21 @@ def text_id(caption: str) -> int:
     return sample_id(caption.lower())
 
 
-def check_ids(keys: Sequence[str], ids: Sequence[int]) -> None:
+def check_ids(ids: np.ndarray, keys_of: Callable[[int], Sequence[str]]) -> None:
     """Refuse two samples with one id, be it one key twice or two that hash alike.
+
+    Args:
+        ids: int64 ``[samples]``, of all of them; sorted in place, so that 100 million take 0.8 GB and nothing more.
+        keys_of: the keys of the samples with an id, in order; asked only where two agree.
 
     Raises:
         ClipkitError: naming both. Among a million keys the chance of this is about one in ten million.
     """
-    seen: dict[int, str] = {}
-    for key, number in zip(keys, ids, strict=True):
-        if number in seen:
-            raise ClipkitError(f"{key!r} and {seen[number]!r} have the same id; rename one of them")
-        seen[number] = key
+    ids.sort()
+    twins = np.flatnonzero(ids[1:] == ids[:-1])
+    if len(twins):
+        first, second = keys_of(int(ids[twins[0]]))[:2]
+        raise ClipkitError(f"{second!r} and {first!r} have the same id; rename one of them")
 
 
 @dataclass(frozen=True, slots=True)

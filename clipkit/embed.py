@@ -196,8 +196,9 @@ def embed(
         rows = range(start, min(start + part_size, len(source)))
         title = f"embed part {int(name) + 1}/{len(names)}"
         found = embed_source(source, model, sides=sides, rows=rows, batch_size=batch_size, threads=threads, show=title)
-        write_part(out, name, found, sides)
-        record = {"images": len(found.samples), "captions": len(found.captions), "left_out": found.left_out}
+        files = write_part(out, name, found, sides)
+        counts = {"images": len(found.samples), "captions": len(found.captions)}
+        record = {**counts, "left_out": found.left_out, "files": files}
         stage.finish_part(name, record)
     records = stage.records(names)
     if records is None:
@@ -223,7 +224,8 @@ def embed(
             "parts": len(names),
         },
         parts=[
-            {"name": n, "images": r["images"], "captions": r["captions"]} for n, r in zip(names, records, strict=True)
+            {"name": name, **{key: record[key] for key in ("images", "captions", "files")}}
+            for name, record in zip(names, records, strict=True)
         ],
     )
 

@@ -6,7 +6,7 @@ rows of both sides agree, as there.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipkit.artifact import atomic_write, read_manifest
+from clipkit.checksums import Checksum, Hashed, flaw, size_flaw
 from clipkit.errors import ClipkitError
 from clipkit.sources import Sample
 
@@ -31,6 +32,7 @@ __all__ = [
     "table_path",
     "vectors_path",
     "write_part",
+    "write_table",
 ]
 
 Side = Literal["image", "text"]
@@ -74,8 +76,8 @@ def table_path(folder: Path, side: Side, name: str) -> Path:
     return folder / TABLES[side] / f"{TABLES[side]}_{name}.parquet"
 
 
-def write_part(out: Path, name: str, found: Embedded, sides: Sequence[Side]) -> None:
-    """Write one part's vectors and tables, each file atomically."""
+def write_part(out: Path, name: str, found: Embedded, sides: Sequence[Side]) -> dict[str, Checksum]:
+    """Write one part's vectors and tables, each file atomically; gives the files, by their path in `out`."""
     ids = [sample.id for sample in found.samples]
     columns: dict[str, pa.Array] = {
         "id": pa.array(ids, pa.int64()),
@@ -85,17 +87,18 @@ def write_part(out: Path, name: str, found: Embedded, sides: Sequence[Side]) -> 
     }
     for column in dict.fromkeys(name for sample in found.samples for name in sample.columns if name != "path"):
         columns[column] = _column([sample.columns.get(column) for sample in found.samples])
-    _write_parquet(table_path(out, "image", name), pa.table(columns))
+    files = {table_path(out, "image", name): write_table(table_path(out, "image", name), pa.table(columns))}
     if "image" in sides:
-        _write_npy(vectors_path(out, "image", name), found.image)
+        files[vectors_path(out, "image", name)] = _write_npy(vectors_path(out, "image", name), found.image)
     if "text" in sides and found.captions:
-        _write_npy(vectors_path(out, "text", name), found.text)
+        files[vectors_path(out, "text", name)] = _write_npy(vectors_path(out, "text", name), found.text)
         columns = {
             "caption": pa.array(found.captions, pa.string()),
             "image_id": pa.array([ids[row] for row in found.image_of_text], pa.int64()),
             "image_row": pa.array(found.image_of_text, pa.int64()),
         }
-        _write_parquet(table_path(out, "text", name), pa.table(columns))
+        files[table_path(out, "text", name)] = write_table(table_path(out, "text", name), pa.table(columns))
+    return {path.relative_to(out).as_posix(): checksum for path, checksum in files.items()}
 
 
 def _column(values: list[Any]) -> pa.Array:
@@ -153,14 +156,19 @@ def in_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
-def _write_npy(path: Path, rows: np.ndarray) -> None:
+def _write_npy(path: Path, rows: np.ndarray) -> Checksum:
     with atomic_write(path) as handle:
-        np.save(handle, rows.astype(np.float16))
+        output: Any = Hashed(handle)
+        np.save(output, rows.astype(np.float16))
+    return output.checksum()
 
 
-def _write_parquet(path: Path, table: pa.Table) -> None:
+def write_table(path: Path, table: pa.Table) -> Checksum:
+    """Write a parquet file atomically."""
     with atomic_write(path) as handle:
-        pq.write_table(table, handle)
+        output = Hashed(handle)
+        pq.write_table(table, output)
+    return output.checksum()
 
 
 class Embeddings:
@@ -173,12 +181,33 @@ class Embeddings:
 
     @classmethod
     def open(cls, folder: str | Path) -> "Embeddings":
-        """Open a finished artifact.
+        """Open a finished artifact, and see whether its files are there as long as they were written.
 
         Raises:
-            ClipkitError: where it is missing, unfinished or of another kind.
+            ClipkitError: where it is missing, unfinished or of another kind, or a file of it is missing or cut.
         """
-        return cls(Path(folder), read_manifest(Path(folder), "embeddings"))
+        opened = cls(Path(folder), read_manifest(Path(folder), "embeddings"))
+        opened._check(size_flaw)
+        return opened
+
+    def verify(self) -> None:
+        """Compare every file with its checksum; that reads all of them, a gigabyte a second at best.
+
+        Raises:
+            ClipkitError: for the first that was cut or altered, and where there are no checksums to compare with.
+        """
+        if not all(part.get("files") for part in self._parts):
+            raise ClipkitError(
+                f"{self.folder} has no checksums: an older clipkit wrote it; embed it again to have them"
+            )
+        self._check(flaw)
+
+    def _check(self, find: Callable[[Path, Checksum], str | None]) -> None:
+        for part in self._parts:
+            for name, written in part.get("files", {}).items():
+                found = find(self.folder / name, written)
+                if found is not None:
+                    raise ClipkitError(f"{found}; bring it back from a copy, or embed again with --overwrite")
 
     @property
     def fingerprint(self) -> str:

@@ -1,7 +1,6 @@
 """Webdataset shards: written with webdataset itself, read by seeking (see `clipkit.tar_index`)."""
 
 import contextlib
-import hashlib
 import json
 import os
 import threading
@@ -9,11 +8,12 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from clipkit.artifact import atomic_write, digest
+from clipkit.checksums import Hashed
 from clipkit.decode import IMAGE_SUFFIXES
 from clipkit.errors import BadSample, ClipkitError
 from clipkit.log import progress, warn
@@ -53,16 +53,6 @@ class WrittenShard(NamedTuple):
     """Of the tar's bytes, in hexadecimal digits, as ``b2sum`` prints it."""
 
 
-class _Hashed:
-    def __init__(self, stream: IO[Any]):
-        self.stream, self.size, self.hash = stream, 0, hashlib.blake2b()
-
-    def write(self, data: bytes) -> int:
-        self.hash.update(data)
-        self.size += len(data)
-        return self.stream.write(data)
-
-
 def load_writer() -> Any:
     """webdataset's class for writing a tar. Its import brings torch, seconds that are better spent before a fork."""
     from webdataset.writer import TarWriter
@@ -81,7 +71,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
     count = 0
     with atomic_write(path) as stream:
         # A fixed time and owner make the bytes a function of the content; PAX carries long and unicode names.
-        output: Any = _Hashed(stream)
+        output: Any = Hashed(stream)
         writer = TarWriter(output, encoder=False, mtime=0, user="clipkit", group="clipkit", format="PAX_FORMAT")
         try:
             for key, members in samples:
@@ -93,7 +83,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> 
             writer.tarstream.fileobj.closed = True
             raise
     write_index(path, index_tar(path))
-    return WrittenShard(count, output.size, output.hash.hexdigest())
+    return WrittenShard(count, **output.checksum())
 
 
 class Shards(Sequence[dict[str, bytes]]):

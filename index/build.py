@@ -18,6 +18,7 @@ KINDS = ("auto", "Flat", "IVF-Flat", "IVF-SQ8", "IVF-PQ", "OPQ", "RaBitQ", "RaBi
 @click.option("--kind", default="auto", show_default=True, type=click.Choice(KINDS), help="Of the index.")
 @click.option("--serve-memory", type=Bytes(), help="What the index may take in memory while it is searched.")
 @click.option("--queries", type=click.Path(path_type=Path), help="Texts people ask, a line each, to measure with.")
+@click.option("--verify", is_flag=True, help="Compare the embeddings with their checksums first; reads them once more.")
 @memory_option
 @model_option
 @out_options("the index")
@@ -27,6 +28,7 @@ def main(
     kind: str,
     serve_memory: int | None,
     queries: Path | None,
+    verify: bool,
     memory: int | None,
     model: str | None,
     out: Path,
@@ -44,6 +46,9 @@ def main(
     from clipkit.search import Wanted, build_index
 
     sets = [Embeddings.open(folder) for folder in embeddings]
+    if verify:
+        for opened in sets:
+            opened.verify()
     asked = None
     if queries is not None:
         try:

@@ -184,8 +184,50 @@ def test_one_side_only(run, pictures, model_dir, tmp_path):
     assert not (tmp_path / "t" / "img_emb").exists()
 
 
-def test_broken_files_are_named(embeddings, tmp_path):
+FILES = ["img_emb/img_emb_0001.npy", "text_emb/text_emb_0000.npy", "metadata/metadata_0002.parquet"]
+FILES += ["captions/captions_0001.parquet"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_cut_or_altered_is_named(refused, embeddings, tmp_path, name):
     shutil.copytree(embeddings, tmp_path / "e")
+    path = tmp_path / "e" / name
+    data = path.read_bytes()
+    Embeddings.open(tmp_path / "e").verify()
+    path.write_bytes(data[:-1])
+    with pytest.raises(ClipkitError, match=f"{name} has {len(data) - 1:,} bytes, but {len(data):,} were written"):
+        Embeddings.open(tmp_path / "e")
+    middle = len(data) // 2
+    path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+    opened = Embeddings.open(tmp_path / "e")
+    with pytest.raises(ClipkitError, match=f"{name} was altered"):
+        opened.verify()
+    line = refused("build", tmp_path / "e", "--verify", "--out", tmp_path / "i")
+    assert f"{name} was altered after it was written" in line
+    assert not (tmp_path / "i").exists()
+    path.unlink()
+    assert f"{name} is missing; bring it back" in refused("build", tmp_path / "e", "--out", tmp_path / "i")
+
+
+def test_checksums_are_those_of_b2sum(embeddings):
+    written = {
+        name: told for part in Embeddings.open(embeddings).manifest["parts"] for name, told in part["files"].items()
+    }
+    there = [path for path in sorted(embeddings.rglob("*")) if path.is_file() and path.name != "manifest.json"]
+    assert sorted(written) == [str(path.relative_to(embeddings)) for path in there]
+    said = subprocess.run(["b2sum", *there], capture_output=True, text=True, check=True).stdout.split()
+    assert [written[str(path.relative_to(embeddings))]["blake2b"] for path in there] == said[::2]
+    assert [written[str(path.relative_to(embeddings))]["bytes"] for path in there] == [p.stat().st_size for p in there]
+
+
+def test_what_an_older_clipkit_wrote_is_read_without_checksums(run, embeddings, refused, tmp_path):
+    shutil.copytree(embeddings, tmp_path / "e")
+    manifest = json.loads((tmp_path / "e" / "manifest.json").read_text())
+    for part in manifest["parts"]:
+        del part["files"]
+    (tmp_path / "e" / "manifest.json").write_text(json.dumps(manifest))
+    assert run("build", tmp_path / "e", "--out", tmp_path / "i").status == 0
+    assert "has no checksums" in refused("build", tmp_path / "e", "--verify", "--out", tmp_path / "j")
     path = tmp_path / "e" / "img_emb" / "img_emb_0001.npy"
     np.save(path, np.load(path)[:-1])
     with pytest.raises(ClipkitError, match=r"img_emb_0001\.npy has shape \(19, 32\), the manifest says \(20, 32\)"):

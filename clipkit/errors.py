@@ -7,7 +7,7 @@ and exits with status 2; a notebook sees an ordinary exception.
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["BadSample", "ClipkitError", "did_you_mean"]
+__all__ = ["BadSample", "ClipkitError", "UnreadSample", "did_you_mean"]
 
 
 class ClipkitError(Exception):
@@ -16,6 +16,10 @@ class ClipkitError(Exception):
 
 class BadSample(ClipkitError):
     """One sample that cannot be used. Among many it goes to the ledger and the work goes on."""
+
+
+class UnreadSample(BadSample):
+    """One that could not be read: another time the disk or the server may give it, and no stamp would tell."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

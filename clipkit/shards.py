@@ -5,7 +5,7 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -235,14 +235,20 @@ class Shards(Sequence[dict[str, bytes]]):
         number, row = self.locate(i)
         return self.index_of(number).members(row)
 
-    def read(self, i: int) -> dict[str, bytes]:
+    def read(self, i: int, wanted: Collection[str] | None = None) -> dict[str, bytes]:
         """Read sample `i`: extension to bytes.
+
+        Args:
+            i: in the order of the shards.
+            wanted: extensions of the members to read; all of them where it is not given.
 
         Raises:
             ClipkitError: where the shard is gone or shorter than its index says.
         """
         number, row = self.locate(i)
         members = self.index_of(number).members(row)
+        if wanted is not None:
+            members = {ext: member for ext, member in members.items() if ext in wanted}
         for _ in range(3 if self.spool else 1):  # another reader may make room between fetching and opening
             with contextlib.suppress(FileNotFoundError):
                 return self._read(self.local(number), i, members)

@@ -140,7 +140,10 @@ def stamp(url: str, *, timeout: float = TIMEOUT, retries: int = RETRIES) -> str:
 
 
 def describe(urls: Sequence[str], *, timeout: float = TIMEOUT, retries: int = RETRIES) -> list[tuple[int, str] | None]:
-    """Size (0 where the server does not tell) and `stamp` of many files at once; None where one cannot be had."""
+    """Size (0 where the server does not tell) and `stamp` of many files at once; None where one cannot be had.
+
+    The stamp is empty where the server tells nothing that it could be made of.
+    """
 
     def one(url: str) -> tuple[int, str] | None:
         try:
@@ -315,8 +318,8 @@ MARKS = ("ETag", "etag", "md5Hash", "Content-MD5", "version_id", "LastModified",
 
 
 def _stamp(info: dict[str, Any]) -> str:
-    mark = next((info[name] for name in MARKS if info.get(name)), "")
-    return f"{info.get('size')} {mark}".strip()
+    told = [info.get("size"), next((info[name] for name in MARKS if info.get(name)), None)]
+    return " ".join(str(value) for value in told if value is not None)
 
 
 def _again(work: Callable[[], Value], retries: int) -> Value:

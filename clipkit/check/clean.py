@@ -14,7 +14,8 @@ from clipkit.check.scan import Scan
 from clipkit.errors import ClipkitError
 from clipkit.pack import pack
 from clipkit.parallel import cores
-from clipkit.sources import Sample
+from clipkit.sources import Sample, Stamp
+from clipkit.sources.base import hash_of
 
 __all__ = ["Kept", "pack_clean"]
 
@@ -45,6 +46,15 @@ class Kept:
 
     def __getitem__(self, i: int) -> Sample:
         return replace(self._scan.sample(int(self._rows[i])), key=self._keys[i])
+
+    def without_image(self, i: int) -> Sample:
+        part, row = self._scan.locate(int(self._rows[i]))
+        return replace(part.source.without_image(row), key=self._keys[i])
+
+    def stamp(self, i: int) -> Stamp:
+        part, row = self._scan.locate(int(self._rows[i]))
+        image, words = part.source.stamp(row)
+        return Stamp(image, words and hash_of(self._keys[i], words))
 
     def key(self, i: int) -> str:
         return self._keys[i]

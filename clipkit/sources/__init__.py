@@ -10,13 +10,13 @@ from clipkit.decode import IMAGE_SUFFIXES
 from clipkit.errors import ClipkitError
 from clipkit.lists import LIST_SUFFIXES
 from clipkit.shard_specs import is_shard_spec
-from clipkit.sources.base import Sample, Source, check_ids, sample_id, text_id
+from clipkit.sources.base import Sample, Source, Stamp, check_ids, sample_id, text_id
 from clipkit.sources.folder import FolderSource
 from clipkit.sources.listed import ListSource
 from clipkit.sources.packed import ShardSource
 from clipkit.storage import is_remote, list_files
 
-__all__ = ["Sample", "Source", "check_ids", "open_source", "sample_id", "text_id"]
+__all__ = ["Sample", "Source", "Stamp", "check_ids", "open_source", "sample_id", "text_id"]
 
 
 def open_source(

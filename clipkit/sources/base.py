@@ -4,15 +4,26 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from clipkit.errors import BadSample, ClipkitError
+from clipkit.errors import BadSample, ClipkitError, UnreadSample
 from clipkit.log import note
 from clipkit.storage import describe, is_remote, read_bytes
 
-__all__ = ["Files", "Sample", "Source", "check_ids", "extension_of", "own_columns", "sample_id", "text_id"]
+__all__ = [
+    "Files",
+    "Sample",
+    "Source",
+    "Stamp",
+    "check_ids",
+    "extension_of",
+    "hash_of",
+    "own_columns",
+    "sample_id",
+    "text_id",
+]
 
 PATIENCE = 20.0  # seconds for one image: long lists of URLs hold many dead ones
 
@@ -71,7 +82,8 @@ class Sample:
         """The image's own bytes.
 
         Raises:
-            BadSample: where there is no such file or no image in the sample.
+            UnreadSample: where there is no such file, or it cannot be read.
+            BadSample: where the sample has no image.
         """
         if isinstance(self.image, bytes):
             return self.image
@@ -82,9 +94,25 @@ class Sample:
                 return read_bytes(self.image, timeout=PATIENCE, retries=2)
             return self.image.read_bytes()
         except ClipkitError as error:
-            raise BadSample(str(error)) from error
+            raise UnreadSample(str(error)) from error
         except OSError as error:
-            raise BadSample(f"cannot be read: {error.strerror}") from error
+            raise UnreadSample(f"cannot be read: {error.strerror}") from error
+
+
+class Stamp(NamedTuple):
+    """What tells one content of a sample from another without reading it: hashes of names, sizes and times, 16 bytes.
+
+    None where nothing can be told, as of a file that is missing, or when a server says nothing of it.
+    """
+
+    image: bytes | None
+    words: bytes | None
+    """Of the key, the captions and the other columns."""
+
+
+def hash_of(*facts: object) -> bytes:
+    """16 bytes that tell these facts (texts, numbers, lists of them) from others, the same on every machine."""
+    return hashlib.blake2b(repr(facts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 @runtime_checkable
@@ -105,12 +133,20 @@ class Source(Protocol):
         """Sample `i`. `BadSample` where it cannot be read at all."""
         ...
 
+    def without_image(self, i: int, /) -> Sample:
+        """Sample `i` without the image's bytes and other members, which are not read."""
+        ...
+
     def key(self, i: int, /) -> str:
         """The key of sample `i`, without reading it."""
         ...
 
     def size(self, i: int, /) -> int:
         """Bytes of the image of sample `i`, without reading it; 0 where there is none."""
+        ...
+
+    def stamp(self, i: int, /) -> Stamp:
+        """What tells this content of sample `i` from another, as it was when the source was opened, or as it is now."""
         ...
 
     def identity(self) -> str:
@@ -166,6 +202,11 @@ class Files:
         """Bytes of file `i`; 0 where it is missing, or a server does not tell."""
         about = self._about(i)
         return about[0] if about else 0
+
+    def stamp(self, i: int) -> tuple[str, int, int | str] | None:
+        """What tells the content of file `i` from another: name, size, and time or mark; None where nothing does."""
+        found = self._about(i)
+        return (self.names[i], *found) if found and found[1] != "" else None
 
     def stamps(self) -> list[tuple[str, int, int | str]]:
         """For each file what tells its content from another: name, size, and time or mark; -1 where it is missing."""

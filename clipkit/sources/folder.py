@@ -1,15 +1,16 @@
 """A folder of images, with captions in files beside them; on the disk or at a URL."""
 
 import os
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clipkit.artifact import digest
 from clipkit.decode import IMAGE_SUFFIXES
-from clipkit.errors import BadSample, ClipkitError
+from clipkit.errors import ClipkitError, UnreadSample
 from clipkit.shards import captions_of
-from clipkit.sources.base import Files, Sample, extension_of, own_columns
+from clipkit.sources.base import Files, Sample, Stamp, extension_of, hash_of, own_columns
 from clipkit.storage import read_bytes
 
 __all__ = ["FolderSource"]
@@ -57,17 +58,29 @@ class FolderSource:
 
     def __getitem__(self, i: int) -> Sample:
         name = self.paths[i]
-        stem = str(PurePosixPath(name).with_suffix(""))
-        beside = {ext: self._companions[stem, ext] for ext in ("txt", "json") if (stem, ext) in self._companions}
         try:
-            members = {ext: _read(self._files.place(companion)) for ext, companion in beside.items()}
+            members = {ext: _read(self._files.place(companion)) for ext, companion in self._beside(i).items()}
         except OSError as error:
-            raise BadSample(f"{error.filename}: {error.strerror}") from error
+            raise UnreadSample(f"{error.filename}: {error.strerror}") from error
         except ClipkitError as error:
-            raise BadSample(str(error)) from error
+            raise UnreadSample(str(error)) from error
         captions, columns = captions_of(members)
         about = {"path": name, **own_columns(columns)}
         return Sample(name, self._files.at(i), extension_of(name), captions, about)
+
+    def without_image(self, i: int) -> Sample:
+        return self[i]
+
+    def _beside(self, i: int) -> dict[str, str]:
+        stem = str(PurePosixPath(self.paths[i]).with_suffix(""))
+        return {ext: self._companions[stem, ext] for ext in ("txt", "json") if (stem, ext) in self._companions}
+
+    def stamp(self, i: int) -> Stamp:
+        image = self._files.stamp(i)
+        names = self._files.names
+        beside = [self._files.stamp(bisect_left(names, name, lo=len(self.paths))) for name in self._beside(i).values()]
+        words = None if None in beside else hash_of(self.paths[i], beside)
+        return Stamp(image and hash_of(image), words)
 
     def identity(self) -> str:
         return digest(self._files.stamps())

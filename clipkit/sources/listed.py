@@ -9,7 +9,7 @@ from typing import Any
 from clipkit.artifact import digest
 from clipkit.errors import ClipkitError
 from clipkit.lists import read_rows
-from clipkit.sources.base import Files, Sample, extension_of, own_columns
+from clipkit.sources.base import Files, Sample, Stamp, extension_of, hash_of, own_columns
 from clipkit.storage import is_remote, stamp
 
 __all__ = ["ListSource"]
@@ -96,6 +96,14 @@ class ListSource:
         about = {"path": name, **own_columns(columns)}
         kept = tuple(text for text in captions if text)
         return Sample(name, self._files.at(i), extension_of(name), kept, about, left_out=tuple(empty))
+
+    def without_image(self, i: int) -> Sample:
+        return self[i]
+
+    def stamp(self, i: int) -> Stamp:
+        image = self._files.stamp(i)
+        words = hash_of(self._names[i], self._image, self._caption, self._rows[i])
+        return Stamp(image and hash_of(image), words)
 
     def identity(self) -> str:
         if is_remote(self.spec):

@@ -1,9 +1,12 @@
 """Samples that are in shards already."""
 
+from collections.abc import Collection
+from functools import cached_property
+
 from clipkit.artifact import digest
 from clipkit.errors import BadSample, ClipkitError
 from clipkit.shards import Shards, captions_of, image_extension
-from clipkit.sources.base import Sample, own_columns
+from clipkit.sources.base import Sample, Stamp, hash_of, own_columns
 
 __all__ = ["ShardSource"]
 
@@ -35,20 +38,41 @@ class ShardSource:
         return members[extension][1] if extension else 0
 
     def __getitem__(self, i: int) -> Sample:
+        return self._sample(i, None)
+
+    def without_image(self, i: int) -> Sample:
+        return self._sample(i, ("txt", "json"))
+
+    def _sample(self, i: int, wanted: Collection[str] | None) -> Sample:
         key = self.shards.key(i)
         try:
-            members = self.shards[i]
+            members = self.shards.read(i, wanted)
         except ClipkitError as error:
             if self.shards.spool:
                 raise  # the shard cannot be fetched; that its samples are bad is not known
             raise BadSample(str(error)) from error
         captions, columns = captions_of(members)
-        extension = image_extension(members)
-        image = members[extension] if extension else None
+        extension = image_extension(members if wanted is None else self.shards.members(i))
+        image = members.get(extension) if extension else None
         path = columns.pop("path", key)  # what clipkit pack was given
         others = {ext: data for ext, data in members.items() if ext not in (extension, "txt", "json")}
         return Sample(key, image, extension or "", captions, {"path": path, **own_columns(columns)}, others)
 
+    @cached_property
+    def _contents(self) -> list[str]:
+        return self.shards.contents()
+
+    def stamp(self, i: int) -> Stamp:
+        """By the shard's checksum or stamp, and the sample's place in it."""
+        number, row = self.shards.locate(i)
+        index = self.shards.index_of(number)
+        members = index.members(row)
+        # With the name: of two shards without checksums, size and time may be the same by chance.
+        where = (self.shards.names[number], self._contents[number], index.key(row))
+        extension = image_extension(members)
+        image = hash_of(*where, extension, members[extension]) if extension else None
+        return Stamp(image, hash_of(*where, self.key(i), members))
+
     def identity(self) -> str:
         """By content where our manifest has checksums, else by the shards' sizes and times."""
-        return digest([self.shards.identity(), self.shards.contents()])
+        return digest([self.shards.identity(), self._contents])

@@ -59,6 +59,8 @@ class Embedded:
     """The source row of each sample."""
     left_out: list[dict[str, Any]] = field(default_factory=list)
     """Ledger lines of what could not be used: ``row``, ``key``, ``reason``."""
+    unread: list[int] = field(default_factory=list)
+    """The source rows among these that could not be read, and may be another time."""
 
 
 def image_id_column(side: Side) -> str:
@@ -163,11 +165,11 @@ def _write_npy(path: Path, rows: np.ndarray) -> Checksum:
     return output.checksum()
 
 
-def write_table(path: Path, table: pa.Table) -> Checksum:
-    """Write a parquet file atomically."""
+def write_table(path: Path, table: pa.Table, **options: Any) -> Checksum:
+    """Write a parquet file atomically, with options of `pyarrow.parquet.write_table`."""
     with atomic_write(path) as handle:
         output = Hashed(handle)
-        pq.write_table(table, output)
+        pq.write_table(table, output, **options)
     return output.checksum()
 
 

@@ -34,15 +34,20 @@ def console() -> Console:
     return Console(stderr=True, soft_wrap=True, highlight=False)
 
 
-def note(message: str) -> None:
-    """One line for the person who watches."""
-    if is_main_process():
+def note(message: str, *, everywhere: bool = False) -> None:
+    """One line for the person who watches.
+
+    Args:
+        message: the line.
+        everywhere: whether any process says it, and not the main one alone.
+    """
+    if everywhere or is_main_process():
         console().print(message, markup=False)
 
 
-def warn(message: str) -> None:
-    """One line that should not be missed."""
-    if is_main_process():
+def warn(message: str, *, everywhere: bool = False) -> None:
+    """One line that should not be missed; see `note`."""
+    if everywhere or is_main_process():
         console().print(f"warning: {message}", style="yellow", markup=False)
 
 

@@ -32,6 +32,7 @@ from clipkit.cli import Job, list_options, model_option, out_options
 @click.option("--part-size", default=10_000, show_default=True, type=click.IntRange(1), help="Samples per part.")
 @click.option("--threads", type=click.IntRange(1), help="That decode images [default: one per core].")
 @click.option("--device", help="Such as cpu, cuda, cuda:1 [default: the GPU where there is one].")
+@click.option("--update", is_flag=True, help="Bring OUT up to date: embed what is new or changed, drop what is gone.")
 @out_options("the embeddings")
 def main(
     source: str,
@@ -45,13 +46,16 @@ def main(
     part_size: int,
     threads: int | None,
     device: str | None,
+    update: bool,
     out: Path,
     overwrite: bool,
 ) -> int:
     """Embed the images, and the captions where there are any, of SOURCE (a folder, a list, or shards).
 
     An image that cannot be used goes to OUT/ledger.jsonl and the status is 1. Killed and run again, it goes on with
-    the part where it stood; several processes may share the work of one OUT.
+    the part where it stood; several processes may share the work of one OUT. With --update, images that have not
+    changed since OUT was made (by name, size and time, or their shard's checksum) are not read again; OUT stays as it
+    is until the new one, which is made beside it, takes its place.
     """
     from clipkit.embed import embed
     from clipkit.embeddings import SIDES, Side
@@ -60,12 +64,14 @@ def main(
     from clipkit.sources import open_source
     from clipkit.towers import load_model, model_reference, pick_device
 
+    if update and overwrite:
+        raise ClipkitError("--update keeps what has not changed, --overwrite makes all of it anew; say one of them")
     if model is None:
         raise ClipkitError("name the model to embed with: --model RUN (or open_clip:NAME/TAG, or hf:ORG/NAME)")
     opened = open_source(source, image_column=image_column, caption_column=caption_column, image_root=image_root)
     towers = load_model(model, pick_device(device))
     chosen: list[Side] = [side for side in SIDES if sides in (side, "both")]
-    manifest = embed(
+    outcome = embed(
         opened,
         towers,
         out,
@@ -76,17 +82,25 @@ def main(
         batch_size=batch_size,
         threads=threads,
         overwrite=overwrite,
+        update=update,
     )
-    counts = manifest["counts"]
-    note(
-        f"{out}: {counts['images']:,} images and {counts['captions']:,} captions in {counts['parts']} parts, "
-        f"dimension {manifest['dim']}, model {manifest['model']['fingerprint'][:12]}"
-    )
-    note(f"next: clipkit build {out} --out index/")
-    if counts["left_out"]:
-        warn(f"{counts['left_out']:,} could not be used, listed in {out / 'ledger.jsonl'}")
-        return 1
-    return 0
+    manifest, counts = outcome.manifest, outcome.manifest["counts"]
+    if outcome.made_by == "this":
+        # Whatever its rank: of several that share the work, the one that came last has the figures.
+        as_before = f" ({outcome.taken:,} as they were)" if update else ""
+        note(
+            f"{out}: {counts['images']:,} images{as_before} and {counts['captions']:,} captions in {counts['parts']} "
+            f"parts, dimension {manifest['dim']}, model {manifest['model']['fingerprint'][:12]}",
+            everywhere=True,
+        )
+        note(f"next: clipkit build {out} --out index/", everywhere=True)
+    elif outcome.made_by == "another":
+        note(f"{out}: another process finished it", everywhere=True)
+    else:
+        note(f"{out}: finished before, of the same input; nothing was done", everywhere=True)
+    if counts["left_out"] and outcome.made_by != "another":
+        warn(f"{counts['left_out']:,} could not be used, listed in {out / 'ledger.jsonl'}", everywhere=True)
+    return int(counts["left_out"] > 0)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ def test_the_layout_is_clip_retrievals(embeddings, pictures, model):
         "img_emb",
         "manifest.json",
         "metadata",
+        "stamps",
         "text_emb",
     ]
     names = [p.name for p in sorted((embeddings / "img_emb").iterdir())]
@@ -245,4 +246,11 @@ def test_two_samples_with_one_id_are_named(model, tmp_path, monkeypatch):
         Image.new("RGB", (9, 9)).save(tmp_path / f"{number}.png")
     monkeypatch.setattr(base, "sample_id", lambda key: 7 if key in ("1.png", "4.png") else sample_id(key))
     with pytest.raises(ClipkitError, match=r"'4\.png' and '1\.png' have the same id; rename one"):
-        embed(open_source(tmp_path), model, tmp_path / "e", model_reference={"fingerprint": "f"}, part_size=2)
+        embed(
+            open_source(tmp_path),
+            model,
+            tmp_path / "e",
+            model_reference={"fingerprint": "f"},
+            precision="fp32",
+            part_size=2,
+        )

@@ -33,7 +33,7 @@ FLOORS = [
     {"shards"},
     {"sources", "towers"},
     {"pack", "embeddings", "trainset", "checkpoint", "phases"},
-    {"streams", "check", "gpu_decode", "teacher"},
+    {"streams", "check", "gpu_decode", "teacher", "reuse"},
     {"loader"},
     {"embed", "search", "run", "objective"},
     {"zeroshot", "ranks", "questions"},

@@ -15,6 +15,7 @@ from clipkit.artifact import Stage, read_manifest, write_ledger
 from clipkit.decode import decode
 from clipkit.embeddings import Embedded, Side, table_path, write_part
 from clipkit.errors import BadSample, ClipkitError, UnreadSample
+from clipkit.launch import processes_here
 from clipkit.log import progress
 from clipkit.parallel import cores, in_threads
 from clipkit.reuse import Kept, Known, refuse_unlike, write_stamps
@@ -70,7 +71,7 @@ def embed_source(
         batch_size: images at a time, those of so many rows: an image that cannot be used shifts no other into another
             batch. So the same rows give the same bits, whichever part of the source they are embedded with, as long
             as it begins at a multiple of this. Captions go four times as many at a time.
-        threads: that decode; as many as cores when not given.
+        threads: that decode; when not given, as many as this process's share of the cores.
         show: title of the progress bar; None for no bar.
         kept: what is known of rows from before, see `clipkit.reuse`: their images are not read, nor are they encoded,
             nor captions that there were before. The others of the rows go into batches together.
@@ -97,7 +98,8 @@ def embed_source(
             return _Loaded(i, None, None, "the sample has no caption")
         return _Loaded(i, Sample(sample.key, None, sample.extension, sample.captions, sample.columns), pixels)
 
-    loaded = in_threads(load, rows, threads or cores(), ahead=4 * batch_size)
+    threads = threads or max(1, cores() // processes_here())
+    loaded = in_threads(load, rows, threads, ahead=4 * batch_size)
     with torch.inference_mode(), evaluating(model):
         for row, sample, pixels, reason, unread in progress(loaded, show, len(rows), "samples") if show else loaded:
             before = kept.get(row)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from clipkit.errors import ClipkitError
 
-__all__ = ["launch", "launched"]
+__all__ = ["launch", "launched", "local_rank", "processes_here"]
 
 PATIENCE = 30.0  # seconds that the others have to end by themselves when one process has failed
 
@@ -23,6 +23,18 @@ PATIENCE = 30.0  # seconds that the others have to end by themselves when one pr
 def launched() -> bool:
     """Whether this process is one of several that something started together."""
     return "RANK" in os.environ
+
+
+def local_rank() -> int | None:
+    """This process's number among those that were started together on this machine (torchrun, accelerate, Slurm)."""
+    told = (os.environ.get(name, "") for name in ("LOCAL_RANK", "SLURM_LOCALID"))
+    return next((int(number) for number in told if number.isdigit()), None)
+
+
+def processes_here() -> int:
+    """How many torchrun or accelerate started on this machine. Slurm gives each of its own cores of its own."""
+    told = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(told)) if told.isdigit() else 1
 
 
 def launch(program: str, args: Sequence[str], processes: int, *, gpus: bool) -> int:

@@ -3,8 +3,6 @@
 `retrieval` measures recall at k in both directions, `zeroshot` accuracy, both as CLIP_benchmark defines them.
 """
 
-import os
-
 import click
 
 from clipkit.cli import Job, format_option, list_options, model_option
@@ -86,10 +84,7 @@ def main(
         prompt_set(templates or "plain")
         opened = open_classes(source, lengths)
     with process_group() as (rank, world_size):
-        place = pick_device(device)
-        if place.type == "cuda" and device is None and world_size > 1:
-            place = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
-        towers = load_model(model, place)
+        towers = load_model(model, pick_device(device))
         fingerprint = towers.fingerprint()  # before the cast, which changes the values that it is made of
         cast_for_inference(towers, precision)
         how = {"batch_size": batch_size, "show": f"evaluate {task}", "rank": rank, "world_size": world_size}

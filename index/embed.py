@@ -31,7 +31,9 @@ from clipkit.cli import Job, list_options, model_option, out_options
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Images at a time.")
 @click.option("--part-size", default=10_000, show_default=True, type=click.IntRange(1), help="Samples per part.")
 @click.option("--threads", type=click.IntRange(1), help="That decode images [default: one per core].")
-@click.option("--device", help="Such as cpu, cuda, cuda:1 [default: the GPU where there is one].")
+@click.option(
+    "--device", help="Such as cpu, cuda, cuda:1 [default: a GPU where there is one; each process of a launch its own]."
+)
 @click.option("--update", is_flag=True, help="Bring OUT up to date: embed what is new or changed, drop what is gone.")
 @out_options("the embeddings")
 def main(

@@ -3,29 +3,22 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
+from clipkit import embed as room
+from clipkit.artifact import Stage
 from clipkit.embed import embed_source
 from clipkit.embeddings import Embeddings
 from clipkit.errors import ClipkitError
 from clipkit.sources import open_source, sample_id
 from clipkit.towers import load_model
-
-
-def tree(folder):
-    return {
-        str(p.relative_to(folder)): p.read_bytes()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and p.name != "manifest.json"
-    }
 
 
 def test_the_layout_is_clip_retrievals(embeddings, pictures, model):
@@ -126,30 +119,62 @@ def test_columns_of_any_kind_survive(run, pictures, model_dir, tmp_path):
     assert all(-1 <= row["score"] <= 1 for row in found)
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_files(pictures, model_dir, tmp_path):
-    call = [sys.executable, "-m", "clipkit", "embed", str(pictures), "--model", str(model_dir), "--part-size", "4"]
-    call += ["--precision", "fp32", "--batch-size", "3", "--out"]
-    subprocess.run([*call, str(tmp_path / "whole")], check=True, stderr=subprocess.DEVNULL)
-    out = tmp_path / "killed"
-    for parts in (1, 5):
-        process = subprocess.Popen([*call, str(out)], stderr=subprocess.DEVNULL)
-        deadline = time.time() + 60
-        while len(list((out / ".work" / "parts").glob("*.json"))) < parts and time.time() < deadline:
-            time.sleep(0.001)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        assert not (out / "manifest.json").exists()
-    subprocess.run([*call, str(out)], check=True, stderr=subprocess.DEVNULL)
-    assert tree(out) == tree(tmp_path / "whole")
+def together(rank, port=1):
+    """What torchrun tells a process, with nobody at the address."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    return {**{name: str(value) for name, value in told.items()}, "MASTER_ADDR": "127.0.0.1"}
 
 
-def test_two_processes_share_the_work(pictures, model_dir, tmp_path):
-    call = [sys.executable, "-m", "clipkit", "embed", str(pictures), "--model", str(model_dir), "--part-size", "4"]
+def test_processes_that_were_started_together_share_the_work_and_one_sums_up(pictures, model_dir, tmp_path):
+    call = [sys.executable, "-m", "clipkit", "embed", str(pictures), "--model", str(model_dir), "--part-size", "2"]
     call += ["--precision", "fp32", "--out", str(tmp_path / "e")]
-    processes = [subprocess.Popen(call, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    processes = [
+        subprocess.Popen(call, stderr=subprocess.PIPE, text=True, env={**os.environ, **together(rank)})
+        for rank in range(2)
+    ]
     said = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     assert Embeddings.open(tmp_path / "e").vectors("image").shape == (48, 32)
+    summed_up = ["48 images and 48 captions" in each for each in said]
+    assert sorted(summed_up) == [False, True], said
+    other = said[summed_up.index(False)]
+    assert other.count("\n") == 1
+    assert "another process finished it" in other or "finished before" in other
+
+
+def test_whatever_its_rank_it_waits_for_nobody_and_who_commits_sums_up(run, pictures, model_dir, tmp_path, monkeypatch):
+    for name, value in together(1).items():
+        monkeypatch.setenv(name, value)
+    result = run("embed", pictures, "--model", model_dir, "--out", tmp_path / "e")
+    assert result.status == 0
+    assert "48 images and 48 captions" in result.err
+    assert "next: clipkit build" in result.err
+    assert not torch.distributed.is_initialized()
+    result = run("embed", pictures, "--model", model_dir, "--out", tmp_path / "e")
+    assert result.err.endswith("/e: finished before, of the same input; nothing was done\n")
+
+
+@pytest.mark.parametrize(("told", "share"), [(None, 12), ("1", 12), ("5", 2), ("40", 1), ("", 12)])
+def test_processes_that_were_started_together_share_the_cores_for_decoding(pictures, model, monkeypatch, told, share):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if told is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", told)
+    used = []
+    monkeypatch.setattr(room, "cores", lambda: 12)
+    monkeypatch.setattr(room, "in_threads", lambda load, rows, threads, ahead: used.append(threads) or map(load, rows))
+    embed_source(open_source(pictures), model, rows=range(2), show=None)
+    assert used == [share]
+
+
+def test_who_comes_too_late_to_commit_says_so(run, embeddings, pictures, model_dir, tmp_path, monkeypatch):
+    def meanwhile(self, _):
+        manifest = json.loads((embeddings / "manifest.json").read_text())
+        (self.folder / "manifest.json").write_text(json.dumps({**manifest, "identity": self.identity}))
+        return iter(())
+
+    monkeypatch.setattr(Stage, "pending", meanwhile)
+    result = run("embed", pictures, "--model", model_dir, "--out", tmp_path / "e")
+    assert result == (0, "", f"{tmp_path / 'e'}: another process finished it\n")
 
 
 def test_the_same_again_does_nothing_and_a_changed_file_is_noticed(run, refused, model_dir, tmp_path):

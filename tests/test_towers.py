@@ -12,7 +12,15 @@ from safetensors.torch import load_file, save_file
 
 from clipkit.errors import ClipkitError
 from clipkit.settings import ModelConfig
-from clipkit.towers import create_model, load_model, load_model_of, model_folder, model_reference, openai_templates
+from clipkit.towers import (
+    create_model,
+    load_model,
+    load_model_of,
+    model_folder,
+    model_reference,
+    openai_templates,
+    pick_device,
+)
 from tests.conftest import TINY_VIT, tiny_model
 
 TEXTS = ["a red heart", "ein großer Hund", "x " * 90]
@@ -277,3 +285,27 @@ def test_openai_templates():
     templates = openai_templates()
     assert len(templates) == 80
     assert all(template.count("{}") == 1 for template in templates)
+
+
+@pytest.mark.parametrize(
+    ("told", "device"),
+    [
+        ({}, "cuda"),
+        ({"LOCAL_RANK": "0"}, "cuda:0"),
+        ({"LOCAL_RANK": "2", "SLURM_LOCALID": "1"}, "cuda:2"),
+        ({"SLURM_LOCALID": "3"}, "cuda:3"),
+        ({"LOCAL_RANK": "5"}, "cuda:1"),
+        ({"LOCAL_RANK": ""}, "cuda"),
+    ],
+)
+def test_each_of_several_processes_takes_a_gpu_of_its_own(monkeypatch, told, device):
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert str(pick_device()) == device
+    assert str(pick_device("cpu")) == "cpu"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # each sees one, its own
+    assert pick_device().index in (0, None)

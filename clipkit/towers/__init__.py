@@ -14,6 +14,7 @@ from clipkit.artifact import MODEL_FOLDER, kind_of, relative_to_artifact
 from clipkit.checkpoint_files import best_checkpoint, checkpoint_name, checkpoints
 from clipkit.config import explain_validation
 from clipkit.errors import ClipkitError, did_you_mean
+from clipkit.launch import local_rank
 from clipkit.log import note
 from clipkit.preprocess import Preprocess
 from clipkit.settings import ModelConfig, TowersConfig
@@ -225,7 +226,9 @@ def download(name: str, patterns: Sequence[str] = MODEL_FILES) -> Path:
 
 
 def pick_device(name: str | None = None) -> "torch.device":
-    """The device of this name; when not given, the first GPU, else Apple's, else the CPU.
+    """The device of this name; when not given, a GPU, else Apple's, else the CPU.
+
+    Processes that were started together take a GPU each, in turn where there are fewer of these.
 
     Raises:
         ClipkitError: where there is no such device.
@@ -234,7 +237,8 @@ def pick_device(name: str | None = None) -> "torch.device":
 
     if name is None:
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            number = local_rank()
+            return torch.device("cuda") if number is None else torch.device("cuda", number % torch.cuda.device_count())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)

@@ -64,7 +64,8 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     scratch = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+        # What is no Unicode, as in names of files that are not UTF-8, becomes an escape, which JSON reads back.
+        text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "", "errors": "backslashreplace"}
         with scratch.open(mode, **text) as handle:
             yield handle
             handle.flush()

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from clipkit.artifact import atomic_write, read_manifest
 from clipkit.checksums import Checksum, Hashed, flaw, size_flaw
 from clipkit.errors import ClipkitError
+from clipkit.shards import well_formed
 from clipkit.sources import Sample
 
 __all__ = [
@@ -109,13 +110,13 @@ def _column(values: list[Any]) -> pa.Array:
     if not any(isinstance(v, list | dict | bytes) for v in plain):
         try:
             return pa.array(plain)
-        except (pa.ArrowInvalid, pa.ArrowTypeError):
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
             pass
     return pa.array([None if v is None else _text(v) for v in plain], pa.string())
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return well_formed(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
 
 
 def joined_tables(tables: Sequence[pa.Table]) -> pa.Table:

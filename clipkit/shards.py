@@ -37,6 +37,7 @@ __all__ = [
     "image_extension",
     "keys_repeat",
     "load_writer",
+    "well_formed",
     "write_shard",
 ]
 
@@ -316,4 +317,13 @@ def captions_of(members: dict[str, bytes]) -> tuple[tuple[str, ...], dict[str, A
     if listed is None:
         listed = text if text is not None else single
     found = listed if isinstance(listed, list) else [listed]
-    return tuple(c.strip() for c in found if isinstance(c, str) and c.strip()), columns
+    return tuple(well_formed(c.strip()) for c in found if isinstance(c, str) and c.strip()), columns
+
+
+def well_formed(text: str) -> str:
+    """The text with a question mark for each half of a surrogate pair, which JSON can escape and nothing can write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode()
+    return text

@@ -6,6 +6,7 @@ import shutil
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -504,3 +505,24 @@ def test_a_clean_copy_has_stamps_of_its_own_keys(shards):
     assert [kept.stamp(i).image for i in range(46)] == [source.stamp(i).image for i in range(48) if i not in (0, 5)]
     assert len({kept.stamp(i).words for i in range(46)}) == 46
     assert kept.without_image(0).captions == source[1].captions
+
+
+def test_names_and_captions_that_are_no_unicode_can_be_written(tmp_path, run):
+    """A file system takes any bytes for a name, and JSON half of a surrogate pair for a text."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")).write_bytes((tmp_path / "a.png").read_bytes())
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.json")).write_text('{"caption": "a \\ud83d cat", "\\udcff": 1}')
+    source = open_source(tmp_path)
+    assert [source.key(i) for i in range(2)] == ["a.png", "caf\\udce9.png"]
+    assert source[1].captions == ("a ? cat",)
+    assert source[1].columns == {"path": "caf\\udce9.png", "\\udcff": 1}
+    assert source[1].read() == source[0].read()
+    (tmp_path / "list.jsonl").write_text(
+        '{"path": "caf\\udce9.png", "caption": "half \\ud83d"}\n{"path": "\\udce9.png"}\n'
+    )
+    listed = open_source(tmp_path / "list.jsonl")
+    assert listed[0].captions == ("half ?",)
+    assert listed[0].read() == source[0].read()
+    assert run("pack", tmp_path / "list.jsonl", "--out", tmp_path / "s").status == 1
+    line = json.loads((tmp_path / "s" / "ledger.jsonl").read_text())
+    assert line["key"] == "\\udce9.png"

@@ -21,6 +21,7 @@ __all__ = [
     "extension_of",
     "hash_of",
     "own_columns",
+    "readable",
     "sample_id",
     "text_id",
 ]
@@ -159,8 +160,13 @@ RESERVED = frozenset({"captions", "caption", "id", "image_path", "key", "path", 
 
 
 def own_columns(columns: dict[str, Any]) -> dict[str, Any]:
-    """A user's columns under names that do not hide what clipkit says."""
-    return {f"{name}_" if name in RESERVED else name: value for name, value in columns.items()}
+    """A user's columns under names that do not hide what clipkit says, and that can be written."""
+    return {f"{name}_" if name in RESERVED else readable(name): value for name, value in columns.items()}
+
+
+def readable(name: str) -> str:
+    """A file's name as text that can be written anywhere: what is not UTF-8 in it becomes an escape (``\\udcff``)."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def extension_of(name: str) -> str:

@@ -10,7 +10,7 @@ from clipkit.artifact import digest
 from clipkit.decode import IMAGE_SUFFIXES
 from clipkit.errors import ClipkitError, UnreadSample
 from clipkit.shards import captions_of
-from clipkit.sources.base import Files, Sample, Stamp, extension_of, hash_of, own_columns
+from clipkit.sources.base import Files, Sample, Stamp, extension_of, hash_of, own_columns, readable
 from clipkit.storage import read_bytes
 
 __all__ = ["FolderSource"]
@@ -51,7 +51,7 @@ class FolderSource:
         return len(self.paths)
 
     def key(self, i: int) -> str:
-        return self.paths[i]
+        return readable(self.paths[i])
 
     def size(self, i: int) -> int:
         return self._files.size(i)
@@ -65,8 +65,8 @@ class FolderSource:
         except ClipkitError as error:
             raise UnreadSample(str(error)) from error
         captions, columns = captions_of(members)
-        about = {"path": name, **own_columns(columns)}
-        return Sample(name, self._files.at(i), extension_of(name), captions, about)
+        about = {"path": self.key(i), **own_columns(columns)}
+        return Sample(self.key(i), self._files.at(i), extension_of(name), captions, about)
 
     def without_image(self, i: int) -> Sample:
         return self[i]

@@ -9,7 +9,8 @@ from typing import Any
 from clipkit.artifact import digest
 from clipkit.errors import ClipkitError
 from clipkit.lists import read_rows
-from clipkit.sources.base import Files, Sample, Stamp, extension_of, hash_of, own_columns
+from clipkit.shards import well_formed
+from clipkit.sources.base import Files, Sample, Stamp, extension_of, hash_of, own_columns, readable
 from clipkit.storage import is_remote, stamp
 
 __all__ = ["ListSource"]
@@ -74,7 +75,7 @@ class ListSource:
         return len(self._names)
 
     def key(self, i: int) -> str:
-        return self._names[i]
+        return readable(self._names[i])
 
     def size(self, i: int) -> int:
         return self._files.size(i)
@@ -85,7 +86,7 @@ class ListSource:
         for row in rows if self._caption else []:
             value = row.get(self._caption or "")
             listed += value if isinstance(value, list) else [value]
-        captions = [text.strip() if isinstance(text, str) else "" for text in listed]
+        captions = [well_formed(text.strip()) if isinstance(text, str) else "" for text in listed]
         empty = [f"caption {k} of {len(captions)} is empty" for k, text in enumerate(captions, 1) if not text]
         columns = {}
         for column in dict.fromkeys(name for row in rows for name in row):
@@ -93,9 +94,9 @@ class ListSource:
                 values = [row.get(column) for row in rows]
                 alike = all(value == values[0] for value in values[1:])
                 columns[column] = values[0] if alike else values
-        about = {"path": name, **own_columns(columns)}
+        about = {"path": self.key(i), **own_columns(columns)}
         kept = tuple(text for text in captions if text)
-        return Sample(name, self._files.at(i), extension_of(name), kept, about, left_out=tuple(empty))
+        return Sample(self.key(i), self._files.at(i), extension_of(name), kept, about, left_out=tuple(empty))
 
     def without_image(self, i: int) -> Sample:
         return self[i]

@@ -290,7 +290,8 @@ def embed(
     if not images:
         first = left_out[0]
         raise ClipkitError(f"nothing in {source.spec} can be used; the first: {first['key']}: {first['reason']}")
-    _check_ids(stage.folder, names, images)
+    filled = [name for name, record in zip(names, records, strict=True) if record["images"]]
+    _check_ids(stage.folder, filled, images)
     write_ledger(stage.folder, left_out)
     present: list[Side] = [side for side in sides if side == "image" or sum(r["captions"] for r in records)]
     manifest = stage.commit(

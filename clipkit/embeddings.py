@@ -80,7 +80,12 @@ def table_path(folder: Path, side: Side, name: str) -> Path:
 
 
 def write_part(out: Path, name: str, found: Embedded, sides: Sequence[Side]) -> dict[str, Checksum]:
-    """Write one part's vectors and tables, each file atomically; gives the files, by their path in `out`."""
+    """Write one part's vectors and tables, each file atomically; gives the files, by their path in `out`.
+
+    There are none where there are no rows: embedding-reader stumbles over files without any.
+    """
+    if not found.samples:
+        return {}
     ids = [sample.id for sample in found.samples]
     columns: dict[str, pa.Array] = {
         "id": pa.array(ids, pa.int64()),
@@ -261,7 +266,7 @@ class Embeddings:
         """The metadata part by part, as `table` has it."""
         before = 0
         for part in self._parts:
-            if side == "image" or part["captions"]:
+            if part["images" if side == "image" else "captions"]:
                 table = pq.read_table(table_path(self.folder, side, part["name"]))
                 if side == "text":
                     moved = pa.array(table["image_row"].to_numpy() + before)

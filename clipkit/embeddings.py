@@ -287,7 +287,7 @@ class Embeddings:
     def index_schemas(self, side: Side) -> Iterator[pa.Schema]:
         """The columns of `index_tables`, of which no row is read."""
         for part in self._parts:
-            if side == "image" or part["captions"]:
+            if part["images" if side == "image" else "captions"]:
                 images = pq.read_schema(table_path(self.folder, "image", part["name"]))
                 if side == "image":
                     yield images

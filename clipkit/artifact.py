@@ -14,7 +14,7 @@ import secrets
 import shutil
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -288,6 +288,17 @@ class Stage:
         # In this order: the manifest's folder is moved to its place, and not the other way round.
         moved = self.folder != self.place
         return (self.folder / MANIFEST).is_file() or (moved and _inode(self.place) != self._replaced)
+
+    def settled(self, name: str, find: Callable[[], Any]) -> Any:
+        """What the first process found out for all that work on this artifact, now or after a kill: a plain value."""
+        path = self.work / "settled" / f"{name}.json"
+        try:
+            with FileLock(self.work / f"{name}.settled.lock"):
+                if not path.is_file():
+                    write_json(path, find())
+                return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:  # another process has committed meanwhile, and nothing is left to be done with it
+            return find()
 
     def pending(self, names: Sequence[str]) -> Iterator[str]:
         """Claim, one after another, the parts that nobody has finished; yields while holding the part's lock.

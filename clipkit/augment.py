@@ -6,6 +6,7 @@ All randomness comes from the generator that is passed in, and the draws do not 
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -14,7 +15,7 @@ from clipkit.decode import Encoded
 from clipkit.preprocess import Preprocess
 from clipkit.settings import AugmentConfig
 
-__all__ = ["Augmentation", "augmented_pixels"]
+__all__ = ["MARGIN", "Augmentation", "Waiting", "augmented_pixels"]
 
 # How far above the wanted size a JPEG is decoded. At 1 the reduced decoding is all the smoothing there is, and photos
 # of 1 megapixel come out 1.3 grey levels away from the exact path; at 1.25 it is 0.5; at 2 it is 0.2, a third slower.
@@ -72,6 +73,16 @@ class Augmentation:
             columns = np.clip(np.arange(width) + self.shift[1], 0, width - 1)
             pixels = pixels.take(rows, axis=1).take(columns[::-1] if self.mirrored else columns, axis=2)
         return _recoloured(pixels, self.colours) if self.colours else pixels
+
+
+class Waiting(NamedTuple):
+    """An image of a batch that is not decoded yet."""
+
+    row: int  # of the batch
+    position: int  # in the sequence of samples
+    reference: Any  # to the sample, as the training data gave it
+    data: bytes = b""
+    drawn: Augmentation = Augmentation((0, 0, 0, 0))
 
 
 def augmented_pixels(

@@ -1,206 +1,25 @@
-"""From a source and a model to embeddings: in memory for a few thousand, or as an artifact that survives a kill."""
+"""Embeddings as an artifact that survives a kill, made part by part, by one process or several."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 
 from clipkit.artifact import Stage, read_manifest, write_ledger
-from clipkit.decode import decode
-from clipkit.embeddings import Embedded, Side, table_path, write_part
-from clipkit.errors import BadSample, ClipkitError, UnreadSample
-from clipkit.launch import processes_here
-from clipkit.log import progress
-from clipkit.parallel import cores, in_threads
-from clipkit.reuse import Kept, Known, refuse_unlike, write_stamps
-from clipkit.sources import Sample, Source, Stamp, check_ids
+from clipkit.embeddings import Side, table_path, write_part
+from clipkit.encoding import cast_for_inference, embed_source, find_batch_size, settled_precision
+from clipkit.errors import ClipkitError
+from clipkit.heap import keep_freed_memory
+from clipkit.pixels import Decoding
+from clipkit.reuse import Known, refuse_unlike, write_stamps
+from clipkit.sources import Source, Stamp, check_ids
 from clipkit.towers import DualEncoder
 
-__all__ = ["Outcome", "cast_for_inference", "embed", "embed_source", "evaluating", "fast_bf16"]
-
-
-def cast_for_inference(model: DualEncoder, precision: str) -> DualEncoder:
-    """Weights in bfloat16 (cast once: autocast would do so at every call) or float32, in evaluation mode.
-
-    Args:
-        model: changed in place.
-        precision: ``fp32``, ``bf16``, or ``auto``: bf16 where the device multiplies it fast.
-    """
-    model.backbone.to(torch.bfloat16 if _settled(precision, model.device) == "bf16" else torch.float32)
-    return model.eval()
-
-
-def _settled(precision: str, device: torch.device) -> str:
-    return precision if precision != "auto" else "bf16" if fast_bf16(device) else "fp32"
-
-
-def fast_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16 products."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        found = torch.cpu.get_capabilities()
-        return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("bf16"))
-    return False
-
-
-def embed_source(
-    source: Source,
-    model: DualEncoder,
-    *,
-    sides: Sequence[Side] = ("image", "text"),
-    rows: range | None = None,
-    batch_size: int = 64,
-    threads: int | None = None,
-    show: str | None = "embed",
-    kept: Mapping[int, Kept] | None = None,
-) -> Embedded:
-    """Embed samples of a source, decoding in threads while the towers work.
-
-    Args:
-        source: see `clipkit.sources.open_source`.
-        model: in the precision that is wanted.
-        sides: images, texts or both. A sample whose image is unusable is left out of both.
-        rows: which samples; all of them when not given.
-        batch_size: images at a time, those of so many rows: an image that cannot be used shifts no other into another
-            batch. So the same rows give the same bits, whichever part of the source they are embedded with, as long
-            as it begins at a multiple of this. Captions go four times as many at a time.
-        threads: that decode; when not given, as many as this process's share of the cores.
-        show: title of the progress bar; None for no bar.
-        kept: what is known of rows from before, see `clipkit.reuse`: their images are not read, nor are they encoded,
-            nor captions that there were before. The others of the rows go into batches together.
-    """
-    rows = range(len(source)) if rows is None else rows
-    kept = {} if kept is None else kept
-    found = Embedded(np.zeros(0), np.zeros(0), [], [], np.zeros(0, np.int64))
-    image_of_text: list[int] = []
-    known_texts: dict[int, np.ndarray] = {}
-    images = _Rows(model.embed_dim, lambda pixels: _on(model, torch.from_numpy(np.stack(pixels)), model.encode_image))
-    texts = _Rows(model.embed_dim, lambda said: _on(model, model.tokenize(said), model.encode_text))
-
-    def load(i: int) -> _Loaded:
-        before, pixels = kept.get(i), None
-        if before is not None and before.reason is not None:
-            return _Loaded(i, None, None, before.reason)
-        try:
-            sample = source[i] if "image" in sides and before is None else source.without_image(i)
-            if "image" in sides and before is None:
-                pixels = model.preprocess(decode(sample.read(), model.preprocess.background))
-        except BadSample as error:
-            return _Loaded(i, None, None, str(error), isinstance(error, UnreadSample))
-        if "image" not in sides and not sample.captions:
-            return _Loaded(i, None, None, "the sample has no caption")
-        return _Loaded(i, Sample(sample.key, None, sample.extension, sample.captions, sample.columns), pixels)
-
-    threads = threads or max(1, cores() // processes_here())
-    loaded = in_threads(load, rows, threads, ahead=4 * batch_size)
-    with torch.inference_mode(), evaluating(model):
-        for row, sample, pixels, reason, unread in progress(loaded, show, len(rows), "samples") if show else loaded:
-            before = kept.get(row)
-            if sample is None:
-                found.left_out.append({"row": row, "key": source.key(row), "reason": reason})
-                found.unread += [row] if unread else []
-            else:
-                if "text" in sides:
-                    for caption, vector in zip(sample.captions, _known(before, sample.captions), strict=True):
-                        if vector is not None:
-                            known_texts[len(found.captions)] = vector
-                        image_of_text.append(len(found.samples))
-                        found.captions.append(caption)
-                found.samples.append(sample)
-                found.rows.append(row)
-                if pixels is not None:
-                    images.add(pixels)
-                elif before is not None and before.image is not None:
-                    images.know(before.image)
-            # Where most is known already, batches of the rows between would be small.
-            full = images.waiting == batch_size if kept else (row + 1 - rows.start) % batch_size == 0
-            if full or row == rows[-1]:
-                images.flush()
-        for at, caption in enumerate(found.captions):
-            if at in known_texts:
-                texts.know(known_texts[at])
-            else:
-                texts.add(caption)
-            if texts.waiting == batch_size * 4:
-                texts.flush()
-        texts.flush()
-    found.image, found.text = images.joined(), texts.joined()
-    found.image_of_text = np.array(image_of_text, np.int64)
-    return found
-
-
-class _Loaded(NamedTuple):
-    row: int
-    sample: Sample | None
-    pixels: np.ndarray | None
-    reason: str | None = None
-    unread: bool = False
-
-
-def _known(before: Kept | None, captions: Sequence[str]) -> list[np.ndarray | None]:
-    return [None] * len(captions) if before is None else before.known(captions)
-
-
-def _on(model: DualEncoder, batch: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
-    return encode(batch.to(model.device)).cpu().numpy()
-
-
-class _Rows:
-    """Embeddings of one side in order: a batch at a time, or known already."""
-
-    def __init__(self, dim: int, encode: Callable[[list[Any]], np.ndarray]):
-        self._encode = encode
-        self._items: list[Any] = []
-        self._blocks = [np.zeros((0, dim), np.float32)]
-        self._known: list[np.ndarray] = []
-        self._places: tuple[list[int], list[int]] = ([], [])
-        self._count = 0
-
-    @property
-    def waiting(self) -> int:
-        return len(self._items)
-
-    def add(self, item: Any) -> None:
-        self._items.append(item)
-        self._places[0].append(self._count)
-        self._count += 1
-
-    def know(self, vector: np.ndarray) -> None:
-        self._known.append(vector)
-        self._places[1].append(self._count)
-        self._count += 1
-
-    def flush(self) -> None:
-        if self._items:
-            self._blocks.append(self._encode(self._items))
-            self._items = []
-
-    def joined(self) -> np.ndarray:
-        new = np.concatenate(self._blocks)
-        if not self._known:
-            return new
-        found = np.empty((self._count, new.shape[1]), np.float32)
-        found[self._places[0]], found[self._places[1]] = new, np.stack(self._known)
-        return found
-
-
-@contextmanager
-def evaluating(model: DualEncoder) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards every module is in the mode it was in, which differs among towers."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode
+__all__ = ["Outcome", "embed"]
 
 
 @dataclass(frozen=True)
@@ -223,8 +42,9 @@ def embed(
     sides: Sequence[Side] = ("image", "text"),
     precision: str = "auto",
     part_size: int = 10_000,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     threads: int | None = None,
+    decoding: Decoding = "fast",
     overwrite: bool = False,
     update: bool = False,
 ) -> Outcome:
@@ -242,7 +62,9 @@ def embed(
         sides: images, captions or both.
         precision: of the towers, see `cast_for_inference`.
         part_size: samples per part, which is what a kill can cost.
-        batch_size, threads: see `embed_source`.
+        batch_size: see `embed_source`; None to find a good one, which is done once: whoever goes on with an unfinished
+            folder, on whatever machine, takes the same, so that the bits are the same.
+        threads, decoding: see `embed_source`.
         overwrite: replace what is there.
         update: bring embeddings of other input up to date. They stay as they are until the new ones are whole, which
             are made beside them.
@@ -256,9 +78,10 @@ def embed(
         "model": model_reference["fingerprint"],
         "sides": list(sides),
         # As it is settled: parts by two machines of which one is fast at bf16 do not go together.
-        "precision": _settled(precision, model.device),
+        "precision": settled_precision(precision, model.device),
         "part_size": part_size,
         "batch_size": batch_size,
+        "decoding": decoding,
     }
     if update:
         refuse_unlike(out, made_from)
@@ -273,14 +96,18 @@ def embed(
     if stage.done:
         return Outcome(read_manifest(out, "embeddings"), "before")
     cast_for_inference(model, precision)
+    if model.device.type == "cpu":
+        keep_freed_memory()
     known = Known(stage.earlier, made_from) if stage.earlier else None
+    size = batch_size or stage.settled("batch_size", lambda: find_batch_size(model, sides, len(source)))
     starts = range(0, len(source), part_size)
     digits = max(4, len(str(len(starts) - 1)))
     names = [f"{number:0{digits}d}" for number in range(len(starts))]
     for name in stage.pending(names):
         start = starts[int(name)]
         rows = range(start, min(start + part_size, len(source)))
-        how = {"batch_size": batch_size, "threads": threads, "show": f"embed part {int(name) + 1}/{len(names)}"}
+        how = {"batch_size": size, "threads": threads, "decoding": decoding}
+        how["show"] = f"embed part {int(name) + 1}/{len(names)}"
         stage.finish_part(name, _make_part(stage.folder, name, source, model, rows, sides, known, how))
     records = stage.records(names)
     if records is None:
@@ -300,6 +127,7 @@ def embed(
         sides=present,
         dim=model.embed_dim,
         dtype="float16",
+        batch_size=size,
         counts={
             "images": images,
             "captions": sum(r["captions"] for r in records),

@@ -7,7 +7,6 @@ same code runs on torchvision's own decoder, which is what the tests do.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,21 +15,11 @@ from torch.nn import functional as F
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as TF
 
-from clipkit.augment import Augmentation
+from clipkit.augment import Augmentation, Waiting
 from clipkit.decode import Encoded
 from clipkit.preprocess import Preprocess
 
-__all__ = ["Waiting", "can_wait", "decode_waiting", "is_baseline"]
-
-
-class Waiting(NamedTuple):
-    """An image of a batch that is not decoded yet."""
-
-    row: int  # of the batch
-    position: int  # in the sequence of samples
-    reference: Any  # to the sample, as the training data gave it
-    data: bytes = b""
-    drawn: Augmentation = Augmentation((0, 0, 0, 0))
+__all__ = ["can_wait", "decode_waiting", "is_baseline"]
 
 
 def can_wait(data: bytes, source: Encoded, preprocess: Preprocess) -> bool:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from clipkit.augment import Augmentation, augmented_pixels
+from clipkit.augment import Augmentation, Waiting, augmented_pixels
 from clipkit.decode import Encoded
 from clipkit.errors import BadSample, ClipkitError
-from clipkit.gpu_decode import Waiting, can_wait, decode_waiting
+from clipkit.gpu_decode import can_wait, decode_waiting
 from clipkit.parallel import Threads, cores, stay
 from clipkit.preprocess import Preprocess
 from clipkit.settings import DataConfig

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Float
 
 from clipkit.artifact import kind_of
-from clipkit.embed import embed_source
 from clipkit.embeddings import Embedded, Embeddings
+from clipkit.encoding import embed_source
 from clipkit.errors import ClipkitError, did_you_mean
 from clipkit.sources import Sample, Source, open_source
 from clipkit.towers import DualEncoder, openai_templates

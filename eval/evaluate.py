@@ -60,7 +60,7 @@ def main(
 
     Under torchrun the processes divide the work; the figures are the same.
     """
-    from clipkit.embed import cast_for_inference
+    from clipkit.encoding import cast_for_inference
     from clipkit.errors import ClipkitError
     from clipkit.evaluation import evaluate_retrieval, evaluate_zeroshot, open_classes, process_group
     from clipkit.log import emit, warn

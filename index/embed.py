@@ -4,6 +4,7 @@ Reads a folder of images, a list or shards; writes clip-retrieval's exchange lay
 """
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -28,7 +29,15 @@ from clipkit.cli import Job, list_options, model_option, out_options
     type=click.Choice(["auto", "bf16", "fp32"]),
     help="Of the towers; auto: bf16 where the device is fast at it.",
 )
-@click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Images at a time.")
+@click.option("--batch-size", type=click.IntRange(1), help="Images at a time [default: found once, kept in the plan].")
+@click.option(
+    "--decode",
+    "decoding",
+    default="fast",
+    show_default=True,
+    type=click.Choice(["fast", "exact", "gpu"]),
+    help="fast: large JPEGs to little more than is needed; exact: open_clip's pixels; gpu: JPEGs on the GPU.",
+)
 @click.option("--part-size", default=10_000, show_default=True, type=click.IntRange(1), help="Samples per part.")
 @click.option("--threads", type=click.IntRange(1), help="That decode images [default: one per core].")
 @click.option(
@@ -44,7 +53,8 @@ def main(
     image_root: str | None,
     sides: str,
     precision: str,
-    batch_size: int,
+    batch_size: int | None,
+    decoding: Any,
     part_size: int,
     threads: int | None,
     device: str | None,
@@ -83,6 +93,7 @@ def main(
         part_size=part_size,
         batch_size=batch_size,
         threads=threads,
+        decoding=decoding,
         overwrite=overwrite,
         update=update,
     )

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from clipkit import embed as room
+from clipkit import encoding as room
 from clipkit.artifact import Stage
-from clipkit.embed import embed_source
 from clipkit.embeddings import Embeddings
+from clipkit.encoding import embed_source
 from clipkit.errors import ClipkitError
 from clipkit.sources import open_source, sample_id
 from clipkit.towers import load_model
@@ -190,7 +190,7 @@ def test_the_same_again_does_nothing_and_a_changed_file_is_noticed(run, refused,
 
 
 def test_bf16_is_close_to_fp32(pictures, model_dir):
-    from clipkit.embed import cast_for_inference
+    from clipkit.encoding import cast_for_inference
 
     source = open_source(pictures)
     exact = embed_source(source, cast_for_inference(load_model(model_dir), "fp32"), show=None)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clipkit.embed import cast_for_inference, embed_source, evaluating
+from clipkit.encoding import cast_for_inference, embed_source, evaluating
 from clipkit.errors import ClipkitError
 from clipkit.evaluation import (
     class_folders,

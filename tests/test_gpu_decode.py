@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from clipkit.augment import Augmentation, augmented_pixels
+from clipkit.augment import Augmentation, Waiting, augmented_pixels
 from clipkit.decode import Encoded
-from clipkit.gpu_decode import Waiting, can_wait, decode_waiting, is_baseline
+from clipkit.gpu_decode import can_wait, decode_waiting, is_baseline
 from clipkit.loader import Batches, open_train_data, train_batches
 from clipkit.preprocess import Preprocess
 from clipkit.settings import AugmentConfig, DataConfig

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from clipkit import embed as room
+from clipkit import encoding
 from clipkit.embed import embed
 from clipkit.embeddings import Embeddings
 from clipkit.errors import ClipkitError
@@ -27,7 +28,7 @@ class Counted:
     def __init__(self, model, monkeypatch):
         self.model = model
         self.decoded, self.images, self.texts = 0, 0, 0
-        decode, image, tokenize = room.decode, model.encode_image, model.tokenize
+        decode, image, tokenize = encoding.shown, model.encode_image, model.tokenize
 
         def counted_decode(*args):
             self.decoded += 1
@@ -41,7 +42,7 @@ class Counted:
             self.texts += len(texts)
             return tokenize(texts)
 
-        monkeypatch.setattr(room, "decode", counted_decode)
+        monkeypatch.setattr(encoding, "shown", counted_decode)
         monkeypatch.setattr(model, "encode_image", counted_image)
         monkeypatch.setattr(model, "tokenize", counted_tokenize)
 

@@ -34,9 +34,9 @@ FLOORS = [
     {"sources", "towers"},
     {"pack", "embeddings", "trainset", "checkpoint", "phases"},
     {"streams", "check", "gpu_decode", "teacher", "reuse"},
-    {"loader"},
-    {"embed", "search", "run", "objective"},
-    {"zeroshot", "ranks", "questions"},
+    {"loader", "pixels"},
+    {"encoding", "search", "run", "objective"},
+    {"embed", "zeroshot", "ranks", "questions"},
     {"evaluation", "learner", "pace"},
     {"plan"},
 ]

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from clipkit.artifact import read_json
 from clipkit.errors import ClipkitError
@@ -69,6 +70,7 @@ class HuggingFaceEncoder(DualEncoder):
         if model_type not in MODEL_TYPES:
             raise ClipkitError(f"{folder} holds a {model_type!r} model; known are {', '.join(MODEL_TYPES)}")
         local: dict[str, Any] = {"local_files_only": True}
+        disable_progress_bar()  # of reading weights; it would appear where there is no terminal, too
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

@@ -11,7 +11,9 @@ from pathlib import Path
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipkit-bench"
 REQUIREMENTS = {
     "open_clip": ["open_clip_torch[training]", "psutil"],
-    "autofaiss": ["autofaiss", "psutil"],
+    # With autofaiss, which does not start alone: it asks for an old numpy and gets a pyarrow that wants a new one. Nor
+    # does this one with transformers 5.
+    "clip_retrieval": ["clip-retrieval", "transformers<4.50", "setuptools<81"],
 }
 
 

@@ -1,0 +1,264 @@
+"""From samples to embeddings in memory: images decoded in threads while the towers work, in batches that are stated."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from clipkit.embeddings import Embedded, Side
+from clipkit.errors import BadSample, UnreadSample
+from clipkit.launch import processes_here
+from clipkit.log import progress
+from clipkit.parallel import cores, in_threads
+from clipkit.pixels import Decoding, Shown, decoded, shown
+from clipkit.reuse import Kept
+from clipkit.sources import Sample, Source
+from clipkit.towers import DualEncoder
+
+__all__ = ["cast_for_inference", "embed_source", "evaluating", "fast_bf16", "find_batch_size", "settled_precision"]
+
+
+def cast_for_inference(model: DualEncoder, precision: str) -> DualEncoder:
+    """Weights in bfloat16 (cast once: autocast would do so at every call) or float32, in evaluation mode.
+
+    Args:
+        model: changed in place.
+        precision: ``fp32``, ``bf16``, or ``auto``: bf16 where the device multiplies it fast.
+    """
+    model.backbone.to(torch.bfloat16 if settled_precision(precision, model.device) == "bf16" else torch.float32)
+    return model.eval()
+
+
+def settled_precision(precision: str, device: torch.device) -> str:
+    """``bf16`` or ``fp32``: what a precision (see `cast_for_inference`) means on a device."""
+    return precision if precision != "auto" else "bf16" if fast_bf16(device) else "fp32"
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16 products."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        found = torch.cpu.get_capabilities()
+        return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("bf16"))
+    return False
+
+
+def find_batch_size(model: DualEncoder, sides: Sequence[Side], samples: int) -> int:
+    """The least batch, a power of two, beyond which a tower gains less than 3 % or its memory ends.
+
+    Args:
+        model: in the precision that is wanted.
+        sides: the image tower is asked where images are embedded, else the text tower.
+        samples: how many are to be embedded; for few the usual size is taken, as trying takes seconds.
+    """
+    first, usual, most = (64, 256, 4096) if model.device.type == "cuda" else (16, 32, 128)
+    if samples < 400 * most:
+        return usual
+    best, speed = 0, 0.0
+    size = first
+    while size <= most:
+        try:
+            tried = _speed(model, sides, size)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            break
+        if tried > 1.03 * speed:
+            best, speed = size, tried
+        elif tried < 0.9 * speed:
+            break
+        size *= 2
+    return best or first
+
+
+def _speed(model: DualEncoder, sides: Sequence[Side], size: int) -> float:
+    """Samples a second, the better of three batches after one that does not count."""
+    high, wide = model.preprocess.size
+    pixels = torch.randint(256, (size, 3, high, wide), dtype=torch.uint8)
+    tokens = model.tokenize(["a picture of nothing in particular"] * size)
+    spent = []
+    with torch.inference_mode(), evaluating(model):
+        for _ in range(4):
+            began = time.perf_counter()
+            on_device = (pixels if "image" in sides else tokens).to(model.device)
+            _encoded(model.encode_image(on_device) if "image" in sides else model.encode_text(on_device))
+            spent.append(time.perf_counter() - began)
+    return size / min(spent[1:])
+
+
+def embed_source(
+    source: Source,
+    model: DualEncoder,
+    *,
+    sides: Sequence[Side] = ("image", "text"),
+    rows: range | None = None,
+    batch_size: int = 64,
+    threads: int | None = None,
+    show: str | None = "embed",
+    kept: Mapping[int, Kept] | None = None,
+    decoding: Decoding = "exact",
+) -> Embedded:
+    """Embed samples of a source, decoding in threads while the towers work.
+
+    Args:
+        source: see `clipkit.sources.open_source`.
+        model: in the precision that is wanted.
+        sides: images, texts or both. A sample whose image is unusable is left out of both.
+        rows: which samples; all of them when not given.
+        batch_size: images at a time, those of so many rows: an image that cannot be used shifts no other into another
+            batch. So the same rows give the same bits, whichever part of the source they are embedded with, as long
+            as it begins at a multiple of this. Captions go four times as many at a time.
+        threads: that decode; when not given, as many as this process's share of the cores.
+        show: title of the progress bar; None for no bar.
+        kept: what is known of rows from before, see `clipkit.reuse`: their images are not read, nor are they encoded,
+            nor captions that there were before. The others of the rows go into batches together.
+        decoding: of the images, see `clipkit.pixels`.
+    """
+    rows = range(len(source)) if rows is None else rows
+    kept = {} if kept is None else kept
+    found = Embedded(np.zeros(0), np.zeros(0), [], [], np.zeros(0, np.int64))
+    image_of_text: list[int] = []
+    known_texts: dict[int, np.ndarray] = {}
+    images = _Rows(model.embed_dim, lambda pixels: _encoded(model.encode_image(_stacked(pixels, model.device))))
+    texts = _Rows(model.embed_dim, lambda said: _encoded(model.encode_text(model.tokenize(said).to(model.device))))
+
+    def load(i: int) -> _Loaded:
+        before, pixels = kept.get(i), None
+        if before is not None and before.reason is not None:
+            return _Loaded(i, None, None, before.reason)
+        try:
+            sample = source[i] if "image" in sides and before is None else source.without_image(i)
+            if "image" in sides and before is None:
+                pixels = shown(sample, model.preprocess, decoding)
+        except BadSample as error:
+            return _Loaded(i, None, None, str(error), isinstance(error, UnreadSample))
+        if "image" not in sides and not sample.captions:
+            return _Loaded(i, None, None, "the sample has no caption")
+        return _Loaded(i, Sample(sample.key, None, sample.extension, sample.captions, sample.columns), pixels)
+
+    threads = threads or max(1, cores() // processes_here())
+    loaded = in_threads(load, rows, threads, ahead=4 * batch_size)
+    if decoding == "gpu":
+        loaded = _decoded(loaded, model, batch_size)
+    with torch.inference_mode(), evaluating(model):
+        for row, sample, pixels, reason, unread in progress(loaded, show, len(rows), "samples") if show else loaded:
+            before = kept.get(row)
+            if sample is None:
+                found.left_out.append({"row": row, "key": source.key(row), "reason": reason})
+                found.unread += [row] if unread else []
+            else:
+                if "text" in sides:
+                    for caption, vector in zip(sample.captions, _known(before, sample.captions), strict=True):
+                        if vector is not None:
+                            known_texts[len(found.captions)] = vector
+                        image_of_text.append(len(found.samples))
+                        found.captions.append(caption)
+                found.samples.append(sample)
+                found.rows.append(row)
+                if pixels is not None:
+                    images.add(pixels)
+                elif before is not None and before.image is not None:
+                    images.know(before.image)
+            # Where most is known already, batches of the rows between would be small.
+            full = images.waiting == batch_size if kept else (row + 1 - rows.start) % batch_size == 0
+            if full or row == rows[-1]:
+                images.flush()
+        for at, caption in enumerate(found.captions):
+            if at in known_texts:
+                texts.know(known_texts[at])
+            else:
+                texts.add(caption)
+            if texts.waiting == batch_size * 4:
+                texts.flush()
+        texts.flush()
+    found.image, found.text = images.joined(), texts.joined()
+    found.image_of_text = np.array(image_of_text, np.int64)
+    return found
+
+
+class _Loaded(NamedTuple):
+    row: int
+    sample: Sample | None
+    pixels: Shown | None
+    reason: str | None = None
+    unread: bool = False
+
+
+def _decoded(loaded: Iterator[_Loaded], model: DualEncoder, batch_size: int) -> Iterator[_Loaded]:
+    """The same, with the pixels of what waited for the device."""
+    while group := list(islice(loaded, batch_size)):
+        found = decoded([each.pixels for each in group], model.preprocess, model.device)
+        for each, pixels in zip(group, found, strict=True):
+            if isinstance(pixels, BadSample):
+                yield _Loaded(each.row, None, None, str(pixels))
+            else:
+                yield each._replace(pixels=pixels)
+
+
+def _known(before: Kept | None, captions: Sequence[str]) -> list[np.ndarray | None]:
+    return [None] * len(captions) if before is None else before.known(captions)
+
+
+def _stacked(pixels: list[Any], device: torch.device) -> torch.Tensor:
+    if all(isinstance(each, np.ndarray) for each in pixels):
+        return torch.from_numpy(np.stack(pixels)).to(device)
+    return torch.stack([torch.as_tensor(each).to(device) for each in pixels])  # some were decoded there
+
+
+def _encoded(vectors: torch.Tensor) -> np.ndarray:
+    return vectors.cpu().numpy()
+
+
+class _Rows:
+    """Embeddings of one side in order: a batch at a time, or known already."""
+
+    def __init__(self, dim: int, encode: Callable[[list[Any]], np.ndarray]):
+        self._encode = encode
+        self._items: list[Any] = []
+        self._blocks = [np.zeros((0, dim), np.float32)]
+        self._known: list[np.ndarray] = []
+        self._places: tuple[list[int], list[int]] = ([], [])
+        self._count = 0
+
+    @property
+    def waiting(self) -> int:
+        return len(self._items)
+
+    def add(self, item: Any) -> None:
+        self._items.append(item)
+        self._places[0].append(self._count)
+        self._count += 1
+
+    def know(self, vector: np.ndarray) -> None:
+        self._known.append(vector)
+        self._places[1].append(self._count)
+        self._count += 1
+
+    def flush(self) -> None:
+        if self._items:
+            self._blocks.append(self._encode(self._items))
+            self._items = []
+
+    def joined(self) -> np.ndarray:
+        new = np.concatenate(self._blocks)
+        if not self._known:
+            return new
+        found = np.empty((self._count, new.shape[1]), np.float32)
+        found[self._places[0]], found[self._places[1]] = new, np.stack(self._known)
+        return found
+
+
+@contextmanager
+def evaluating(model: DualEncoder) -> Iterator[None]:
+    """Evaluation mode for a while; afterwards every module is in the mode it was in, which differs among towers."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode

@@ -1,0 +1,183 @@
+"""Embedding speed, clipkit's beside clip-retrieval's: one Hugging Face CLIP ViT-B/32, the same JPEGs, whole processes.
+
+    python tests/bench/embed_speed.py [--photos FOLDER] [--rounds N] [--images N] [--large N]
+
+clip-retrieval gets an environment of its own (`rival`), in which the model (random weights) is made and saved; both
+load that folder. The photos, under as many names as there are to be images, are read from the disk as they are and at
+12 megapixels. A run is a whole process, `clip-retrieval inference` or `clipkit embed`, on so many images and on three
+times as many: what the difference takes is the steady state. The programs take turns; figures are medians over the
+rounds. clip-retrieval runs with its defaults and with a batch of 64 and two workers once, and keeps the faster.
+
+Then: the share of clipkit's time that the towers take (batches of pixels that are there already, alone), and the
+cosine of its vectors (bf16 where the device is fast at that, large JPEGs decoded to less) to those of fp32 and exact
+pixels, and to clip-retrieval's.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+PHOTOS = ROOT.parent / "shared" / "data" / "photos"
+VARIANTS = ([], ["--batch_size", "64", "--num_prepro_workers", "2"])
+
+
+def make_model(folder: Path) -> None:
+    """A ViT-B/32 with random weights and the real tokenizer, by the rival's transformers."""
+    import gzip
+
+    import clip
+    import torch
+    from clip.simple_tokenizer import bytes_to_unicode, default_bpe
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    assert clip
+    torch.manual_seed(0)
+    folder.mkdir(parents=True)
+    with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")[1 : 49152 - 256 - 2 + 1]
+    letters = list(bytes_to_unicode().values())
+    words = [*letters, *(letter + "</w>" for letter in letters), *("".join(line.split()) for line in lines)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(lines) + "\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+    CLIPProcessor(CLIPImageProcessor(), tokenizer).save_pretrained(folder)
+    config = CLIPConfig(projection_dim=512, vision_config={"patch_size": 32, "image_size": 224})
+    CLIPModel(config).save_pretrained(folder)
+
+
+def photos_at(folder: Path, photos: Path, count: int, megapixels: float | None) -> None:
+    """So many JPEGs in a folder: the photos, each under several names, or blown up."""
+    from PIL import Image
+
+    done = folder / ".complete"
+    if done.is_file():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    sources = sorted(photos.glob("*.jpg"))
+    for number in range(count):
+        path = folder / f"{number:05d}.jpg"
+        if number >= len(sources):
+            os.link(folder / f"{number % len(sources):05d}.jpg", path)
+        elif megapixels is None:
+            shutil.copyfile(sources[number], path)
+        else:
+            image = Image.open(sources[number]).convert("RGB")
+            scale = (megapixels * 1e6 / (image.width * image.height)) ** 0.5
+            size = round(image.width * scale), round(image.height * scale)
+            image.resize(size, Image.Resampling.LANCZOS).save(path, quality=90)
+    done.touch()
+
+
+def timed(command: list[Any], environ: dict[str, str]) -> float:
+    """Seconds that a whole process takes."""
+    began = time.perf_counter()
+    done = subprocess.run([str(part) for part in command], env=environ, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{command} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    return time.perf_counter() - began
+
+
+def towers_alone(model: Path, batch_size: int) -> float:
+    """Images per second of the image tower, of pixels that are there already."""
+    import torch
+
+    from clipkit.encoding import cast_for_inference
+    from clipkit.towers import load_model, pick_device
+
+    towers = cast_for_inference(load_model(model, pick_device()), "auto")
+    pixels = torch.randint(256, (batch_size, 3, 224, 224), dtype=torch.uint8)
+    spent = []
+    with torch.inference_mode():
+        for _ in range(12):
+            began = time.perf_counter()
+            towers.encode_image(pixels.to(towers.device)).cpu()
+            spent.append(time.perf_counter() - began)
+    return batch_size / median(spent[2:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--photos", type=Path, default=PHOTOS, help="JPEGs of about 500 x 375")
+    parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "clipkit-bench" / "embed")
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--large", type=int, default=200, help="images of 12 megapixels")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--make-model", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.make_model:
+        make_model(args.make_model)
+        return
+    from rival import environment
+
+    python = environment("clip_retrieval")
+    alone = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    own = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    model = args.work / "model"
+    if not (model / "model.safetensors").is_file():
+        shutil.rmtree(model, ignore_errors=True)
+        subprocess.run([str(python), __file__, "--make-model", str(model)], env=alone, check=True)
+    outputs = {side: args.work / f"out-{side}" for side in ("clip-retrieval", "clipkit", "exact")}
+
+    def run(side: str, folder: Path, more: list[str]) -> float:
+        shutil.rmtree(outputs[side], ignore_errors=True)
+        if side == "clip-retrieval":
+            command = [python.with_name("clip-retrieval"), "inference", "--input_dataset", folder]
+            command += ["--output_folder", outputs[side], "--clip_model", f"hf_clip:{model}", "--enable_text", "False"]
+            return timed([*command, *more], alone)
+        command = [sys.executable, "-m", "clipkit", "embed", folder, "--model", model, "--out", outputs[side]]
+        return timed([*command, "--sides", "image", *more], own)
+
+    def vectors(side: str) -> np.ndarray:
+        parts = sorted((outputs[side] / "img_emb").glob("*.npy"))
+        return np.concatenate([np.load(part) for part in parts]).astype(np.float32)
+
+    alone_at = towers_alone(model, 64)
+    print(f"towers alone: {alone_at:.1f} images/s\n")
+    print("| images | program | whole process s | ratio | steady state images/s | ratio | towers' share |")
+    print("|---|---|---:|---:|---:|---:|---:|", flush=True)
+    notes = []
+    for name, count, megapixels in (("as they are", args.images, None), ("12 megapixels", args.large, 12.0)):
+        few, many = (args.work / f"{name.replace(' ', '-')}-{n}" for n in (count, 3 * count))
+        photos_at(few, args.photos, count, megapixels)
+        photos_at(many, args.photos, 3 * count, megapixels)
+        variant = min(VARIANTS, key=lambda more: run("clip-retrieval", few, more))
+        spent: dict[str, list[tuple[float, float]]] = {"clip-retrieval": [], "clipkit": []}
+        for number in range(args.rounds):
+            for side in sorted(spent, reverse=bool(number % 2)):
+                more = variant if side == "clip-retrieval" else []
+                spent[side].append((run(side, many, more), run(side, few, more)))
+        whole = {side: median(short for _, short in pairs) for side, pairs in spent.items()}
+        steady = {side: median(2 * count / (long - short) for long, short in pairs) for side, pairs in spent.items()}
+        for side in ("clip-retrieval", "clipkit"):
+            faster = whole["clip-retrieval"] / whole[side], steady[side] / steady["clip-retrieval"]
+            share = f"{steady[side] / alone_at:.0%}" if side == "clipkit" else ""
+            print(
+                f"| {count} {name} | {side} | {whole[side]:.1f} | {faster[0]:.2f} | {steady[side]:.1f} | "
+                f"{faster[1]:.2f} | {share} |",
+                flush=True,
+            )
+        run("exact", few, ["--precision", "fp32", "--decode", "exact"])
+        ours = vectors("clipkit")
+        for other in ("exact", "clip-retrieval"):
+            cosines = (ours * vectors(other)).sum(axis=1)
+            told = {"exact": "fp32 and exact pixels", "clip-retrieval": "clip-retrieval's"}[other]
+            notes.append(f"{name}: cosine to {told}: median {np.median(cosines):.6f}, least {cosines.min():.6f}")
+        options = " ".join(variant) or "its defaults"
+        notes.append(f"{name}: clip-retrieval ran with {options}")
+    print("\n" + "\n".join(notes))
+
+
+if __name__ == "__main__":
+    main()

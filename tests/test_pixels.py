@@ -1,0 +1,116 @@
+"""What a tower is shown: whichever way it is decoded, the same pictures, nearly the same pixels, the same losses."""
+
+import numpy as np
+import pytest
+import torch
+
+from clipkit import encoding, pixels
+from clipkit.encoding import embed_source, find_batch_size
+from clipkit.errors import BadSample
+from clipkit.pixels import decoded, shown
+from clipkit.preprocess import Preprocess
+from clipkit.sources import Sample, open_source
+from tests.samples import encoded, photo
+from tests.test_gpu_decode import broken_inside
+
+CPU = torch.device("cpu")
+# torchvision announces that its decoders will move to TorchCodec; until they do they are nvJPEG's way in.
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities:DeprecationWarning")
+WHOLE = encoded(photo(2, 640, 480), quality=90)
+FILES = {
+    "large.jpg": encoded(photo(0, 1500, 1100), quality=90),
+    "middle.jpg": WHOLE,
+    "progressive.jpg": encoded(photo(3, 900, 700), progressive=True),
+    "small.jpg": encoded(photo(4, 20, 30)),
+    "strip.jpg": encoded(photo(5, 3000, 4)),
+    "grey.jpg": encoded(photo(6).convert("L")),
+    "flat.png": encoded(photo(7), "PNG"),
+    "empty.jpg": b"",
+    "broken.jpg": broken_inside(WHOLE),  # whole to who looks at both ends only
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    for name, data in FILES.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+@pytest.mark.parametrize("decoding", ["fast", "gpu"])
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+def test_pixels_are_nearly_the_exact_ones(decoding, mode):
+    preprocess = Preprocess(size=48, resize_mode=mode)
+    names = [name for name in FILES if name not in ("empty.jpg", "broken.jpg")]
+    items = [shown(Sample(name, FILES[name], "jpg"), preprocess, decoding) for name in names]
+    for name, found in zip(names, decoded(items, preprocess, CPU), strict=True):
+        exact = shown(Sample(name, FILES[name], "jpg"), preprocess, "exact")
+        found = np.asarray(found)
+        assert found.dtype == np.uint8
+        assert found.shape == exact.shape
+        assert np.abs(found.astype(int) - exact).mean() < 2, name
+
+
+def test_what_the_gpu_refuses_is_decoded_here_or_told_and_spoils_nothing_else(monkeypatch):
+    preprocess, names = Preprocess(size=48), ("middle.jpg", "grey.jpg", "large.jpg")
+    items = [shown(Sample("a", FILES[name], "jpg"), preprocess, "gpu") for name in names]
+    items[1:] = [item._replace(data=broken_inside(item.data)) for item in items[1:]]
+    fast = pixels._fast
+
+    def fails_for_the_last(source, preprocess):
+        if source.size == (1500, 1100):
+            raise BadSample("not even here")
+        return fast(source, preprocess)
+
+    monkeypatch.setattr(pixels, "_fast", fails_for_the_last)
+    *good, bad = decoded(items, preprocess, CPU)
+    assert isinstance(bad, BadSample)
+    for found, name in zip(good, names, strict=False):
+        exact = shown(Sample("a", FILES[name], "jpg"), preprocess, "exact")
+        assert np.abs(np.asarray(found).astype(int) - exact).mean() < 2
+
+
+def test_what_cannot_be_decoded_in_a_batch_goes_to_the_ledger(files, model, monkeypatch):
+    monkeypatch.setattr(encoding, "decoded", lambda *args: [*decoded(*args)[:-1], BadSample("refused")])
+    found = embed_source(open_source(files), model, decoding="gpu", batch_size=4, show=None)
+    refused = [line["key"] for line in found.left_out if line["reason"] == "refused"]
+    assert len(refused) == 3  # the last of each batch of 4, 4 and 1
+    assert len(found.image) == len(found.rows) == len(FILES) - len(found.left_out)
+
+
+@pytest.mark.parametrize("decoding", ["fast", "gpu"])
+def test_the_same_rows_and_losses_whichever_way(files, model, decoding):
+    how = {"batch_size": 2, "show": None}
+    exact = embed_source(open_source(files), model, **how)
+    other = embed_source(open_source(files), model, decoding=decoding, **how)
+    assert other.rows == exact.rows
+    assert [line["key"] for line in other.left_out] == ["broken.jpg", "empty.jpg"]
+    assert [line["key"] for line in exact.left_out] == ["broken.jpg", "empty.jpg"]
+    assert (exact.image * other.image).sum(1).min() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("speeds", "chosen"),
+    [
+        ({16: 10, 32: 20, 64: 21, 128: 21.1}, 64),
+        ({16: 10, 32: 10.1, 64: 10.2, 128: 10.4}, 128),  # a little each time is something in the end
+        ({16: 30, 32: 31, 64: 20, 128: 99}, 32),
+        ({16: 10, 32: 20, 64: None}, 32),  # no memory
+        ({16: None}, 16),
+    ],
+)
+def test_the_batch_that_is_found_is_the_least_that_is_fast(model, monkeypatch, speeds, chosen):
+    def speed(model, sides, size):
+        if speeds[size] is None:
+            raise torch.OutOfMemoryError
+        return speeds[size]
+
+    monkeypatch.setattr(encoding, "_speed", speed)
+    assert find_batch_size(model, ("image",), 10**6) == chosen
+    assert find_batch_size(model, ("image",), 100) == 32  # not worth trying
+
+
+def test_speed_is_measured_with_either_tower(model):
+    for side in ("image", "text"):
+        assert encoding._speed(model, (side,), 4) > 0

@@ -9,7 +9,7 @@ import click
 
 from clipkit.cli import Bytes, Job, memory_option, model_option, out_options
 
-KINDS = ("auto", "Flat", "IVF-Flat", "IVF-SQ8", "IVF-PQ", "OPQ", "RaBitQ", "RaBitQ4", "HNSW")
+KINDS = ("auto", "Flat", "IVF-Flat", "IVF-SQ8", "IVF-PQ", "OPQ", "RaBitQ", "HNSW")
 
 
 @click.command(cls=Job)

@@ -78,7 +78,7 @@ def brute_force(opened, queries, k, side="image", where=None):
     rows = []
     start = 0
     for segment, passing in opened.passing(side, where):
-        chosen = np.arange(segment.rows) if passing is None else np.flatnonzero(passing)
+        chosen = np.arange(segment.rows) if passing is None else passing.numbers
         rows.append(chosen + start)
         start += segment.rows
     rows = np.concatenate(rows)
@@ -140,7 +140,7 @@ def test_every_kind_finds_what_was_wanted(indexes, questions, kind):
 def test_filtered_it_finds_what_brute_force_finds(indexes, questions, kind, where):
     opened = Index.open(indexes(kind))
     found = opened.search(questions, 10, where=where)
-    allowed = np.concatenate([p for _, p in opened.passing("image", where)])
+    allowed = np.concatenate([p.rows for _, p in opened.passing("image", where)])
     assert allowed[found.positions[found.positions >= 0]].all()
     exact, rows = brute_force(opened, questions, 10, where=where)
     if not rows.size:
@@ -258,7 +258,7 @@ def test_after_any_changes_it_answers_as_a_rebuild_does(kind, operations, tmp_pa
 
 
 def _alive(opened, side="image"):
-    return np.concatenate([np.ones(s.rows, bool) if p is None else p for s, p in opened.passing(side, None)])
+    return np.concatenate([np.ones(s.rows, bool) if p is None else p.rows for s, p in opened.passing(side, None)])
 
 
 def check(folder, state, twins, kind):

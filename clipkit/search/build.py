@@ -3,20 +3,22 @@
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from clipkit.artifact import Stage, atomic_write, read_manifest
 from clipkit.embeddings import Embeddings, Side, in_schema, joined_schema
 from clipkit.errors import ClipkitError
+from clipkit.heap import give_back_freed_memory
 from clipkit.log import note
 from clipkit.report import save_figure, tradeoff_figure
-from clipkit.search.choose import Choice, Queries, Truth, choose, measure, tune
-from clipkit.search.coding import Coding, encode, read_codes, sample_rows, train_coding
+from clipkit.search.choose import Choice, Queries, Truth, choose, tune_and_measure
+from clipkit.search.coding import Coding, encode, lies_on_disk, read_codes, sample_rows, train_coding
 from clipkit.search.generations import Generation, SegmentState, commit
 from clipkit.search.kinds import KINDS, Effort
 from clipkit.search.segments import codes_path, read_table, table_path, vectors_path, write_table
@@ -77,6 +79,7 @@ def build_index(
             are too small.
     """
     wanted = wanted or Wanted()
+    pa.set_memory_pool(pa.system_memory_pool())  # Arrow's other pools keep tens of megabytes that were freed
     _check_models(sets)
     made_from = {"embeddings": [s.manifest["identity"] for s in sets], "wanted": vars(wanted)}
     stage = Stage(out, "index", made_from, inputs=[s.folder for s in sets], overwrite=overwrite)
@@ -133,19 +136,22 @@ def _write_first(out: Path, side: Side, sets: Sequence[Embeddings]) -> int:
         (part for s in holders for block in s.blocks(side) for part in _pieces(block)),
         dim,
     )
-    ids: list[np.ndarray] = []
+    # Copied: a column that is kept would keep the memory that it lies in, and that of others beside it.
+    ids, end = np.empty(rows, np.int64), 0
     schema = joined_schema([schema for s in holders for schema in s.index_schemas(side)])
 
     def tables() -> Iterator[pa.Table]:
+        nonlocal end
         for s in holders:
             for table in s.index_tables(side):
                 if side == "image":
-                    ids.append(table["id"].to_numpy())
+                    ids[end : end + len(table)] = table["id"].to_numpy()
+                    end += len(table)
                 yield in_schema(table, schema)
 
     write_table(table_path(out, FIRST, side), tables())
-    if ids:
-        _refuse_twins(np.concatenate(ids), table_path(out, FIRST, side))
+    _refuse_twins(ids[:end], table_path(out, FIRST, side))
+    give_back_freed_memory()
     return rows
 
 
@@ -155,10 +161,10 @@ def _pieces(block: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _refuse_twins(ids: np.ndarray, path: Path) -> None:
-    ordered = np.sort(ids)
-    twins = ordered[1:][ordered[1:] == ordered[:-1]]
+    ids.sort()
+    twins = ids[1:][ids[1:] == ids[:-1]]
     if len(twins):
-        key = read_table(path)["key"][int(np.flatnonzero(ids == twins[0])[0])].as_py()
+        key = read_table(path).filter(pc.field("id") == twins[0])["key"][0].as_py()
         path.unlink()
         raise ClipkitError(
             f"the embedding folders hold a sample of the name {key!r} more than once; embed a folder above both, "
@@ -240,18 +246,39 @@ def _chosen(vectors: Vectors, queries: Queries, wanted: Wanted, memory: int, scr
 def _coded(
     out: Path, side: Side, vectors: Vectors, choice: Choice, queries: Queries, wanted: Wanted, memory: int
 ) -> Choice:
-    """Build the kind that was chosen on all vectors, and tune and measure it there."""
-    rows = len(vectors.rows)
+    """Build the kind that was chosen on all vectors, tune and measure it there; the next one where it falls short."""
+    truth = Truth(vectors, queries)
+    done: list[Choice] = []
+    for kind in (choice.kind, *choice.others):
+        if kind.is_flat:
+            done.append(replace(choice, kind=kind, effort=Effort(), recall=1.0))
+        else:
+            done.append(_built(out, side, vectors, replace(choice, kind=kind), truth, wanted.recall, memory))
+        if done[-1].recall >= wanted.recall:
+            break
+        note(f"{side}: {kind.name} of all {len(vectors.rows):,} finds too little")
+    best = max(done, key=lambda each: each.recall)
+    if best is not done[-1]:
+        best = _built(out, side, vectors, best, truth, wanted.recall, memory)
+    if best.kind.is_flat:
+        for path in codes_path(out, FIRST, side).parent.glob(f"{side}.codes*"):
+            path.unlink()
+    why = choice.why if len(done) == 1 else f"{choice.why}, on all vectors ({len(done)} were built)"
+    return replace(best, why=why)
+
+
+def _built(out: Path, side: Side, vectors: Vectors, choice: Choice, truth: Truth, floor: float, memory: int) -> Choice:
+    rows, dim = vectors.rows.shape
     coding = out / "codings" / FIRST / f"{side}.faiss"
     note(f"{side}: {choice.kind.name} of {rows:,} vectors")
-    train_coding(vectors, choice.kind, coding, rows=rows, memory=memory)
+    on_disk = lies_on_disk(choice.kind, rows, dim, memory)
+    train_coding(vectors, choice.kind, coding, rows=rows, memory=memory, on_disk=on_disk)
+    codes_path(out, FIRST, side).with_suffix(".lists").unlink(missing_ok=True)  # of another kind
     encode(Coding(coding), choice.kind, vectors, codes_path(out, FIRST, side), memory=memory)
     codes = read_codes(codes_path(out, FIRST, side), rows)
-    truth = Truth(vectors, queries)
-    effort, _ = tune(codes, vectors, truth.half(0), wanted.recall)
-    recall, speed = measure(codes, vectors, truth.half(1), effort)
-    note(f"{side}: recall@10 {recall:.3f} with {queries.told}, {speed:,.0f} queries/s on one thread")
-    return Choice(choice.kind, effort, recall, choice.tried, choice.why)
+    effort, recall, speed = tune_and_measure(codes, vectors, truth, floor)
+    note(f"{side}: recall@10 {recall:.3f} with {truth.queries.told}, {speed:,.0f} queries/s on one thread")
+    return replace(choice, effort=effort, recall=recall)
 
 
 def _record(choice: Choice, rows: int) -> dict[str, Any]:

@@ -16,12 +16,22 @@ import faiss
 import numpy as np
 
 from clipkit.errors import ClipkitError
+from clipkit.heap import give_back_freed_memory
 from clipkit.log import note
-from clipkit.search.coding import Coding, encode, learn_lists, read_codes, sample_rows, train_coding
-from clipkit.search.kinds import KINDS, TUNED_FOR, Effort, Kind, lists_for, parameters
+from clipkit.search.coding import (
+    Coding,
+    can_be_built,
+    encode,
+    learn_lists,
+    lies_on_disk,
+    read_codes,
+    sample_rows,
+    train_coding,
+)
+from clipkit.search.kinds import KINDS, TUNED_FOR, Effort, Kind, lists_for, parameters, reranking
 from clipkit.search.vectors import Vectors, write_vectors
 
-__all__ = ["Choice", "Queries", "Tried", "Truth", "choose", "measure", "share_found", "tune"]
+__all__ = ["Choice", "Queries", "Tried", "Truth", "choose", "measure", "share_found", "tune", "tune_and_measure"]
 
 PILOT = 200_000  # vectors on which kinds are compared before the best is built on all
 SMALL = 20_000_000  # numbers (vectors times dimensions) that are compared in full in a few milliseconds
@@ -29,6 +39,7 @@ DEEPEST = 1000  # candidates that are scored again at the most
 TIE = np.float32(1e-5)  # scores that differ by less are equal: sums in another order
 TIMED = 64  # queries, one after another
 BLOCK = 8192  # vectors at a time in the exact search: 16 MiB at 512 dimensions
+TIED = 20  # rows beyond the k best that may share the k-th best score: copies of one image, mostly
 FEW = 40  # queries: not to be divided any more
 
 
@@ -82,6 +93,8 @@ class Choice:
     recall: float
     tried: list[Tried]
     why: str
+    others: tuple[Kind, ...] = ()
+    """What comes next, should this one not keep on all vectors what it promised on some."""
 
 
 class Truth:
@@ -95,10 +108,11 @@ class Truth:
     def __init__(self, vectors: Vectors, queries: Queries):
         self.queries = queries
         self.k = min(TUNED_FOR, len(vectors.rows) - (queries.own is not None))
-        heap = faiss.ResultHeap(len(queries.vectors), self.k + 1, keep_max=True)
+        deep = min(self.k + TIED, len(vectors.rows))
+        heap = faiss.ResultHeap(len(queries.vectors), deep, keep_max=True)
         for start in range(0, len(vectors.rows), BLOCK):
             block = vectors.rows[start : start + BLOCK].astype(np.float32)
-            k = min(self.k + 1, len(block))
+            k = min(deep, len(block))
             if faiss.get_num_gpus():
                 gpu = faiss.StandardGpuResources()
                 found = faiss.knn_gpu(gpu, queries.vectors, block, k, metric=faiss.METRIC_INNER_PRODUCT)
@@ -108,17 +122,31 @@ class Truth:
         heap.finalize()
         scores = _without_self(heap.D, heap.I, queries.own)
         self.worst = -np.sort(-scores, axis=1)[:, self.k - 1 : self.k]
+        self._good = np.sort(np.where(scores >= self.worst - TIE, heap.I, -1), axis=1)
 
     def half(self, which: int) -> "Truth":
         """Of every other query: one half is tuned with, the other says what that is worth."""
         found = copy.copy(self)
         if len(self.worst) >= FEW:
             found.queries, found.worst = self.queries.half(which), self.worst[which::2]
+            found._good = self._good[which::2]
         return found
 
     def recall(self, scores: np.ndarray) -> float:
-        """Of exact scores of what was found; equal scores are equally good."""
-        return share_found(-np.sort(-scores, axis=1), self.worst, self.k)
+        """See `share_found`."""
+        return share_found(scores, self.worst, self.k)
+
+    def shares(self, rows: np.ndarray, depths: Sequence[int]) -> np.ndarray:
+        """Each query's share of the k best among so many of the first rows found, ``[queries, depths]``.
+
+        No vector is read. Where more than a few rows have the very score of the k-th best, others count as not found.
+
+        Args:
+            rows: int64 ``[queries, rows]``, in the order of the codes.
+            depths: how many are scored again.
+        """
+        hits = np.stack([np.isin(row, good[good >= 0]) for row, good in zip(rows, self._good, strict=True)])
+        return np.minimum(hits.cumsum(axis=1)[:, np.subtract(depths, 1)], self.k) / self.k
 
 
 def share_found(scores: np.ndarray, worst: np.ndarray, k: int) -> float:
@@ -136,56 +164,66 @@ def _without_self(scores: np.ndarray, rows: np.ndarray, own: np.ndarray | None) 
     return scores if own is None else np.where(rows == own[:, None], -np.inf, scores)
 
 
-def tune(codes: Any, vectors: Vectors, truth: Truth, floor: float) -> tuple[Effort, float]:
+def tune(codes: Any, vectors: Vectors, truth: Truth, floor: float, least: int = 1) -> tuple[Effort, float]:
     """The least effort whose recall at 10 reaches a floor, or the most that there is.
+
+    It is to reach it by a standard error, as other queries are to reach it, too.
 
     Args:
         codes: the FAISS index.
         vectors: that it was made of.
         truth: the queries to tune with and what the exact search finds.
         floor: recall to reach, a fraction.
+        least: lists that are known to be needed, where the index has lists.
 
     Returns:
         The effort and its recall on these queries.
     """
-    queries, rows = truth.queries, len(vectors.rows)
+    queries, rows, refined = truth.queries, len(vectors.rows), vectors.refining(codes)
     depths = [d for d in (10, 20, 50, 100, 200, 500, DEEPEST) if d < rows] or [min(rows, DEEPEST)]
     best: tuple[float, Effort, float] | None = None
     fallback, recall_of_fallback = Effort(), -1.0
     reached = 0
     is_graph = faiss.try_extract_index_ivf(codes) is None
-    for width in _widths(codes):
+    for width in _widths(codes, least):
         # A walk with so many candidates gives no more than these; lists give as many as are asked for.
         within = [d for d in depths if d <= width] or depths[:1] if is_graph else depths
-        found = _searched(codes, vectors, queries, Effort(width, width, within[-1]))
-        recalls = [truth.recall(found[:, :depth]) for depth in within]
+        _, found = codes.search(queries.vectors, within[-1], params=parameters(codes, Effort(width, width, within[-1])))
+        shares = truth.shares(found, within)
+        recalls = shares.mean(axis=0)
+        sure = recalls - shares.std(axis=0) / len(shares) ** 0.5
         if recalls[-1] > recall_of_fallback:
             fallback, recall_of_fallback = Effort(width, width, within[-1]), recalls[-1]
-        enough = [(d, r) for d, r in zip(within, recalls, strict=True) if r >= floor]
+        enough = [(d, r) for d, r, s in zip(within, recalls, sure, strict=True) if s >= floor]
         if not enough:
             continue
         effort = Effort(width, width, enough[0][0])
-        seconds = _seconds(lambda q, e=effort: _searched(codes, vectors, Queries(q, ""), e), queries)
+        seconds = _seconds(lambda q, e=effort: _searched(refined, Queries(q, ""), e), queries)
         if best is None or seconds < best[0]:
             best = (seconds, effort, enough[0][1])
         reached += 1
-        if reached == 3:  # twice and four times as wide, with fewer scored again, may still be faster; more is not
+        if reached == 3:  # somewhat wider, with fewer scored again, may still be faster; more is not
             break
     if best is None:
         return fallback, recall_of_fallback
     return best[1], best[2]
 
 
-def _widths(codes: Any) -> list[int]:
+def _widths(codes: Any, least: int) -> list[int]:
+    """Powers of two and, of lists, which cost what they hold, what lies half-way."""
     ivf = faiss.try_extract_index_ivf(codes)
-    most = 1024 if ivf is None else ivf.nlist
-    return [2**i for i in range(4 if ivf is None else 0, most.bit_length())]
+    if ivf is None:
+        return [2**i for i in range(4, 11)]
+    steps = sorted({step for i in range(ivf.nlist.bit_length()) for step in (2**i, 3 * 2**i // 2)})
+    return [step for step in steps if min(least, ivf.nlist) <= step <= ivf.nlist]
 
 
-def _searched(codes: Any, vectors: Vectors, queries: Queries, effort: Effort) -> np.ndarray:
-    """Exact scores of the candidates, in the order in which the codes have them."""
-    _, rows = codes.search(queries.vectors, effort.rerank, params=parameters(codes, effort))
-    return _without_self(vectors.scores(queries.vectors, rows), rows, queries.own)
+def _searched(refined: Any, queries: Queries, effort: Effort) -> np.ndarray:
+    """The exact scores of the best that are found, best first."""
+    k = min(TUNED_FOR + (queries.own is not None), effort.rerank, refined.ntotal)
+    scores, rows = refined.search(queries.vectors, k, params=reranking(refined, effort, k))
+    scores = np.where(rows < 0, -np.inf, scores)
+    return -np.sort(-_without_self(scores, rows, queries.own), axis=1)
 
 
 def _seconds(search: Callable[[np.ndarray], object], queries: Queries) -> float:
@@ -205,9 +243,28 @@ def _seconds(search: Callable[[np.ndarray], object], queries: Queries) -> float:
 
 def measure(codes: Any, vectors: Vectors, truth: Truth, effort: Effort) -> tuple[float, float]:
     """Recall at 10 against the exact search, and queries per second on one thread."""
-    found = _searched(codes, vectors, truth.queries, effort)
-    seconds = _seconds(lambda q: _searched(codes, vectors, Queries(q, ""), effort), truth.queries)
-    return truth.recall(found), 1 / seconds
+    refined = vectors.refining(codes)
+    found = _searched(refined, truth.queries, effort)
+    return truth.recall(found), 1 / _seconds(lambda q: _searched(refined, Queries(q, ""), effort), truth.queries)
+
+
+def tune_and_measure(
+    codes: Any, vectors: Vectors, truth: Truth, floor: float, least: int = 1
+) -> tuple[Effort, float, float]:
+    """Tune with one half of the queries and measure with the other, which must reach the floor as well.
+
+    Returns:
+        The effort, and what `measure` says of it.
+    """
+    wanted = floor
+    while True:
+        effort, reached = tune(codes, vectors, truth.half(0), wanted, least)
+        recall, speed = measure(codes, vectors, truth.half(1), effort)
+        if recall >= floor or reached < wanted:  # or there is no more to be had
+            return effort, recall, speed
+        wanted = max(wanted, reached) + (floor - recall)
+        if wanted > 1:
+            return effort, recall, speed
 
 
 def try_kind(
@@ -220,6 +277,7 @@ def try_kind(
     rows: int,
     memory: int,
     lists: np.ndarray,
+    least: int = 1,
 ) -> Tried:
     """Build one kind in a folder and measure it.
 
@@ -232,17 +290,20 @@ def try_kind(
         rows: for how many vectors the memory is told.
         memory: bytes that building may use.
         lists: see `train_coding`.
+        least: see `tune`.
     """
     held, dim = vectors.rows.shape
     each = kind.bytes_per_vector(dim)
     began = time.perf_counter()
-    train_coding(vectors, kind, folder / "coding.faiss", rows=held, memory=memory, lists=lists)
+    on_disk = lies_on_disk(kind, rows, dim, memory)  # where all of them will; so are the codes then
+    train_coding(vectors, kind, folder / "coding.faiss", rows=held, memory=memory, on_disk=on_disk, lists=lists)
     encode(Coding(folder / "coding.faiss"), kind, vectors, folder / "codes.faiss", memory=memory)
     seconds = time.perf_counter() - began
     codes = read_codes(folder / "codes.faiss", held)
-    effort, _ = tune(codes, vectors, truth.half(0), floor)
-    recall, speed = measure(codes, vectors, truth.half(1), effort)
-    return Tried(kind.name, kind.filled(held, dim), held, each, each * rows, effort, recall, speed, seconds)
+    effort, recall, speed = tune_and_measure(codes, vectors, truth, floor, least)
+    return Tried(
+        kind.name, kind.filled(held, dim, on_disk=on_disk), held, each, each * rows, effort, recall, speed, seconds
+    )
 
 
 def flat(vectors: Vectors, queries: Queries, rows: int) -> Tried:
@@ -281,6 +342,7 @@ def choose(
     """
     rows, dim = vectors.rows.shape
     fitting = [k for k in kinds if serve_memory is None or rows * k.bytes_per_vector(dim) <= serve_memory]
+    fitting = [k for k in fitting if can_be_built(k, rows, dim, memory)]
     if not fitting:
         least = min(kinds, key=lambda kind: kind.bytes_per_vector(dim))
         smallest = rows * least.bytes_per_vector(dim) / 2**30
@@ -296,25 +358,31 @@ def choose(
         sample, asked = vectors, queries
         if rows > PILOT:
             sample, asked = _sample(vectors, queries, Path(made) / "sample.faiss")
-        tried = []
+        tried, least = [], 1
         truth, lists = Truth(sample, asked), learn_lists(sample, lists_for(len(sample.rows)), memory)
         how: dict[str, Any] = {"floor": floor, "rows": rows, "memory": memory, "lists": lists}
         for kind in fitting:
             folder = Path(made) / kind.name
             folder.mkdir()
-            each = flat(sample, asked, rows) if kind.is_flat else try_kind(kind, sample, truth, folder, **how)
+            each = (
+                flat(sample, asked, rows) if kind.is_flat else try_kind(kind, sample, truth, folder, least=least, **how)
+            )
+            if kind.has_lists:
+                # All kinds have the same lists. The first, whose codes lose next to nothing, needs the fewest of them.
+                least = max(least, each.effort.lists // 2)
             if rows > PILOT:
                 each.note = f"on a sample of {each.vectors:,}"
             note(f"{each.kind}: recall@10 {each.recall:.3f}, {each.queries_per_second:,.0f} queries/s on one thread")
             tried.append(each)
-    good = [each for each in tried if each.recall >= floor]
+            give_back_freed_memory()
+    good = sorted((t for t in tried if t.recall >= floor), key=lambda each: -each.queries_per_second)
     if good:
-        best = max(good, key=lambda each: each.queries_per_second)
         why = f"the fastest with recall@10 of {floor:g} or more"
     else:
-        best = max(tried, key=lambda each: each.recall)
+        good = [max(tried, key=lambda each: each.recall)]
         why = f"none reached a recall@10 of {floor:g}; the one that found most"
-    return Choice(KINDS[best.kind], best.effort, best.recall, tried, why)
+    best, *others = good
+    return Choice(KINDS[best.kind], best.effort, best.recall, tried, why, tuple(KINDS[each.kind] for each in others))
 
 
 def _sample(vectors: Vectors, queries: Queries, path: Path) -> tuple[Vectors, Queries]:

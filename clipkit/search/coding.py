@@ -17,13 +17,24 @@ from faiss.contrib.ondisk import merge_ondisk
 
 from clipkit.artifact import atomic_write
 from clipkit.errors import ClipkitError
+from clipkit.heap import give_back_freed_memory
 from clipkit.search.kinds import Kind, lists_for
 from clipkit.search.vectors import Vectors
 
-__all__ = ["Coding", "encode", "learn_lists", "read_codes", "sample_rows", "train_coding"]
+__all__ = [
+    "Coding",
+    "can_be_built",
+    "encode",
+    "learn_lists",
+    "lies_on_disk",
+    "read_codes",
+    "sample_rows",
+    "train_coding",
+]
 
 BLOCK = 8192  # vectors in float32 at a time: 16 MiB at 512 dimensions
-PER_LIST = 128  # sampled vectors per inverted list; FAISS asks for 39 at least and looks at 256 at most
+PER_LIST = 64  # sampled vectors per inverted list; FAISS asks for 39 at least and looks at 256 at most
+ROUNDS = 6  # of k-means. Twice as many, of twice as many vectors, take four times as long and find 1 % more at best
 OPQ_SAMPLE = 20_000  # vectors that a rotation is learned from
 GROWTH = 2.2  # lists grow by doubling, and for a moment stand there twice
 
@@ -95,10 +106,16 @@ def learn_lists(vectors: Vectors, count: int, memory: int) -> np.ndarray:
     sample, _ = _sample(vectors, PER_LIST * count, memory)
     dim = sample.shape[1]
     means = faiss.Kmeans(
-        dim, count, niter=10, spherical=True, seed=1234, min_points_per_centroid=1, gpu=bool(faiss.get_num_gpus())
+        dim, count, niter=ROUNDS, spherical=True, seed=1234, min_points_per_centroid=1, gpu=bool(faiss.get_num_gpus())
     )
     means.train(sample)
-    return np.asarray(means.centroids)
+    centres = np.asarray(means.centroids)
+    # These have length one, and vectors less their mean are shorter: what codes keep, the rest of a vector beside its
+    # centre, is least where centres are as long as vectors reach along them. All by one factor: the nearest stay so.
+    reach, _ = means.index.search(sample[:: max(1, len(sample) // 10_000)], 1)
+    del sample
+    give_back_freed_memory()
+    return centres * reach.mean()
 
 
 def _sample(vectors: Vectors, wanted: int, memory: int) -> tuple[np.ndarray, np.ndarray]:
@@ -113,7 +130,14 @@ def _sample(vectors: Vectors, wanted: int, memory: int) -> tuple[np.ndarray, np.
 
 
 def train_coding(
-    vectors: Vectors, kind: Kind, path: Path, *, rows: int, memory: int, lists: np.ndarray | None = None
+    vectors: Vectors,
+    kind: Kind,
+    path: Path,
+    *,
+    rows: int,
+    memory: int,
+    on_disk: bool = False,
+    lists: np.ndarray | None = None,
 ) -> None:
     """Learn a coding from a sample of stored vectors and write it.
 
@@ -123,10 +147,11 @@ def train_coding(
         path: where the trained index goes.
         rows: for how many vectors it is meant, which decides how many lists there are.
         memory: bytes that may be used; the sample takes an eighth of them at most.
+        on_disk: learn codes that lists on the disk can hold (see `lies_on_disk`); those for lists in memory are faster.
         lists: as `learn_lists` gives them for so many; learned where not given.
     """
     dim = vectors.rows.shape[1]
-    factory = kind.filled(rows, dim, on_disk=_too_large(kind, rows, dim, memory))
+    factory = kind.filled(rows, dim, on_disk=on_disk)
     # A graph leads along short ways, so it is of distances, and of the vectors as they are: all have length one, where
     # the nearest is the one of the greatest product.
     index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT if kind.has_lists else faiss.METRIC_L2)
@@ -142,19 +167,32 @@ def train_coding(
             inner: Any = faiss.downcast_index(index.index)
             quantizer = faiss.ProductQuantizer(dim, inner.pq.M, inner.pq.nbits)  # it would learn for 8 bits otherwise
             rotation.pq, rotation.niter, rotation.niter_pq_0 = quantizer, 8, 8  # of 50 and 40: it is slow
-        rotation.train(sample[:OPQ_SAMPLE])
+        # Learning one turns, codes and decodes the sample again and again, each time into new memory.
+        rotation.train(sample[: min(OPQ_SAMPLE, max(1024, memory // 16 // (4 * dim)))])
         lists = rotation.apply(lists)  # type: ignore[call-overload]  # a rotation takes centres to centres
-    if lists is not None:
+    if kind.has_lists and lists is not None:
         faiss.downcast_index(faiss.extract_index_ivf(index).quantizer).add(lists)  # which leaves no k-means to be done
     index.train(sample)
     with atomic_write(path.with_suffix(".mean.npy")) as handle:
         np.save(handle, mean)
     with atomic_write(path) as handle:
         faiss.write_index(index, handle.name)
+    give_back_freed_memory()
 
 
-def _too_large(kind: Kind, rows: int, dim: int, memory: int) -> bool:
-    return kind.has_lists and rows * kind.bytes_per_vector(dim) * GROWTH > memory / 3
+def can_be_built(kind: Kind, rows: int, dim: int, memory: int) -> bool:
+    """Whether the memory, in bytes, holds what must be in it while a kind is built; lists may lie on the disk."""
+    return kind.has_lists or kind.is_flat or 2 * rows * kind.bytes_per_vector(dim) * GROWTH <= memory
+
+
+def lies_on_disk(kind: Kind, rows: int, dim: int, memory: int) -> bool:
+    """Whether `encode` keeps the lists of so many vectors on the disk."""
+    return kind.has_lists and rows > _room(kind, dim, memory)
+
+
+def _room(kind: Kind, dim: int, memory: int) -> int:
+    """How many vectors are coded in memory before they are written to the disk."""
+    return int(memory / 5 / (kind.bytes_per_vector(dim) * GROWTH))
 
 
 def encode(coding: Coding, kind: Kind, vectors: Vectors, path: Path, *, memory: int) -> None:
@@ -171,15 +209,17 @@ def encode(coding: Coding, kind: Kind, vectors: Vectors, path: Path, *, memory: 
         ClipkitError: where the memory does not hold what this kind must keep in it, or the disk is full.
     """
     rows, dim = vectors.rows.shape
-    each = kind.bytes_per_vector(dim) * GROWTH
-    room = int(memory / 3 / each)
-    if rows <= room or not kind.has_lists:
-        if rows > room:
-            raise ClipkitError(
-                f"{kind.name} of {rows:,} vectors takes about {rows * each / 2**30:.1f} GiB while it is built, and "
-                f"{memory / 2**30:.1f} are allowed; give --memory more, or take a kind with lists (IVF-SQ8, RaBitQ)"
-            )
-        index = coding.empty()
+    index = coding.empty()
+    in_memory = not lies_on_disk(kind, rows, dim, memory)
+    if not in_memory and isinstance(faiss.downcast_index(faiss.extract_index_ivf(index)), faiss.IndexIVFFastScan):
+        in_memory = True  # its lists cannot lie on the disk
+    takes = 2 * rows * kind.bytes_per_vector(dim) * GROWTH
+    if in_memory and takes > memory:
+        raise ClipkitError(
+            f"{kind.name} of {rows:,} vectors takes about {takes / 2**30:.1f} GiB while it is built, and "
+            f"{memory / 2**30:.1f} are allowed; give --memory more, or build a kind with lists (IVF-SQ8, RaBitQ)"
+        )
+    if in_memory:
         for block in _blocks(vectors, coding.mean, 0, rows):
             index.add(block)
         with atomic_write(path) as handle:
@@ -189,7 +229,7 @@ def encode(coding: Coding, kind: Kind, vectors: Vectors, path: Path, *, memory: 
     shutil.rmtree(pieces, ignore_errors=True)
     pieces.mkdir(parents=True)
     try:
-        _on_disk(coding, vectors, path, pieces, room)
+        _on_disk(coding, vectors, path, pieces, _room(kind, dim, memory))
     finally:
         shutil.rmtree(pieces, ignore_errors=True)
 
@@ -205,6 +245,7 @@ def _on_disk(coding: Coding, vectors: Vectors, path: Path, pieces: Path, room: i
         made.append(str(pieces / f"{len(made)}.faiss"))
         faiss.write_index(index, made[-1])
         del index
+        give_back_freed_memory()
     whole = coding.empty()
     lists = path.with_suffix(".lists")
     merge_ondisk(whole, made, str(lists))

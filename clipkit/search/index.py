@@ -14,7 +14,7 @@ from clipkit.errors import ClipkitError
 from clipkit.filters import Filter
 from clipkit.search.generations import Generation, current
 from clipkit.search.kinds import Effort
-from clipkit.search.segments import Segment
+from clipkit.search.segments import Passing, Segment
 from clipkit.search.vectors import refuse_bad_vectors
 
 __all__ = ["Found", "Index"]
@@ -53,7 +53,7 @@ class Index:
         self._starts = {
             side: np.cumsum([0, *(segment.rows for segment in segments)]) for side, segments in self._segments.items()
         }
-        self._masks: dict[tuple[Side, str], list[np.ndarray | None]] = {}
+        self._masks: dict[tuple[Side, str], list[Passing | None]] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -93,7 +93,7 @@ class Index:
         self._check_side(side)
         if where is None:
             return self.state.count(side)
-        return sum(s.rows if p is None else int(p.sum()) for s, p in self.passing(side, where))
+        return sum(s.rows if p is None else p.count for s, p in self.passing(side, where))
 
     def search(
         self,
@@ -135,14 +135,20 @@ class Index:
         chosen = None if exact or effort is None else effort.for_results(k)
         if chosen is not None and chosen.rerank > self.state.count(side) / 4:
             chosen = None  # to score so many again is to compare in full
-        deep = k if chosen is None else chosen.rerank
         parts, coded = [], []
         for start, (segment, passing) in zip(self._starts[side], self.passing(side, where), strict=False):
-            scores, rows, is_exact = segment.candidates(queries, deep, passing, chosen)
-            (parts if is_exact else coded).append((scores, np.where(rows < 0, -1, rows + start)))
-        if coded:
+            harder = None if chosen is None else segment.effort_among(passing, chosen)
+            if harder is None:
+                parts.append(_moved(segment.in_full(queries, k, passing), start))
+            else:
+                coded.append((start, segment, passing, harder))
+        if len(coded) == 1:
+            start, segment, *how = coded[0]
+            parts.append(_moved(segment.reranked(queries, k, *how), start))
+        elif chosen is not None and coded:
             # As one index over all segments would: the best of all by code, and those again by their vectors.
-            _, candidates = _best(coded, deep)
+            found = [_moved(segment.by_code(queries, chosen.rerank, *how), start) for start, segment, *how in coded]
+            _, candidates = _best(found, chosen.rerank)
             parts.append((self._scores(queries, candidates, side), candidates))
         if not parts:
             return Found(np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64))
@@ -192,8 +198,8 @@ class Index:
         self._check_side(side)
         return self._segments[side]
 
-    def passing(self, side: Side, where: str | None) -> list[tuple[Segment, np.ndarray | None]]:
-        """The segments of a side and which of their rows may be found, bool ``[rows]``; None where all may."""
+    def passing(self, side: Side, where: str | None) -> list[tuple[Segment, Passing | None]]:
+        """The segments of a side and which of their rows may be found; None where all may."""
         segments = self._segments[side]
         if where is None:
             return [(segment, segment.alive) for segment in segments]
@@ -211,6 +217,11 @@ class Index:
     def _check_side(self, side: Side) -> None:
         if side not in self._segments:
             raise ClipkitError(f"{self.folder} holds no {side} vectors; it holds {' and '.join(self.sides)}")
+
+
+def _moved(found: tuple[np.ndarray, np.ndarray], start: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and rows of a segment as scores and positions in the index."""
+    return found[0], np.where(found[1] < 0, -1, found[1] + start)
 
 
 def _best(parts: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:

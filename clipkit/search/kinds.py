@@ -9,7 +9,7 @@ import numpy as np
 
 from clipkit.errors import ClipkitError
 
-__all__ = ["KINDS", "TUNED_FOR", "Effort", "Kind", "lists_for", "parameters", "selector_of"]
+__all__ = ["KINDS", "TUNED_FOR", "Effort", "Kind", "lists_for", "parameters", "reranking", "selector_of"]
 
 TUNED_FOR = 10  # results: efforts are chosen by recall at so many
 MANY_LISTS = 2**15  # from here on the nearest lists are found by a graph and not by looking at all
@@ -73,8 +73,7 @@ class Kind:
         graph = "_HNSW32" if lists >= MANY_LISTS else ""
         filled = self.factory.format(lists=f"{lists}{graph}", parts=_parts(dim), dim=dim)
         if on_disk:  # codes for the processor's registers stand in blocks, which cannot; these take as many bytes
-            filled = filled.replace("RaBitQfs", "RaBitQ")
-            filled = filled.replace(f"PQ{_parts(dim)}x4fs", f"PQ{_parts(dim, 8)}x8").replace(
+            filled = filled.replace(f"PQ{_parts(dim)}x4fsr", f"PQ{_parts(dim, 8)}x8").replace(
                 f"OPQ{_parts(dim)}", f"OPQ{_parts(dim, 8)}"
             )
         return filled
@@ -89,8 +88,7 @@ class Kind:
         if "SQ8" in self.factory:
             return dim + numbered + (2 * 32 * 4 + 12 if "HNSW" in self.factory else 0)
         if "RaBitQ" in self.factory:
-            bits = 4 if self.factory.endswith("4") else 1
-            return bits * dim / 8 + (20 if bits > 1 else 8) + numbered
+            return dim / 8 + 8 + numbered  # with two factors of its own
         return _parts(dim) / 2 + numbered
 
 
@@ -100,18 +98,17 @@ KINDS = {
         Kind("Flat", "", "every vector is compared: exact"),
         Kind("IVF-Flat", "IVF{lists},SQfp16", "lists of whole vectors"),
         Kind("IVF-SQ8", "IVF{lists},SQ8", "lists of one byte per dimension, re-ranked"),
-        Kind("IVF-PQ", "RR{dim},IVF{lists},PQ{parts}x4fs", "lists of 4 bits per 4 dimensions, re-ranked"),
-        Kind("OPQ", "OPQ{parts},IVF{lists},PQ{parts}x4fs", "IVF-PQ after a rotation that was learned"),
-        Kind("RaBitQ", "RR{dim},IVF{lists},RaBitQfs", "lists of 1 bit per dimension (Gao & Long 2024), re-ranked"),
-        Kind("RaBitQ4", "RR{dim},IVF{lists},RaBitQfs4", "lists of 4 bits per dimension (Gao et al. 2024), re-ranked"),
+        Kind("IVF-PQ", "RR{dim},IVF{lists},PQ{parts}x4fsr", "lists of 4 bits per 4 dimensions, re-ranked"),
+        Kind("OPQ", "OPQ{parts},IVF{lists},PQ{parts}x4fsr", "IVF-PQ after a rotation that was learned"),
+        Kind("RaBitQ", "RR{dim},IVF{lists},RaBitQ", "lists of 1 bit per dimension (Gao & Long 2024), re-ranked"),
         Kind("HNSW", "HNSW32,SQ8", "a graph over one byte per dimension (Malkov & Yashunin 2018), re-ranked"),
     )
 }
 
 
 def lists_for(rows: int) -> int:
-    """How many inverted lists: about four times the root of the rows, a power of two, with 40 rows to each at least."""
-    return 2 ** round(math.log2(max(1.0, min(4 * rows**0.5, rows / 40))))
+    """How many inverted lists: about twice the root of the rows, a power of two, with 40 rows to each at least."""
+    return 2 ** round(math.log2(max(1.0, min(2 * rows**0.5, rows / 40))))
 
 
 def _parts(dim: int, each: int = 4) -> int:
@@ -125,8 +122,8 @@ _made: Any = faiss
 
 
 def selector_of(passing: Any) -> Any:
-    """For FAISS: only rows where this bool ``[rows]`` is true; None for all."""
-    return None if passing is None else _made.IDSelectorBitmap(np.packbits(passing, bitorder="little"))
+    """For FAISS: only rows where this bool ``[rows]`` is true."""
+    return _made.IDSelectorBitmap(np.packbits(passing, bitorder="little"))
 
 
 def parameters(index: Any, effort: Effort, selector: Any = None) -> Any:
@@ -144,6 +141,14 @@ def parameters(index: Any, effort: Effort, selector: Any = None) -> Any:
         coarse = _made.SearchParametersHNSW(efSearch=max(64, 2 * lists)) if _is_graph(index.quantizer) else None
         return kind(nprobe=lists, sel=selector, quantizer_params=coarse)
     raise ClipkitError(f"an index of FAISS's {type(index).__name__} is not one of clipkit's; build it again")
+
+
+def reranking(index: Any, effort: Effort, k: int, selector: Any = None) -> Any:
+    """As `parameters`, for an index that scores `effort.rerank` candidates again to give the best k of them."""
+    deep = max(k, effort.rerank)
+    base = parameters(faiss.downcast_index(index.base_index), effort, selector)
+    # FAISS rounds k times this factor down.
+    return _made.IndexRefineSearchParameters(k_factor=(deep + 0.5) / k, base_index_params=base)
 
 
 def _is_graph(index: Any) -> bool:

@@ -1,6 +1,8 @@
 """One side of one segment: its vectors, its codes, its metadata, and which of its rows may be found."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,10 @@ from clipkit.errors import ClipkitError
 from clipkit.filters import Filter
 from clipkit.search.coding import read_codes
 from clipkit.search.generations import SegmentState, read_dead
-from clipkit.search.kinds import Effort, parameters, selector_of
+from clipkit.search.kinds import Effort, parameters, reranking, selector_of
 from clipkit.search.vectors import Vectors
 
-__all__ = ["Segment", "codes_path", "read_table", "table_path", "vectors_path", "write_table"]
+__all__ = ["Passing", "Segment", "codes_path", "read_table", "table_path", "vectors_path", "write_table"]
 
 FEW = 20_000  # rows: so many are compared in full faster than lists can be read
 PART_IN_FULL = 0.05  # of a segment: up to here the rows that pass are gathered, beyond them all are walked through
@@ -64,6 +66,29 @@ def read_table(path: Path) -> pa.Table:
         raise ClipkitError(f"{path} is missing, cut or altered; build the index again") from error
 
 
+@dataclass(frozen=True)
+class Passing:
+    """Which rows of a segment may be found, and what is derived from that once."""
+
+    rows: np.ndarray
+    """bool ``[rows]``."""
+
+    @cached_property
+    def count(self) -> int:
+        """How many may be found."""
+        return int(np.count_nonzero(self.rows))
+
+    @cached_property
+    def numbers(self) -> np.ndarray:
+        """Their numbers, int64, rising."""
+        return np.flatnonzero(self.rows)
+
+    @cached_property
+    def selector(self) -> Any:
+        """The same for FAISS."""
+        return selector_of(self.rows)
+
+
 class Segment:
     """A side of a segment, opened. Nothing in it changes, so threads may share it.
 
@@ -81,9 +106,10 @@ class Segment:
         self.name, self.side = state.name, side
         self.rows = state.rows[side]
         self.vectors = Vectors(vectors_path(folder, state.name, side), self.rows, dim)
-        self.codes: Any = None
+        self._codes = self._refined = None
         if side in state.coded:
-            self.codes = read_codes(codes_path(folder, state.name, side), self.rows)
+            self._codes = read_codes(codes_path(folder, state.name, side), self.rows)
+            self._refined = self.vectors.refining(self._codes)
         path = table_path(folder, state.name, side)
         self.table = read_table(path)
         if self.table.num_rows != self.rows:
@@ -91,61 +117,75 @@ class Segment:
                 f"{path} has {self.table.num_rows:,} rows where {self.rows:,} are expected; it was altered, build the "
                 "index again"
             )
-        self.alive: np.ndarray | None = None
-        """bool ``[rows]``; None where nothing is gone."""
+        self.alive: Passing | None = None
+        """None where nothing is gone."""
         if side in state.dead:
-            self.alive = np.ones(self.rows, bool)
-            self.alive[read_dead(folder, state.dead[side], state.gone[side])] = False
+            alive = np.ones(self.rows, bool)
+            alive[read_dead(folder, state.dead[side], state.gone[side])] = False
+            self.alive = Passing(alive)
 
     def findable(self) -> np.ndarray:
         """Which rows are not gone, bool ``[rows]``."""
-        return np.ones(self.rows, bool) if self.alive is None else self.alive
+        return np.ones(self.rows, bool) if self.alive is None else self.alive.rows
 
-    def passing(self, where: Filter | None) -> np.ndarray | None:
-        """Which rows may be found, bool ``[rows]``; None where all may."""
+    def passing(self, where: Filter | None) -> Passing | None:
+        """Which rows may be found; None where all may."""
         if where is None:
             return self.alive
         found = where.rows(self.table)
-        return found if self.alive is None else found & self.alive
+        return Passing(found if self.alive is None else found & self.alive.rows)
 
-    def candidates(
-        self, queries: np.ndarray, k: int, passing: np.ndarray | None, effort: Effort | None
-    ) -> tuple[np.ndarray, np.ndarray, bool]:
-        """The best k of the rows that may be found.
+    def effort_among(self, passing: Passing | None, effort: Effort) -> Effort | None:
+        """How hard the codes are to be searched among the rows that pass: wider in proportion, where these are few.
+
+        Args:
+            passing: as `passing` gives it.
+            effort: as tuned on all rows.
+
+        Returns:
+            None where there are no codes, or comparing in full is faster or surer.
+        """
+        if self._codes is None:
+            return None
+        if passing is None:
+            return effort
+        share = passing.count / self.rows
+        ivf = faiss.try_extract_index_ivf(self._codes)
+        if passing.count <= FEW and share < 1:
+            return None
+        if ivf is None:
+            hopeless = share <= PART_IN_FULL  # a graph whose nodes hardly ever pass leads nowhere
+        else:
+            hopeless = share == 0 or (share < 1 and effort.lists / share >= ivf.nlist / 2)
+        return None if hopeless else Effort(round(effort.lists / share), round(effort.breadth / share), effort.rerank)
+
+    def by_code(
+        self, queries: np.ndarray, k: int, passing: Passing | None, effort: Effort
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The best k by code; scores say no more than which is better, also among segments of one coding.
 
         Args:
             queries: float32 ``[queries, dim]``.
             k: how many.
             passing: as `passing` gives it.
-            effort: for the codes, as tuned on all rows; where few rows pass, it looks wider in proportion. None to
-                compare in full.
+            effort: see `effort_among`.
 
         Returns:
-            float32 scores and int64 rows ``[queries, k]``, best first and -1 where there are fewer, and whether the
-            scores are exact; by code they say no more than which is better, also among segments of one coding.
+            float32 scores and int64 rows ``[queries, k]``, best first, -1 where there are fewer.
         """
-        count = self.rows if passing is None else int(np.count_nonzero(passing))
-        share = count / max(self.rows, 1)
-        if self.codes is None or effort is None or not self._worth_it(count, share, effort):
-            return (*self._in_full(queries, k, passing, count, share), True)
-        wider = Effort(round(effort.lists / share), round(effort.breadth / share), effort.rerank)
-        chosen = parameters(self.codes, wider, selector_of(passing))
-        scores, rows = self.codes.search(queries, k, params=chosen)
-        if self.codes.metric_type == faiss.METRIC_L2:
-            scores = -scores
-        return scores, rows, False
+        codes: Any = self._codes
+        scores, rows = codes.search(queries, k, params=parameters(codes, effort, passing and passing.selector))
+        return (-scores if codes.metric_type == faiss.METRIC_L2 else scores), rows
 
-    def _worth_it(self, count: int, share: float, effort: Effort) -> bool:
-        if count <= FEW and share < 1:
-            return False
-        ivf = faiss.try_extract_index_ivf(self.codes)
-        if ivf is None:
-            return share > PART_IN_FULL  # a graph whose nodes hardly ever pass leads nowhere
-        return share > 0 and effort.lists / share < ivf.nlist / 2
-
-    def _in_full(
-        self, queries: np.ndarray, k: int, passing: np.ndarray | None, count: int, share: float
+    def reranked(
+        self, queries: np.ndarray, k: int, passing: Passing | None, effort: Effort
     ) -> tuple[np.ndarray, np.ndarray]:
-        if passing is not None and (share <= PART_IN_FULL or count <= FEW):
-            return self.vectors.search_among(queries, k, np.flatnonzero(passing))
-        return self.vectors.search(queries, k, selector_of(passing))
+        """As `by_code`, of the best `effort.rerank` by code the best k by their vectors, with their exact scores."""
+        refined: Any = self._refined
+        return refined.search(queries, k, params=reranking(refined, effort, k, passing and passing.selector))
+
+    def in_full(self, queries: np.ndarray, k: int, passing: Passing | None) -> tuple[np.ndarray, np.ndarray]:
+        """As `by_code`, of all rows that pass, with exact scores."""
+        if passing is not None and (passing.count <= FEW or passing.count / self.rows <= PART_IN_FULL):
+            return self.vectors.search_among(queries, k, passing.numbers)
+        return self.vectors.search(queries, k, passing and passing.selector)

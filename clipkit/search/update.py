@@ -182,7 +182,7 @@ def delete_rows(folder: Path, ids: Sequence[int] = (), *, where: str | None = No
         if where is not None:
             side = change.state.sides[0]
             column = image_id_column(side)
-            found = [s.table[column].to_numpy()[p] for s, p in change.index.passing(side, where) if p is not None]
+            found = [s.table[column].to_numpy()[p.rows] for s, p in change.index.passing(side, where) if p is not None]
             wanted = np.union1d(wanted, np.concatenate([np.zeros(0, np.int64), *found]))
         wanted = np.unique(wanted)
         if not len(wanted):
@@ -206,11 +206,13 @@ def compact_index(folder: Path, *, memory: int | None = None) -> Changed:
                 for segment in segments:
                     for start in range(0, segment.rows, BLOCK):
                         block = segment.vectors.rows[start : start + BLOCK]
-                        yield block if segment.alive is None else block[segment.alive[start : start + BLOCK]]
+                        yield block if segment.alive is None else block[segment.alive.rows[start : start + BLOCK]]
 
             def tables(segments: Any = segments, schema: Any = schema) -> Iterator[pa.Table]:
                 for segment in segments:
-                    kept = segment.table if segment.alive is None else segment.table.filter(pa.array(segment.alive))
+                    kept = (
+                        segment.table if segment.alive is None else segment.table.filter(pa.array(segment.alive.rows))
+                    )
                     yield in_schema(kept, schema)
 
             change.write(side, blocks(), tables(), _memory(memory))

@@ -104,6 +104,14 @@ class Vectors:
         """
         return self._index.search(queries, k, params=parameters(self._index, Effort(), selector))
 
+    def refining(self, codes: Any) -> Any:
+        """A FAISS index that finds by codes of these vectors and scores what they find again by the vectors."""
+        # FAISS wants one metric for both, and a graph's codes are compared by distance. Nobody shares them yet.
+        metric, codes.metric_type = codes.metric_type, faiss.METRIC_INNER_PRODUCT
+        refined = faiss.IndexRefine(codes, self._index)
+        codes.metric_type = metric
+        return refined
+
     def search_among(self, queries: np.ndarray, k: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The best k of some rows: only they are read.
 

@@ -4,8 +4,9 @@
 
 Vectors are made up (tests/bench/vectors.py), or those of an embeddings folder with captions. Queries are captions that
 neither side is tuned with. Each index is built and asked in a process of its own; memory is that process's anonymous
-memory, sampled from outside, beyond what it has after its imports. autofaiss stands in an environment of its own, with
-its own FAISS, and is asked there. Vectors on the disk that clipkit scores again with are counted apart.
+memory, sampled from outside, beyond what it has after its imports. autofaiss stands in clip-retrieval's environment,
+as it does not start alone, with its own FAISS, and is asked there. Vectors on the disk that clipkit scores again with
+are counted apart.
 """
 
 import argparse
@@ -167,7 +168,7 @@ def main() -> None:
         return np.where(rows < 0, -np.inf, found)
 
     own = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    other, alone = environment("autofaiss"), {**os.environ, "PYTHONPATH": ""}
+    other, alone = environment("clip_retrieval"), {**os.environ, "PYTHONPATH": ""}
     script = Path(__file__).resolve()
     rows = vectors.manifest["counts"]["images"]
     idle = {

@@ -210,6 +210,15 @@ class Embeddings:
             )
         self._check(flaw)
 
+    def refuse_changed(self) -> None:
+        """To be asked when all has been read, as an update may have exchanged the folder meanwhile.
+
+        Raises:
+            ClipkitError: where it holds something else than when it was opened.
+        """
+        if read_manifest(self.folder, "embeddings").get("identity") != self.manifest.get("identity"):
+            raise ClipkitError(f"{self.folder} was changed while it was read; run this again")
+
     def _check(self, find: Callable[[Path, Checksum], str | None]) -> None:
         for part in self._parts:
             for name, written in part.get("files", {}).items():

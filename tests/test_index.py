@@ -357,6 +357,21 @@ def test_the_generation_before_can_be_gone_back_to_once(tmp_path):
         go_back(folder)
 
 
+def test_embeddings_that_are_exchanged_while_they_are_read_are_noticed(tmp_path):
+    opened = make_embeddings(tmp_path / "emb", range(50))
+    index = tmp_path / "index"
+    build_index([opened], index)
+    before = (index / "current.json").read_text()
+    shutil.move(tmp_path / "emb", tmp_path / "old")
+    make_embeddings(tmp_path / "emb", range(50), version=1)  # as long, so that every file fits
+    with pytest.raises(ClipkitError, match=r"emb was changed while it was read; run this again"):
+        build_index([opened], tmp_path / "other")
+    with pytest.raises(ClipkitError, match=r"emb was changed while it was read; run this again"):
+        update_index(index, [opened])
+    assert (index / "current.json").read_text() == before
+    assert update_index(index, [Embeddings.open(tmp_path / "emb")]).replaced == 50
+
+
 def test_who_searches_is_not_disturbed_by_who_changes(tmp_path):
     """Sixteen threads ask with settings of their own while the index changes and is put together again."""
     folder, newer = two(tmp_path, "IVF-SQ8")

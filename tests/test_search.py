@@ -18,7 +18,8 @@ from tests.conftest import tiny_model
 def test_search_is_brute_force(index, embeddings, side, k):
     stored = Embeddings.open(embeddings).vectors(side)
     queries = np.random.default_rng(0).normal(size=(9, 32)).astype(np.float32)
-    scores, rows = Index.open(index).search(queries, k, side)
+    found = Index.open(index).search(queries, k, side)
+    scores, rows = found.scores, found.positions
     exact = queries @ stored.T
     # By the scores, not the rows: equal captions have equal vectors, and their order among themselves is open.
     assert np.allclose(scores, -np.sort(-exact, axis=1)[:, :k], atol=1e-5)
@@ -36,6 +37,10 @@ def test_rows_and_vectors_belong_to_the_positions(index, embeddings):
     row = opened.rows([7], "text")[0]
     assert row["caption"] == stored.table()["caption"].to_pylist()[7]
     assert row["image_path"] == "images/007.png"
+    found = opened.search(stored.vectors()[:4], 3, where="image_path < 'images/002'")
+    assert found.positions.shape == (4, 2 if len(opened) < 3 else 3)
+    assert found.rows == [opened.rows(positions) for positions in found.positions]
+    assert [len(rows) for rows in found.rows] == [2] * 4  # the third may not be found
 
 
 def test_an_index_over_several_folders(run, pictures, captioned, model_dir, tmp_path):

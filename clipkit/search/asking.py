@@ -102,7 +102,7 @@ def ask(
             scores, positions = scores[first], positions[first]
         if ended or len(positions) >= offset + k:
             part = slice(offset, offset + k)
-            return Found(scores[None, part], positions[None, part])
+            return index.found(scores[None, part], positions[None, part], side)
         depth = min(everything, 4 * depth)
 
 

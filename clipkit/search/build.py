@@ -96,6 +96,8 @@ def build_index(
         vectors = Vectors(vectors_path(out, FIRST, side), rows, dim)
         asked = _queries(sets, side, queries, vectors)
         _keep_queries(out, side, asked)
+        for given in sets:
+            given.refuse_changed()
         choice = _chosen(vectors, asked, wanted, memory, out / ".work" / "trial")
         if not choice.kind.is_flat:
             choice = _coded(out, side, vectors, choice, asked, wanted, memory)

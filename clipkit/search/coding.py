@@ -5,6 +5,7 @@ order of the answers stays, while what images have in common, which is most of a
 questions lie far from all of them (Liang et al. 2022, "Mind the Gap"), costs the codes nothing.
 """
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -220,8 +221,9 @@ def encode(coding: Coding, kind: Kind, vectors: Vectors, path: Path, *, memory: 
             f"{memory / 2**30:.1f} are allowed; give --memory more, or build a kind with lists (IVF-SQ8, RaBitQ)"
         )
     if in_memory:
-        for block in _blocks(vectors, coding.mean, 0, rows):
-            index.add(block)
+        with lists_found_on_gpus(index):
+            for block in _blocks(vectors, coding.mean, 0, rows):
+                index.add(block)
         with atomic_write(path) as handle:
             faiss.write_index(index, handle.name)
         return
@@ -239,9 +241,10 @@ def _on_disk(coding: Coding, vectors: Vectors, path: Path, pieces: Path, room: i
     made = []
     for start in range(0, rows, room):
         index = coding.empty()
-        for block in _blocks(vectors, coding.mean, start, min(start + room, rows)):
-            first = start + index.ntotal
-            index.add_with_ids(block, np.arange(first, first + len(block)))
+        with lists_found_on_gpus(index):
+            for block in _blocks(vectors, coding.mean, start, min(start + room, rows)):
+                first = start + index.ntotal
+                index.add_with_ids(block, np.arange(first, first + len(block)))
         made.append(str(pieces / f"{len(made)}.faiss"))
         faiss.write_index(index, made[-1])
         del index
@@ -253,6 +256,29 @@ def _on_disk(coding: Coding, vectors: Vectors, path: Path, pieces: Path, room: i
     faiss.downcast_InvertedLists(made_lists).filename = lists.name
     with atomic_write(path) as handle:
         faiss.write_index(whole, handle.name)
+
+
+@contextlib.contextmanager
+def lists_found_on_gpus(index: Any) -> Iterator[None]:
+    """While vectors are added, let the GPUs, where there are any, find the list of each, which is most of that work.
+
+    Args:
+        index: on the CPU, where codes are made and stay; afterwards it is what it was, and more.
+    """
+    ivf = faiss.try_extract_index_ivf(index)
+    if ivf is None or not faiss.get_num_gpus():
+        yield
+        return
+    own = faiss.downcast_index(ivf.quantizer)
+    centres = faiss.IndexFlatIP(own.d)
+    centres.add(own.reconstruct_n(0, own.ntotal))  # compared in full, even where the index has a graph over them
+    there: Any = faiss.index_cpu_to_all_gpus(centres)
+    ivf.quantizer = there
+    there.thisown = True  # SWIG takes it that the index frees it now, which gets its own one back
+    try:
+        yield
+    finally:
+        ivf.quantizer = own
 
 
 def _blocks(vectors: Vectors, mean: np.ndarray, start: int, stop: int) -> Iterator[np.ndarray]:

@@ -1,9 +1,12 @@
 """An opened index: questions in, scores and rows out."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,13 +23,22 @@ from clipkit.search.vectors import refuse_bad_vectors
 __all__ = ["Found", "Index"]
 
 
-class Found(NamedTuple):
+@dataclass(frozen=True)
+class Found:
     """What a search found."""
 
     scores: np.ndarray
     """float32 ``[queries, k]``: cosines, best first; -inf where fewer rows than k may be found."""
     positions: np.ndarray
     """int64 ``[queries, k]``: rows of the index (see `Index.rows`); -1 where there are fewer."""
+    _metadata: Callable[[np.ndarray], list[dict[str, Any]]] = field(repr=False)
+
+    @cached_property
+    def rows(self) -> list[list[dict[str, Any]]]:
+        """The metadata of what each query found, best first; read when first asked for."""
+        counts = (self.positions >= 0).sum(axis=1)
+        found = iter(self._metadata(self.positions.ravel()))
+        return [list(islice(found, int(count))) for count in counts]
 
 
 class Index:
@@ -116,7 +128,8 @@ class Index:
             effort: how hard to look, in place of what was tuned when the index was built.
 
         Returns:
-            Scores and positions, each ``[queries, min(k, rows)]``, best first; of equal scores the first row is first.
+            Scores and positions, each ``[queries, min(k, rows)]``, best first, and rows of metadata; of equal scores
+            the first row is first.
 
         Raises:
             ClipkitError: for a wrong dimension, NaN, k < 1, a side that the index does not hold, or a filter that
@@ -151,8 +164,12 @@ class Index:
             _, candidates = _best(found, chosen.rerank)
             parts.append((self._scores(queries, candidates, side), candidates))
         if not parts:
-            return Found(np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64))
-        return Found(*_best(parts, k))
+            parts.append((np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)))
+        return self.found(*_best(parts, k), side)
+
+    def found(self, scores: np.ndarray, positions: np.ndarray, side: Side) -> Found:
+        """These scores and positions, ``[queries, k]`` each, with their metadata."""
+        return Found(scores, positions, lambda flat: self.rows(flat, side))
 
     def rows(self, positions: Sequence[int] | np.ndarray, side: Side = "image") -> list[dict[str, Any]]:
         """The metadata of rows, in the order given; of -1 (nothing found) there is none."""

@@ -161,6 +161,8 @@ def update_index(folder: Path, sets: Sequence[Embeddings], *, gone: bool = False
             for side in change.state.sides:
                 holders = [s for s in sets if side in s.sides]
                 change.write(side, _vectors_of(holders, side, wanted), _rows_of(holders, side, wanted), _memory(memory))
+        for given in sets:
+            given.refuse_changed()
         change.commit(floor=_floor(change))
         return counts
 

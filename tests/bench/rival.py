@@ -12,8 +12,8 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip
 REQUIREMENTS = {
     "open_clip": ["open_clip_torch[training]", "psutil"],
     # With autofaiss, which does not start alone: it asks for an old numpy and gets a pyarrow that wants a new one. Nor
-    # does this one with transformers 5.
-    "clip_retrieval": ["clip-retrieval", "transformers<4.50", "setuptools<81"],
+    # does this one with transformers 5, nor does it build kinds with OPQ with FAISS 1.13 or later.
+    "clip_retrieval": ["clip-retrieval", "transformers<4.50", "setuptools<81", "faiss-cpu<1.13"],
 }
 
 

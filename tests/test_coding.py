@@ -16,7 +16,7 @@ import pytest
 
 from clipkit.embeddings import table_path, vectors_path
 from clipkit.errors import ClipkitError
-from clipkit.search.choose import Queries, Truth, choose, measure, tune, tune_and_measure
+from clipkit.search.choose import choose
 from clipkit.search.coding import (
     Coding,
     encode,
@@ -27,6 +27,7 @@ from clipkit.search.coding import (
     train_coding,
 )
 from clipkit.search.kinds import KINDS, Effort, lists_for, parameters
+from clipkit.search.measure import Queries, Truth, measure, tune, tune_and_measure
 from clipkit.search.vectors import Vectors, write_vectors
 from tests.test_index import make_embeddings
 

@@ -17,10 +17,11 @@ from clipkit.errors import ClipkitError
 from clipkit.heap import give_back_freed_memory
 from clipkit.log import note
 from clipkit.report import save_figure, tradeoff_figure
-from clipkit.search.choose import Choice, Queries, Truth, choose, tune_and_measure
+from clipkit.search.choose import Choice, choose
 from clipkit.search.coding import Coding, encode, lies_on_disk, read_codes, sample_rows, train_coding
 from clipkit.search.generations import Generation, SegmentState, commit
 from clipkit.search.kinds import KINDS, Effort
+from clipkit.search.measure import Queries, Truth, tune_and_measure
 from clipkit.search.segments import codes_path, read_table, table_path, vectors_path, write_table
 from clipkit.search.vectors import Vectors, write_vectors
 

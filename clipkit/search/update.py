@@ -20,11 +20,11 @@ from clipkit.errors import ClipkitError
 from clipkit.log import note
 from clipkit.search import generations
 from clipkit.search.build import default_memory, kept_queries
-from clipkit.search.choose import share_found
 from clipkit.search.coding import Coding, encode, sample_rows
 from clipkit.search.generations import Generation, SegmentState, commit, current, write_dead
 from clipkit.search.index import Index
 from clipkit.search.kinds import KINDS, TUNED_FOR, Effort
+from clipkit.search.measure import share_found
 from clipkit.search.segments import codes_path, table_path, vectors_path, write_table
 from clipkit.search.vectors import Vectors, write_vectors
 

@@ -1,6 +1,7 @@
 """Embeddings as an artifact that survives a kill, made part by part, by one process or several."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 
 from clipkit.artifact import Stage, read_manifest, write_ledger
 from clipkit.embeddings import Side, table_path, write_part
-from clipkit.encoding import cast_for_inference, embed_source, find_batch_size, settled_precision
+from clipkit.encoding import cast_for_inference, compiled, embed_source, find_batch_size, settled_precision
 from clipkit.errors import ClipkitError
 from clipkit.heap import keep_freed_memory
 from clipkit.pixels import Decoding
@@ -45,6 +46,7 @@ def embed(
     batch_size: int | None = None,
     threads: int | None = None,
     decoding: Decoding = "fast",
+    compile: bool = False,
     overwrite: bool = False,
     update: bool = False,
 ) -> Outcome:
@@ -65,6 +67,7 @@ def embed(
         batch_size: see `embed_source`; None to find a good one, which is done once: whoever goes on with an unfinished
             folder, on whatever machine, takes the same, so that the bits are the same.
         threads, decoding: see `embed_source`.
+        compile: see `compiled`; the last bits of the vectors are others.
         overwrite: replace what is there.
         update: bring embeddings of other input up to date. They stay as they are until the new ones are whole, which
             are made beside them.
@@ -82,6 +85,7 @@ def embed(
         "part_size": part_size,
         "batch_size": batch_size,
         "decoding": decoding,
+        "compiled": compile,
     }
     if update:
         refuse_unlike(out, made_from)
@@ -103,12 +107,13 @@ def embed(
     starts = range(0, len(source), part_size)
     digits = max(4, len(str(len(starts) - 1)))
     names = [f"{number:0{digits}d}" for number in range(len(starts))]
-    for name in stage.pending(names):
-        start = starts[int(name)]
-        rows = range(start, min(start + part_size, len(source)))
-        how = {"batch_size": size, "threads": threads, "decoding": decoding}
-        how["show"] = f"embed part {int(name) + 1}/{len(names)}"
-        stage.finish_part(name, _make_part(stage.folder, name, source, model, rows, sides, known, how))
+    with compiled(model, size) if compile else nullcontext():
+        for name in stage.pending(names):
+            start = starts[int(name)]
+            rows = range(start, min(start + part_size, len(source)))
+            how = {"batch_size": size, "threads": threads, "decoding": decoding}
+            how["show"] = f"embed part {int(name) + 1}/{len(names)}"
+            stage.finish_part(name, _make_part(stage.folder, name, source, model, rows, sides, known, how))
     records = stage.records(names)
     if records is None:
         return Outcome(read_manifest(out, "embeddings"), "another")

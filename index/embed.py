@@ -38,6 +38,7 @@ from clipkit.cli import Job, list_options, model_option, out_options
     type=click.Choice(["fast", "exact", "gpu"]),
     help="fast: large JPEGs to little more than is needed; exact: open_clip's pixels; gpu: JPEGs on the GPU.",
 )
+@click.option("--compile", is_flag=True, help="The image tower (torch.compile); pays from ten thousand images on.")
 @click.option("--part-size", default=10_000, show_default=True, type=click.IntRange(1), help="Samples per part.")
 @click.option("--threads", type=click.IntRange(1), help="That decode images [default: one per core].")
 @click.option(
@@ -55,6 +56,7 @@ def main(
     precision: str,
     batch_size: int | None,
     decoding: Any,
+    compile: bool,
     part_size: int,
     threads: int | None,
     device: str | None,
@@ -94,6 +96,7 @@ def main(
         batch_size=batch_size,
         threads=threads,
         decoding=decoding,
+        compile=compile,
         overwrite=overwrite,
         update=update,
     )

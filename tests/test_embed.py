@@ -200,6 +200,26 @@ def test_bf16_is_close_to_fp32(pictures, model_dir):
     assert (exact.text * rough.text).sum(1).min() > 0.995
 
 
+COMPILED = """
+import sys
+from clipkit.cli import main
+main(["embed", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.slow
+def test_compiled_it_is_close_to_what_it_was(pictures, model_dir, tmp_path):
+    """In processes of their own: the checks of shapes that the tests put into every call cannot be compiled."""
+    found = {}
+    for name, flags in (("plain", []), ("compiled", ["--compile"])):
+        how = ["--model", str(model_dir), "--batch-size", "20", "--precision", "fp32", "--out", str(tmp_path / name)]
+        command = [sys.executable, "-c", COMPILED, str(pictures), *how, *flags]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+        found[name] = Embeddings.open(tmp_path / name).vectors()
+    assert (found["plain"] * found["compiled"]).sum(1).min() > 0.9999
+    assert np.array_equal(found["plain"][40:], found["compiled"][40:])  # no whole batch
+
+
 def test_one_side_only(run, pictures, model_dir, tmp_path):
     assert run("embed", pictures, "--model", model_dir, "--sides", "image", "--out", tmp_path / "i").status == 0
     assert Embeddings.open(tmp_path / "i").sides == ["image"]

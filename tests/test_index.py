@@ -212,7 +212,10 @@ OPERATIONS = st.lists(
 )
 
 
-@pytest.mark.parametrize("kind", ["Flat", "IVF-SQ8", "RaBitQ", "HNSW"])
+QUICK = ("Flat", "IVF-SQ8", "RaBitQ", "HNSW")  # one of each sort; each example builds some indexes
+
+
+@pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
 @settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
 @given(operations=OPERATIONS)
 def test_after_any_changes_it_answers_as_a_rebuild_does(kind, operations, tmp_path_factory):

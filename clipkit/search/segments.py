@@ -22,6 +22,7 @@ from clipkit.search.vectors import Vectors
 __all__ = ["Passing", "Segment", "codes_path", "read_table", "table_path", "vectors_path", "write_table"]
 
 FEW = 20_000  # rows: so many are compared in full faster than lists can be read
+CODES_FASTER = 3  # times, than whole vectors are compared; those that do not pass cost their code's time, too
 PART_IN_FULL = 0.05  # of a segment: up to here the rows that pass are gathered, beyond them all are walked through
 
 
@@ -149,15 +150,17 @@ class Segment:
             return None
         if passing is None:
             return effort
-        share = passing.count / self.rows
-        ivf = faiss.try_extract_index_ivf(self._codes)
-        if passing.count <= FEW and share < 1:
+        share = passing.count / max(self.rows, 1)
+        if share == 0 or (passing.count <= FEW and share < 1):
             return None
+        ivf = faiss.try_extract_index_ivf(self._codes)
         if ivf is None:
-            hopeless = share <= PART_IN_FULL  # a graph whose nodes hardly ever pass leads nowhere
+            in_vain = share <= PART_IN_FULL  # a graph whose nodes hardly ever pass leads nowhere
         else:
-            hopeless = share == 0 or (share < 1 and effort.lists / share >= ivf.nlist / 2)
-        return None if hopeless else Effort(round(effort.lists / share), round(effort.breadth / share), effort.rerank)
+            in_vain = CODES_FASTER * share < min(1, effort.lists / share / ivf.nlist)
+        if in_vain:
+            return None
+        return Effort(round(effort.lists / share), round(effort.breadth / share), effort.rerank)
 
     def by_code(
         self, queries: np.ndarray, k: int, passing: Passing | None, effort: Effort

@@ -94,8 +94,10 @@ def towers_alone(model: Path, batch_size: int) -> float:
     import torch
 
     from clipkit.encoding import cast_for_inference
+    from clipkit.heap import keep_freed_memory
     from clipkit.towers import load_model, pick_device
 
+    keep_freed_memory()
     towers = cast_for_inference(load_model(model, pick_device()), "auto")
     pixels = torch.randint(256, (batch_size, 3, 224, 224), dtype=torch.uint8)
     spent = []
@@ -128,7 +130,7 @@ def main() -> None:
     if not (model / "model.safetensors").is_file():
         shutil.rmtree(model, ignore_errors=True)
         subprocess.run([str(python), __file__, "--make-model", str(model)], env=alone, check=True)
-    outputs = {side: args.work / f"out-{side}" for side in ("clip-retrieval", "clipkit", "exact")}
+    outputs = {side: args.work / f"out-{side}" for side in ("clip-retrieval", "clipkit", "compiled", "exact")}
 
     def run(side: str, folder: Path, more: list[str]) -> float:
         shutil.rmtree(outputs[side], ignore_errors=True)
@@ -153,18 +155,18 @@ def main() -> None:
         photos_at(few, args.photos, count, megapixels)
         photos_at(many, args.photos, 3 * count, megapixels)
         variant = min(VARIANTS, key=lambda more: run("clip-retrieval", few, more))
-        spent: dict[str, list[tuple[float, float]]] = {"clip-retrieval": [], "clipkit": []}
+        flags = {"clip-retrieval": variant, "clipkit": [], "compiled": ["--compile"]}
+        spent: dict[str, list[tuple[float, float]]] = {side: [] for side in flags}
         for number in range(args.rounds):
-            for side in sorted(spent, reverse=bool(number % 2)):
-                more = variant if side == "clip-retrieval" else []
-                spent[side].append((run(side, many, more), run(side, few, more)))
+            for side in sorted(flags, reverse=bool(number % 2)):
+                spent[side].append((run(side, many, flags[side]), run(side, few, flags[side])))
         whole = {side: median(short for _, short in pairs) for side, pairs in spent.items()}
         steady = {side: median(2 * count / (long - short) for long, short in pairs) for side, pairs in spent.items()}
-        for side in ("clip-retrieval", "clipkit"):
+        for side, name_ in (("clip-retrieval",) * 2, ("clipkit",) * 2, ("compiled", "clipkit --compile")):
             faster = whole["clip-retrieval"] / whole[side], steady[side] / steady["clip-retrieval"]
-            share = f"{steady[side] / alone_at:.0%}" if side == "clipkit" else ""
+            share = f"{steady[side] / alone_at:.0%}" if side != "clip-retrieval" else ""
             print(
-                f"| {count} {name} | {side} | {whole[side]:.1f} | {faster[0]:.2f} | {steady[side]:.1f} | "
+                f"| {count} {name} | {name_} | {whole[side]:.1f} | {faster[0]:.2f} | {steady[side]:.1f} | "
                 f"{faster[1]:.2f} | {share} |",
                 flush=True,
             )

@@ -216,7 +216,7 @@ def test_compiled_it_is_close_to_what_it_was(pictures, model_dir, tmp_path):
         command = [sys.executable, "-c", COMPILED, str(pictures), *how, *flags]
         subprocess.run(command, check=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
         found[name] = Embeddings.open(tmp_path / name).vectors()
-    assert (found["plain"] * found["compiled"]).sum(1).min() > 0.9999
+    assert np.abs(found["plain"] - found["compiled"]).max() < 2e-3  # they are kept as float16
     assert np.array_equal(found["plain"][40:], found["compiled"][40:])  # no whole batch
 
 

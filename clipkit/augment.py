@@ -15,7 +15,7 @@ from clipkit.decode import Encoded
 from clipkit.preprocess import Preprocess
 from clipkit.settings import AugmentConfig
 
-__all__ = ["MARGIN", "Augmentation", "Waiting", "augmented_pixels"]
+__all__ = ["Augmentation", "Waiting", "augmented_pixels", "crop_pixels"]
 
 # How far above the wanted size a JPEG is decoded. At 1 the reduced decoding is all the smoothing there is, and photos
 # of 1 megapixel come out 1.3 grey levels away from the exact path; at 1.25 it is 0.5; at 2 it is 0.2, a third slower.
@@ -115,10 +115,27 @@ def augmented_pixels(
     source = data if isinstance(data, Image.Image | Encoded) else Encoded(data, preprocess.background)
     width, height = source.size
     drawn = Augmentation.draw(width, height, preprocess.size, config, rng)
-    left, top, right, bottom = drawn.box
     if exact:
         image = source if isinstance(source, Image.Image) else source.decode()
         return drawn.on_pixels(preprocess(image.crop(drawn.box) if drawn.box != (0, 0, width, height) else image))
+    return drawn.on_pixels(crop_pixels(source, preprocess, drawn.box))
+
+
+def crop_pixels(source: Image.Image | Encoded, preprocess: Preprocess, box: tuple[int, int, int, int]) -> np.ndarray:
+    """A crop of an image, or all of it, as a model wants it, decoded to little more than that needs.
+
+    Args:
+        source: upright.
+        preprocess: of the model.
+        box: left, top, right and bottom, in pixels of the image at its full size.
+
+    Returns:
+        uint8 array ``[3, height, width]``.
+
+    Raises:
+        BadSample: where the data cannot be decoded (see `clipkit.decode.decode`).
+    """
+    (width, height), (left, top, right, bottom) = source.size, box
     across, down = right - left, bottom - top
     if isinstance(source, Image.Image):
         pixels, scale = np.asarray(source), 1.0
@@ -126,7 +143,7 @@ def augmented_pixels(
         wide, high = preprocess.resized(across, down)
         pixels, scale = source.at_least(MARGIN * wide * width / across, MARGIN * high * height / down)
     rows, columns = _scaled(top, down, scale, pixels.shape[0]), _scaled(left, across, scale, pixels.shape[1])
-    return drawn.on_pixels(preprocess.fast(pixels[rows, columns], (across, down), scale))
+    return preprocess.fast(pixels[rows, columns], (across, down), scale)
 
 
 def _scaled(start: int, count: int, scale: float, length: int) -> slice:

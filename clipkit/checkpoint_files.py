@@ -16,6 +16,7 @@ from typing import Any
 from clipkit.artifact import digest, read_json, remove_folder, write_json
 from clipkit.errors import ClipkitError
 from clipkit.log import warn
+from clipkit.renewal import sync_folder
 
 __all__ = [
     "STATE",
@@ -101,7 +102,7 @@ def seal(scratch: Path, state: dict[str, Any], best: dict[str, Any] | None = Non
     content = json.loads(json.dumps({"state": state, "best": best, "files": files}))
     write_json(scratch / STATE, {**content, "digest": digest(content)})
     for folder in (*(p for p in scratch.rglob("*") if p.is_dir()), scratch):
-        _sync(folder)
+        sync_folder(folder)
 
 
 def publish(scratch: Path) -> Path:
@@ -111,7 +112,7 @@ def publish(scratch: Path) -> Path:
     if final.exists():
         final.replace(aside)
     scratch.replace(final)
-    _sync(final.parent)
+    sync_folder(final.parent)
     if aside.exists():
         shutil.rmtree(aside)
     return final
@@ -176,11 +177,3 @@ def newest_usable(run: Path) -> Path | None:
 
 def _hash(handle: Any) -> str:
     return hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -24,6 +24,7 @@ from clipkit.augment import Augmentation, Waiting, augmented_pixels
 from clipkit.decode import Encoded
 from clipkit.errors import BadSample, ClipkitError
 from clipkit.gpu_decode import can_wait, decode_waiting
+from clipkit.launch import processes_here
 from clipkit.parallel import Threads, cores, stay
 from clipkit.preprocess import Preprocess
 from clipkit.settings import DataConfig
@@ -125,7 +126,7 @@ class Batches(Dataset["Batch | str"]):
         self.config = config
         self.seed = seed
         # Ranks on one machine share its cores.
-        own = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        own = max(1, cores() // processes_here())
         self.workers = min(MOST_WORKERS, own) if own > FEW_CORES else 0
         if config.workers is not None:
             self.workers = config.workers

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipkit.augment import MARGIN, Augmentation, Waiting
+from clipkit.augment import Augmentation, Waiting, crop_pixels
 from clipkit.decode import Encoded
 from clipkit.errors import BadSample
 from clipkit.preprocess import Preprocess
@@ -52,9 +52,8 @@ def shown(sample: Sample, preprocess: Preprocess, decoding: Decoding) -> Shown:
 
 
 def _fast(source: Encoded, preprocess: Preprocess) -> np.ndarray:
-    wide, high = preprocess.resized(*source.size)
-    pixels, scale = source.at_least(MARGIN * wide, MARGIN * high)
-    return preprocess.fast(pixels, (source.size[0], source.size[1]), scale)
+    width, height = source.size
+    return crop_pixels(source, preprocess, (0, 0, width, height))
 
 
 def decoded(

@@ -28,6 +28,7 @@ __all__ = [
     "put_in_place",
     "remove_folder",
     "share",
+    "sync_folder",
     "tidy",
 ]
 
@@ -109,7 +110,7 @@ def put_in_place(new: Path, folder: Path) -> None:
             old = folder.with_name(f".{folder.name}.before.{new.name.rpartition('.')[2]}")
             folder.rename(old)
             new.rename(folder)
-        _sync_one(folder.parent)
+        sync_folder(folder.parent)
     except OSError as error:
         raise ClipkitError(f"cannot replace {folder} by {new}: {error.strerror or error}") from error
     _remove(old, folder)
@@ -174,11 +175,12 @@ def _exchange(a: Path, b: Path) -> bool:
 def _sync(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_dir():
-            _sync_one(path)
-    _sync_one(folder)
+            sync_folder(path)
+    sync_folder(folder)
 
 
-def _sync_one(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """See to it that the names in a folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -18,17 +18,8 @@ from clipkit import checkpoint
 from clipkit.checkpoint import Saver, checkpoints, newest_usable
 from clipkit.checkpoint_files import flaw
 from clipkit.errors import ClipkitError
+from tests.kills import apart
 from tests.test_checkpoint import Training, names, save
-
-
-def apart(function, *args):
-    """Run it in a process of its own, which may die; forked from one that has imported everything once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=function, args=args)
-    process.start()
-    process.join(120)
-    return process.exitcode
 
 
 def begin(run):

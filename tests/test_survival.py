@@ -1,7 +1,6 @@
 """Embedding survives what folders hold and what machines do: strange files, and a kill at any moment, alone or not."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import struct
@@ -22,18 +21,8 @@ from clipkit.embed import embed
 from clipkit.embeddings import Embeddings
 from clipkit.sources import open_source, sample_id
 from tests.conftest import tiny_model
-from tests.kills import begin, contents, killed
+from tests.kills import apart, begin, contents, killed
 from tests.samples import encoded, photo, png
-
-
-def apart(function, *args):
-    """Run it in a process of its own, forked from one that has imported everything once and started no threads."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=function, args=args)
-    process.start()
-    process.join(200)
-    return process.exitcode
 
 
 def bomb() -> bytes:

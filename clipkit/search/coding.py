@@ -183,7 +183,12 @@ def train_coding(
 
 def can_be_built(kind: Kind, rows: int, dim: int, memory: int) -> bool:
     """Whether the memory, in bytes, holds what must be in it while a kind is built; lists may lie on the disk."""
-    return kind.has_lists or kind.is_flat or 2 * rows * kind.bytes_per_vector(dim) * GROWTH <= memory
+    return kind.has_lists or kind.is_flat or _takes(kind, rows, dim) <= memory
+
+
+def _takes(kind: Kind, rows: int, dim: int) -> float:
+    """Bytes of memory to code so many vectors at once, beside what was read and learned."""
+    return 2 * rows * kind.bytes_per_vector(dim) * GROWTH
 
 
 def lies_on_disk(kind: Kind, rows: int, dim: int, memory: int) -> bool:
@@ -214,7 +219,7 @@ def encode(coding: Coding, kind: Kind, vectors: Vectors, path: Path, *, memory: 
     in_memory = not lies_on_disk(kind, rows, dim, memory)
     if not in_memory and isinstance(faiss.downcast_index(faiss.extract_index_ivf(index)), faiss.IndexIVFFastScan):
         in_memory = True  # its lists cannot lie on the disk
-    takes = 2 * rows * kind.bytes_per_vector(dim) * GROWTH
+    takes = _takes(kind, rows, dim)
     if in_memory and takes > memory:
         raise ClipkitError(
             f"{kind.name} of {rows:,} vectors takes about {takes / 2**30:.1f} GiB while it is built, and "

@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 
 from clipkit.artifact import Stage, read_manifest, write_ledger
 from clipkit.embeddings import Side, table_path, write_part
-from clipkit.encoding import cast_for_inference, compiled, embed_source, find_batch_size, settled_precision
+from clipkit.encoding import embed_source
 from clipkit.errors import ClipkitError
 from clipkit.heap import keep_freed_memory
+from clipkit.inference import cast_for_inference, compiled, compiling_pays, find_batch_size, settled_precision
 from clipkit.pixels import Decoding
 from clipkit.reuse import Known, refuse_unlike, write_stamps
 from clipkit.sources import Source, Stamp, check_ids
@@ -46,7 +47,7 @@ def embed(
     batch_size: int | None = None,
     threads: int | None = None,
     decoding: Decoding = "fast",
-    compile: bool = False,
+    compile: bool | None = None,
     overwrite: bool = False,
     update: bool = False,
 ) -> Outcome:
@@ -67,7 +68,7 @@ def embed(
         batch_size: see `embed_source`; None to find a good one, which is done once: whoever goes on with an unfinished
             folder, on whatever machine, takes the same, so that the bits are the same.
         threads, decoding: see `embed_source`.
-        compile: see `compiled`; the last bits of the vectors are others.
+        compile: see `compiled`; the last bits of the vectors are others. None to find out once whether that pays.
         overwrite: replace what is there.
         update: bring embeddings of other input up to date. They stay as they are until the new ones are whole, which
             are made beside them.
@@ -104,6 +105,8 @@ def embed(
         keep_freed_memory()
     known = Known(stage.earlier, made_from) if stage.earlier else None
     size = batch_size or stage.settled("batch_size", lambda: find_batch_size(model, sides, len(source)))
+    if compile is None:
+        compile = stage.settled("compiled", lambda: compiling_pays(model, sides, size, len(source)))
     starts = range(0, len(source), part_size)
     digits = max(4, len(str(len(starts) - 1)))
     names = [f"{number:0{digits}d}" for number in range(len(starts))]
@@ -133,6 +136,7 @@ def embed(
         dim=model.embed_dim,
         dtype="float16",
         batch_size=size,
+        compiled=compile,
         counts={
             "images": images,
             "captions": sum(r["captions"] for r in records),

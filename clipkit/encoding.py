@@ -1,8 +1,6 @@
 """From samples to embeddings in memory: images decoded in threads while the towers work, in batches that are stated."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -11,6 +9,7 @@ import torch
 
 from clipkit.embeddings import Embedded, Side
 from clipkit.errors import BadSample, UnreadSample
+from clipkit.inference import evaluating
 from clipkit.launch import processes_here
 from clipkit.log import progress
 from clipkit.parallel import cores, in_threads
@@ -19,83 +18,7 @@ from clipkit.reuse import Kept
 from clipkit.sources import Sample, Source
 from clipkit.towers import DualEncoder
 
-__all__ = [
-    "cast_for_inference",
-    "compiled",
-    "embed_source",
-    "evaluating",
-    "fast_bf16",
-    "find_batch_size",
-    "settled_precision",
-]
-
-
-def cast_for_inference(model: DualEncoder, precision: str) -> DualEncoder:
-    """Weights in bfloat16 (cast once: autocast would do so at every call) or float32, in evaluation mode.
-
-    Args:
-        model: changed in place.
-        precision: ``fp32``, ``bf16``, or ``auto``: bf16 where the device multiplies it fast.
-    """
-    model.backbone.to(torch.bfloat16 if settled_precision(precision, model.device) == "bf16" else torch.float32)
-    return model.eval()
-
-
-def settled_precision(precision: str, device: torch.device) -> str:
-    """``bf16`` or ``fp32``: what a precision (see `cast_for_inference`) means on a device."""
-    return precision if precision != "auto" else "bf16" if fast_bf16(device) else "fp32"
-
-
-def fast_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16 products."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        found = torch.cpu.get_capabilities()
-        return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("bf16"))
-    return False
-
-
-def find_batch_size(model: DualEncoder, sides: Sequence[Side], samples: int) -> int:
-    """The least batch, a power of two, beyond which a tower gains less than 3 % or its memory ends.
-
-    Args:
-        model: in the precision that is wanted.
-        sides: the image tower is asked where images are embedded, else the text tower.
-        samples: how many are to be embedded; for few the usual size is taken, as trying takes seconds.
-    """
-    first, usual, most = (64, 256, 4096) if model.device.type == "cuda" else (16, 32, 128)
-    if samples < 400 * most:
-        return usual
-    best, speed = 0, 0.0
-    size = first
-    while size <= most:
-        try:
-            tried = _speed(model, sides, size)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            break
-        if tried > 1.03 * speed:
-            best, speed = size, tried
-        elif tried < 0.9 * speed:
-            break
-        size *= 2
-    return best or first
-
-
-def _speed(model: DualEncoder, sides: Sequence[Side], size: int) -> float:
-    """Samples a second, the better of three batches after one that does not count."""
-    high, wide = model.preprocess.size
-    pixels = torch.randint(256, (size, 3, high, wide), dtype=torch.uint8)
-    tokens = model.tokenize(["a picture of nothing in particular"] * size)
-    spent = []
-    with torch.inference_mode(), evaluating(model):
-        for _ in range(4):
-            began = time.perf_counter()
-            on_device = (pixels if "image" in sides else tokens).to(model.device)
-            _encoded(model.encode_image(on_device) if "image" in sides else model.encode_text(on_device))
-            spent.append(time.perf_counter() - began)
-    return size / min(spent[1:])
+__all__ = ["embed_source"]
 
 
 def embed_source(
@@ -258,35 +181,3 @@ class _Rows:
         found = np.empty((self._count, new.shape[1]), np.float32)
         found[self._places[0]], found[self._places[1]] = new, np.stack(self._known)
         return found
-
-
-@contextmanager
-def compiled(model: DualEncoder, batch_size: int) -> Iterator[None]:
-    """The image tower compiled for a while (`torch.compile`), for whole batches; others go through it as ever.
-
-    Weights are frozen into what is compiled, and on a CPU packed once and not for every batch. It takes 10 s on two
-    cores for a ViT-B/32 and makes that a sixth faster. To be used in inference mode.
-    """
-    plain = model.encode_image
-    fast = torch.compile(plain, dynamic=False, options={"freezing": True})
-
-    def encode_image(pixels: torch.Tensor) -> torch.Tensor:
-        return fast(pixels) if len(pixels) == batch_size else plain(pixels)
-
-    vars(model)["encode_image"] = encode_image
-    try:
-        yield
-    finally:
-        del vars(model)["encode_image"]
-
-
-@contextmanager
-def evaluating(model: DualEncoder) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards every module is in the mode it was in, which differs among towers."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode

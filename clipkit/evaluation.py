@@ -15,8 +15,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from clipkit.encoding import cast_for_inference, embed_source, evaluating
+from clipkit.encoding import embed_source
 from clipkit.errors import ClipkitError, did_you_mean
+from clipkit.inference import cast_for_inference, evaluating
 from clipkit.log import note, warn
 from clipkit.metrics import retrieval_chance, retrieval_recall, zeroshot_accuracy, zeroshot_chance
 from clipkit.settings import ValidationConfig

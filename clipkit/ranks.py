@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from clipkit.config import flat
-from clipkit.encoding import fast_bf16
 from clipkit.errors import ClipkitError
+from clipkit.inference import fast_bf16
 from clipkit.settings import TrainConfig
 from clipkit.towers import DualEncoder, pick_device
 

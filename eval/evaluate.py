@@ -60,9 +60,9 @@ def main(
 
     Under torchrun the processes divide the work; the figures are the same.
     """
-    from clipkit.encoding import cast_for_inference
     from clipkit.errors import ClipkitError
     from clipkit.evaluation import evaluate_retrieval, evaluate_zeroshot, open_classes, process_group
+    from clipkit.inference import cast_for_inference
     from clipkit.log import emit, warn
     from clipkit.sources import open_source
     from clipkit.towers import load_model, pick_device

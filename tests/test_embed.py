@@ -18,7 +18,6 @@ from clipkit.embeddings import Embeddings
 from clipkit.encoding import embed_source
 from clipkit.errors import ClipkitError
 from clipkit.sources import open_source, sample_id
-from clipkit.towers import load_model
 
 
 def test_the_layout_is_clip_retrievals(embeddings, pictures, model):
@@ -187,37 +186,6 @@ def test_the_same_again_does_nothing_and_a_changed_file_is_noticed(run, refused,
     Image.new("RGB", (9, 8)).save(tmp_path / "a.png")
     assert "made from other input" in refused("embed", tmp_path, "--model", model_dir, "--out", out)
     assert run("embed", tmp_path, "--model", model_dir, "--out", out, "--overwrite").status == 0
-
-
-def test_bf16_is_close_to_fp32(pictures, model_dir):
-    from clipkit.encoding import cast_for_inference
-
-    source = open_source(pictures)
-    exact = embed_source(source, cast_for_inference(load_model(model_dir), "fp32"), show=None)
-    rough = embed_source(source, cast_for_inference(load_model(model_dir), "bf16"), show=None)
-    assert rough.image.dtype == np.float32
-    assert (exact.image * rough.image).sum(1).min() > 0.995
-    assert (exact.text * rough.text).sum(1).min() > 0.995
-
-
-COMPILED = """
-import sys
-from clipkit.cli import main
-main(["embed", *sys.argv[1:]])
-"""
-
-
-@pytest.mark.slow
-def test_compiled_it_is_close_to_what_it_was(pictures, model_dir, tmp_path):
-    """In processes of their own: the checks of shapes that the tests put into every call cannot be compiled."""
-    found = {}
-    for name, flags in (("plain", []), ("compiled", ["--compile"])):
-        how = ["--model", str(model_dir), "--batch-size", "20", "--precision", "fp32", "--out", str(tmp_path / name)]
-        command = [sys.executable, "-c", COMPILED, str(pictures), *how, *flags]
-        subprocess.run(command, check=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
-        found[name] = Embeddings.open(tmp_path / name).vectors()
-    assert np.abs(found["plain"] - found["compiled"]).max() < 2e-3  # they are kept as float16
-    assert np.array_equal(found["plain"][40:], found["compiled"][40:])  # no whole batch
 
 
 def test_one_side_only(run, pictures, model_dir, tmp_path):

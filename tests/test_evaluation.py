@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clipkit.encoding import cast_for_inference, embed_source, evaluating
+from clipkit.encoding import embed_source
 from clipkit.errors import ClipkitError
 from clipkit.evaluation import (
     class_folders,
@@ -24,6 +24,7 @@ from clipkit.evaluation import (
     open_classes,
     open_validation,
 )
+from clipkit.inference import cast_for_inference, evaluating
 from clipkit.metrics import retrieval_recall
 from clipkit.settings import ValidationConfig
 from clipkit.sources import open_source

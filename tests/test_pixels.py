@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from clipkit import encoding, pixels
-from clipkit.encoding import embed_source, find_batch_size
+from clipkit.encoding import embed_source
 from clipkit.errors import BadSample
 from clipkit.pixels import decoded, shown
 from clipkit.preprocess import Preprocess
@@ -88,29 +88,3 @@ def test_the_same_rows_and_losses_whichever_way(files, model, decoding):
     assert [line["key"] for line in other.left_out] == ["broken.jpg", "empty.jpg"]
     assert [line["key"] for line in exact.left_out] == ["broken.jpg", "empty.jpg"]
     assert (exact.image * other.image).sum(1).min() > 0.99
-
-
-@pytest.mark.parametrize(
-    ("speeds", "chosen"),
-    [
-        ({16: 10, 32: 20, 64: 21, 128: 21.1}, 64),
-        ({16: 10, 32: 10.1, 64: 10.2, 128: 10.4}, 128),  # a little each time is something in the end
-        ({16: 30, 32: 31, 64: 20, 128: 99}, 32),
-        ({16: 10, 32: 20, 64: None}, 32),  # no memory
-        ({16: None}, 16),
-    ],
-)
-def test_the_batch_that_is_found_is_the_least_that_is_fast(model, monkeypatch, speeds, chosen):
-    def speed(model, sides, size):
-        if speeds[size] is None:
-            raise torch.OutOfMemoryError
-        return speeds[size]
-
-    monkeypatch.setattr(encoding, "_speed", speed)
-    assert find_batch_size(model, ("image",), 10**6) == chosen
-    assert find_batch_size(model, ("image",), 100) == 32  # not worth trying
-
-
-def test_speed_is_measured_with_either_tower(model):
-    for side in ("image", "text"):
-        assert encoding._speed(model, (side,), 4) > 0

@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,7 +20,6 @@ from clipkit.search.coding import (
     Coding,
     encode,
     learn_lists,
-    lists_found_on_gpus,
     read_codes,
     sample_rows,
     train_coding,
@@ -77,26 +75,6 @@ def test_in_pieces_on_the_disk_it_is_the_same_index(vectors, questions, tmp_path
         found.append(codes.search(questions, 20, params=parameters(codes, effort)))
     assert np.allclose(found[0][0], found[1][0], atol=1e-6)
     assert (found[0][1] == found[1][1]).mean() > 0.999  # equal scores come in the order of the lists
-
-
-@pytest.mark.parametrize("factory", ["IVF16,SQ8", "RR24,IVF16,PQ6x4fsr", "IVF16_HNSW32,SQfp16"])
-def test_lists_found_by_gpus_are_those_found_by_the_cpu(vectors, monkeypatch, factory):
-    """With the CPU in the GPUs' place: that the index gets its own quantizer back and is what it would have been."""
-    rows = vectors.rows.astype(np.float32)
-    plain = faiss.index_factory(DIM, factory, faiss.METRIC_INNER_PRODUCT)
-    plain.train(rows)
-    helped, lent = faiss.clone_index(plain), []
-    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 2)
-    monkeypatch.setattr(faiss, "index_cpu_to_all_gpus", lambda index: lent.append(index) or faiss.clone_index(index))
-    own = type(faiss.downcast_index(faiss.extract_index_ivf(helped).quantizer))
-    for part in np.array_split(rows, 3):
-        plain.add(part)
-        with lists_found_on_gpus(helped):
-            helped.add(part)
-        assert type(faiss.downcast_index(faiss.extract_index_ivf(helped).quantizer)) is own
-    assert len(lent) == 3
-    for found, wanted in zip(helped.search(rows[:50], 5), plain.search(rows[:50], 5), strict=True):
-        assert np.array_equal(found, wanted)
 
 
 def test_codes_that_were_not_learned_for_the_disk_are_refused_where_the_memory_does_not_hold_them(vectors, tmp_path):

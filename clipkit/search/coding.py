@@ -5,7 +5,6 @@ order of the answers stays, while what images have in common, which is most of a
 questions lie far from all of them (Liang et al. 2022, "Mind the Gap"), costs the codes nothing.
 """
 
-import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from faiss.contrib.ondisk import merge_ondisk
 from clipkit.artifact import atomic_write
 from clipkit.errors import ClipkitError
 from clipkit.heap import give_back_freed_memory
+from clipkit.search.gpus import graph_found_on_gpu, lists_found_on_gpus
 from clipkit.search.kinds import Kind, lists_for
 from clipkit.search.vectors import Vectors
 
@@ -226,9 +226,12 @@ def encode(coding: Coding, kind: Kind, vectors: Vectors, path: Path, *, memory: 
             f"{memory / 2**30:.1f} are allowed; give --memory more, or build a kind with lists (IVF-SQ8, RaBitQ)"
         )
     if in_memory:
-        with lists_found_on_gpus(index):
+        graph = graph_found_on_gpu(index, vectors.rows, memory - takes)
+        codes = index if graph is None else faiss.downcast_index(graph.storage)
+        with lists_found_on_gpus(codes):
             for block in _blocks(vectors, coding.mean, 0, rows):
-                index.add(block)
+                codes.add(block)
+        index = graph or index
         with atomic_write(path) as handle:
             faiss.write_index(index, handle.name)
         return
@@ -261,29 +264,6 @@ def _on_disk(coding: Coding, vectors: Vectors, path: Path, pieces: Path, room: i
     faiss.downcast_InvertedLists(made_lists).filename = lists.name
     with atomic_write(path) as handle:
         faiss.write_index(whole, handle.name)
-
-
-@contextlib.contextmanager
-def lists_found_on_gpus(index: Any) -> Iterator[None]:
-    """While vectors are added, let the GPUs, where there are any, find the list of each, which is most of that work.
-
-    Args:
-        index: on the CPU, where codes are made and stay; afterwards it is what it was, and more.
-    """
-    ivf = faiss.try_extract_index_ivf(index)
-    if ivf is None or not faiss.get_num_gpus():
-        yield
-        return
-    own = faiss.downcast_index(ivf.quantizer)
-    centres = faiss.IndexFlatIP(own.d)
-    centres.add(own.reconstruct_n(0, own.ntotal))  # compared in full, even where the index has a graph over them
-    there: Any = faiss.index_cpu_to_all_gpus(centres)
-    ivf.quantizer = there
-    there.thisown = True  # SWIG takes it that the index frees it now, which gets its own one back
-    try:
-        yield
-    finally:
-        ivf.quantizer = own
 
 
 def _blocks(vectors: Vectors, mean: np.ndarray, start: int, stop: int) -> Iterator[np.ndarray]:

@@ -1,12 +1,12 @@
 """Indexes that clipkit and autofaiss choose at the same memory: recall with text queries, speed, size and build cost.
 
-    python tests/bench/index_quality.py [--rows N] [--dim D] [--memory SIZE ...] [--work DIR] [--embeddings DIR]
+    python tests/bench/index_quality.py [--rows N] [--dim D] [--memory SIZE ...] [--work DIR] [--embeddings DIR DIR]
 
-Vectors are made up (tests/bench/vectors.py), or those of an embeddings folder with captions. Queries are captions that
-neither side is tuned with. Each index is built and asked in a process of its own; memory is that process's anonymous
-memory, sampled from outside, beyond what it has after its imports. autofaiss stands in clip-retrieval's environment,
-as it does not start alone, with its own FAISS, and is asked there. Vectors on the disk that clipkit scores again with
-are counted apart.
+Vectors are made up (tests/bench/vectors.py), or those of an embeddings folder, asked with the captions of another one
+by the same model. Queries are captions that neither side is tuned with. Each index is built and asked in a process of
+its own; memory is that process's anonymous memory, sampled from outside, beyond what it has after its imports.
+autofaiss stands in clip-retrieval's environment, as it does not start alone, with its own FAISS, and is asked there.
+Vectors on the disk that clipkit scores again with are counted apart.
 """
 
 import argparse
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--memory", nargs="*", default=["2GB", "150MB"], help="that the index may take while it serves")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "clipkit-bench" / "index")
-    parser.add_argument("--embeddings", type=Path, help="of a trained model, with captions, in place of made-up ones")
+    parser.add_argument("--embeddings", type=Path, nargs=2, help="to index, and with captions to ask with")
     parser.add_argument("--kind", default="auto", help="ours, where it is not to be chosen")
     parser.add_argument("--call", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -159,14 +159,15 @@ def main() -> None:
 
     from clipkit.embeddings import Embeddings
 
-    work = args.work / f"{args.rows}-{args.dim}"
+    work = args.work / (args.embeddings[0].name if args.embeddings else f"{args.rows}-{args.dim}")
     work.mkdir(parents=True, exist_ok=True)
-    folder = args.embeddings or work / "emb"
+    folder = args.embeddings[0] if args.embeddings else work / "emb"
     if args.embeddings is None:
         write_embeddings(folder, args.rows, args.dim, 2 * ASKED)
         queries = World(args.dim).block("text", 10**6, ASKED).astype(np.float32)  # of pairs that nobody has seen
     else:
-        queries = Embeddings.open(folder).vectors("text")[::7][:ASKED]
+        captions = Embeddings.open(args.embeddings[1]).vectors("text")
+        queries = captions[:: max(1, len(captions) // ASKED)][:ASKED]
     np.save(work / "queries.npy", queries)
     vectors = Embeddings.open(folder)
     heap = faiss.ResultHeap(len(queries), K, keep_max=True)
@@ -200,7 +201,7 @@ def main() -> None:
                 told = json.loads((at / "manifest.json").read_text())
                 name = told["chosen"]["image"]["kind"]
                 held = sum(p.stat().st_size for p in at.glob("segments/*/image.codes*"))
-                beside = 2 * args.dim
+                beside = 2 * int(queries.shape[1])
             else:
                 call_ = {
                     "side": side,

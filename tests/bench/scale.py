@@ -4,8 +4,12 @@
 
 Made-up vectors (`vectors.py`) of each size are built into an index and asked one query at a time on one thread. Memory
 is the build's anonymous memory, sampled from outside, beyond that of a process with the same imports. From a million
-rows on each size is built again under `--memory` of a third of the float16 data. The growth is fitted as a power of the
-rows by least squares on logarithms; from it follow the hours and machines for 100 million and 5 billion vectors.
+rows on each size is built again under `--memory` of a third of the float16 data.
+
+The growth of a build is fitted with the terms that it is made of: a constant (the start, learning the codes), one by
+row (reading, coding, and k-means, whose sample and centres both grow with the root of the rows), and one by row and
+root of the rows (each vector is compared with every centre). Search is fitted as a power of the rows. Both say what 100
+million and 5 billion vectors would take on such a machine.
 """
 
 import argparse
@@ -23,10 +27,25 @@ LARGE = (100_000_000, 5_000_000_000)
 IDLE = "import clipkit.search, clipkit.report, matplotlib.pyplot, time; time.sleep(1)"
 
 
-def growth(rows: list[int], values: list[float]) -> tuple[float, float]:
+def power_law(rows: list[int], values: list[float]) -> tuple[float, float]:
     """``value = factor * rows ** power``, by least squares on logarithms."""
     power, factor = np.polyfit(np.log(rows), np.log(np.maximum(values, 1e-9)), 1)
     return float(np.exp(factor)), float(power)
+
+
+def terms(rows: Any) -> np.ndarray:
+    """Array ``[N, 3]``: what a build's seconds grow with."""
+    rows = np.asarray(rows, dtype=np.float64)
+    return np.stack([np.ones_like(rows), rows, rows**1.5], axis=1)
+
+
+def build_growth(rows: list[int], values: list[float]) -> np.ndarray:
+    """Float array ``[3]``: seconds per term, none below zero, by least squares on relative errors."""
+    from scipy.optimize import nnls
+
+    scale = terms(rows).max(axis=0)
+    weights = 1 / np.asarray(values)[:, None]
+    return nnls(terms(rows) / scale * weights, np.ones(len(values)))[0] / scale
 
 
 def main() -> None:
@@ -36,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="*", type=int, default=[100_000, 300_000, 1_000_000, 3_000_000])
     parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--kind", default="RaBitQ")
+    parser.add_argument("--kind", default="IVF-PQ")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "clipkit-bench" / "scale")
     args = parser.parse_args()
     own = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -70,11 +89,20 @@ def main() -> None:
                 seconds.append(took)
                 spent.append(1 / told["qps"])
         shutil.rmtree(folder)
-    if len(args.rows) > 1:
-        for name, values in (("build seconds", seconds), ("seconds per query", spent)):
-            factor, power = growth(args.rows, values)
-            ahead = ", ".join(f"{rows:,}: {factor * rows**power:,.3g}" for rows in LARGE)
-            print(f"\n{name} = {factor:.3g} * rows ** {power:.2f}; {ahead}")
+    if len(args.rows) > 2:
+        per_term = build_growth(args.rows, seconds)
+        print(
+            f"\nbuild seconds = {per_term[0]:.3g} + {per_term[1]:.3g} * rows + {per_term[2]:.3g} * rows ** 1.5", end=""
+        )
+        print(
+            "; "
+            + ", ".join(
+                f"{rows:,}: {took / 3600:,.1f} h" for rows, took in zip(LARGE, terms(LARGE) @ per_term, strict=True)
+            )
+        )
+        factor, power = power_law(args.rows, spent)
+        print(f"seconds per query = {factor:.3g} * rows ** {power:.2f}", end="; ")
+        print(", ".join(f"{rows:,}: {1000 * factor * rows**power:,.0f} ms" for rows in LARGE))
 
 
 if __name__ == "__main__":

@@ -89,12 +89,14 @@ def timed(command: list[Any], environ: dict[str, str]) -> float:
     return time.perf_counter() - began
 
 
-def towers_alone(model: Path, batch_size: int) -> float:
+def towers_alone(model: Path, batch_size: int, compile: bool) -> float:
     """Images per second of the image tower, of pixels that are there already."""
+    from contextlib import nullcontext
+
     import torch
 
     from clipkit.heap import keep_freed_memory
-    from clipkit.inference import cast_for_inference
+    from clipkit.inference import cast_for_inference, compiled
     from clipkit.towers import load_model, pick_device
 
     keep_freed_memory()

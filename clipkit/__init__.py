@@ -14,11 +14,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from clipkit.classification import classify
     from clipkit.embeddings import Embeddings
     from clipkit.errors import ClipkitError
     from clipkit.search import Index
     from clipkit.towers import load_model
-    from clipkit.zeroshot import classify
 
 __version__ = "0.1.0"
 __all__ = ["ClipkitError", "Embeddings", "Index", "__version__", "classify", "load_model"]
@@ -27,7 +27,7 @@ _HOMES = {
     "ClipkitError": "clipkit.errors",
     "Embeddings": "clipkit.embeddings",
     "Index": "clipkit.search",
-    "classify": "clipkit.zeroshot",
+    "classify": "clipkit.classification",
     "load_model": "clipkit.towers",
 }
 

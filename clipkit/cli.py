@@ -26,6 +26,7 @@ from clipkit.log import FORMATS
 
 __all__ = [
     "Job",
+    "cache_options",
     "find_recipe",
     "format_option",
     "jobs",
@@ -139,6 +140,15 @@ list_options = _together(
 )
 
 
+cache_options = _together(
+    click.option(
+        "--cache",
+        type=click.Path(path_type=Path),
+        help="Where embeddings are kept for the next time [default: $CLIPKIT_CACHE, or ~/.cache/clipkit].",
+    ),
+    click.option("--no-cache", is_flag=True, help="Keep none, and look for none."),
+    click.option("--cache-size", type=Bytes(), default="4GB", show_default=True, help="What that may take."),
+)
 memory_option = click.option(
     "--memory",
     type=Bytes(),

@@ -4,13 +4,12 @@ Progress bars appear only on a terminal and only on the main process, so logs an
 """
 
 import csv
-import io
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -101,38 +100,43 @@ def _plain(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (dict, list, tuple)) else value
 
 
-def emit(rows: Sequence[Mapping[str, Any]] | Mapping[str, Any], fmt: str, title: str = "") -> None:
+def emit(rows: Iterable[Mapping[str, Any]] | Mapping[str, Any], fmt: str, title: str = "") -> None:
     """Print results on stdout.
 
     Args:
         rows: several rows with the same keys, or one mapping of figures.
-        fmt: ``json`` prints the value as it is, ``jsonl`` a line per row, ``csv`` a header and a line per row,
-            ``human`` a table.
+        fmt: ``json`` prints the value as it is, ``jsonl`` a line per row, ``csv`` a header and a line per row, both as
+            the rows come; ``human`` a table.
         title: stands above the table.
     """
-    many = [rows] if isinstance(rows, Mapping) else list(rows)
-    if fmt == "json":
-        text = json.dumps(rows if isinstance(rows, Mapping) else many, ensure_ascii=False, indent=2, default=str) + "\n"
-    elif fmt == "jsonl":
-        text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in many)
-    elif fmt == "csv":
-        buffer = io.StringIO()
-        if many:
-            writer = csv.DictWriter(buffer, fieldnames=list(many[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({key: _plain(value) for key, value in row.items()} for row in many)
-        text = buffer.getvalue()
-    else:
-        if isinstance(rows, Mapping):
-            many = [{"": key, "value": value} for key, value in rows.items()]
-        table = Table(*(many[0] if many else ["nothing found"]), title=title or None, title_justify="left")
-        for row in many:
-            table.add_row(*(escape(_shown(value)) for value in row.values()))
-        wide = Console(file=sys.stdout, soft_wrap=False, highlight=False, width=None if sys.stdout.isatty() else 120)
-        wide.print(table)
+    # A mapping is an iterable too, to a type checker.
+    many = cast("Iterable[Mapping[str, Any]]", [rows] if isinstance(rows, Mapping) else rows)
+    if fmt in ("json", "human"):
+        _emit_whole(cast("Mapping[str, Any]", rows) if isinstance(rows, Mapping) else list(many), fmt, title)
         return
-    sys.stdout.write(text)
+    writer: csv.DictWriter[str] | None = None
+    for row in many:
+        if fmt == "jsonl":
+            sys.stdout.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+            continue
+        if writer is None:
+            writer = csv.DictWriter(sys.stdout, fieldnames=list(row), lineterminator="\n")
+            writer.writeheader()
+        writer.writerow({key: _plain(value) for key, value in row.items()})
     sys.stdout.flush()
+
+
+def _emit_whole(rows: Sequence[Mapping[str, Any]] | Mapping[str, Any], fmt: str, title: str) -> None:
+    if fmt == "json":
+        sys.stdout.write(json.dumps(rows, ensure_ascii=False, indent=2, default=str) + "\n")
+        sys.stdout.flush()
+        return
+    many = [{"": key, "value": value} for key, value in rows.items()] if isinstance(rows, Mapping) else rows
+    table = Table(*(many[0] if many else ["nothing found"]), title=title or None, title_justify="left")
+    for row in many:
+        table.add_row(*(escape(_shown(value)) for value in row.values()))
+    wide = Console(file=sys.stdout, soft_wrap=False, highlight=False, width=None if sys.stdout.isatty() else 120)
+    wide.print(table)
 
 
 def _shown(value: Any) -> str:

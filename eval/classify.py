@@ -4,10 +4,13 @@ Each name becomes a vector through the text tower, each image takes the nearest.
 """
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from clipkit.cli import Job, format_option, list_options, model_option
+from clipkit.cli import Job, cache_options, format_option, list_options
+
+READABLE = 200  # rows of a table on the screen; of more, what each label got
 
 
 @click.command(cls=Job)
@@ -15,92 +18,102 @@ from clipkit.cli import Job, format_option, list_options, model_option
 @click.option(
     "--labels",
     required=True,
-    help='Names with commas between, "cat,dog,horse", or a text file with one a line.',
+    help='Names with commas between, "cat,dog,horse"; a text file with one a line; or YAML with all that is known.',
+)
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    help="Run or model folder, open_clip:NAME/TAG, or hf:ORG/NAME; of several the probabilities are joined.",
 )
 @click.option(
     "--prompts",
-    default="default",
-    show_default=True,
-    help="default, plain, photo, openai80, or templates of your own: 'a drawing of a {}.|a {}.'",
+    help="default, plain, photo, openai80, or templates of your own: 'a drawing of a {}.|a {}.' [default: those in the "
+    "file of labels, else default].",
 )
+@click.option("--background", help='Names for "none of these", with commas between them.')
+@click.option("--threshold", default=0.0, show_default=True, help="The least probability that is sure.")
+@click.option("--min-margin", default=0.0, show_default=True, help="The least distance to the second's probability.")
+@click.option("--where", metavar="CONDITION", help="Of an index: only images of which this holds, as in search.")
 @click.option("--top", default=5, show_default=True, type=click.IntRange(1), help="How many classes to list per image.")
+@click.option("--report", type=click.Path(path_type=Path), help="Write a page: contact sheets, least certain first.")
 @click.option("--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Images at a time.")
+@click.option(
+    "--precision",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "bf16", "fp32"]),
+    help="Of the towers; auto: bf16 where the device is fast at it.",
+)
 @click.option("--device", help="For the model [default: the GPU where there is one].")
-@model_option
+@cache_options
 @list_options
 @format_option
-def main(
-    source: str,
-    labels: str,
-    prompts: str,
-    top: int,
-    batch_size: int,
-    device: str | None,
-    model: str | None,
-    image_column: str | None,
-    caption_column: str | None,
-    image_root: str | None,
-    fmt: str,
-) -> int:
-    """Say for every image of SOURCE (a folder, a list, shards, or embeddings) which of the labels fits best.
+def main(source: str, labels: str, models: tuple[str, ...], fmt: str, **asked: Any) -> int:
+    """Say for every image of SOURCE (a folder, list, shards, embeddings or an index) which of the labels fits best.
 
-    Rows: path, label, score (cosine), probability, margin (to the second), top, status, reason. An unreadable image
-    has a row too, with status "unreadable", and the exit status is 1.
+    Rows: path, label, score (cosine), probability, margin (to the second), top, status, reason. What is not sure enough
+    has the status "unsure", what fits a label for "none of these" best "background". An unreadable image has a row too,
+    with status "unreadable", and the exit status is 1. Of embeddings and of an index no image is encoded again; of
+    other sources none that was before and has not changed.
     """
     from clipkit.artifact import kind_of
-    from clipkit.embeddings import Embeddings
+    from clipkit.cache import Cache, cache_folder
+    from clipkit.cached import cached_prompts
+    from clipkit.classification import classify_images, open_images, rows_of, summary, zero_shot
+    from clipkit.classify_report import accuracy, pictures, write_report
+    from clipkit.decisions import Rule
     from clipkit.errors import ClipkitError
+    from clipkit.labels import parse_labels, truth_of
+    from clipkit.lazy_model import LazyModel
     from clipkit.log import emit, note, warn
     from clipkit.sources import open_source
-    from clipkit.towers import load_model, pick_device
-    from clipkit.zeroshot import classify, prompt_set
 
-    names = _labels(labels)
-    templates = prompt_set(prompts)
-    if model is None:
+    cache = Cache(None if asked["no_cache"] else asked["cache"] or cache_folder(), asked["cache_size"])
+    known = parse_labels(labels)
+    if asked["background"] is not None:
+        known = known.with_background([name.strip() for name in asked["background"].split(",") if name.strip()])
+    prompts = asked["prompts"] or known.prompts or "default"
+    templates = cached_prompts(prompts, cache) if isinstance(prompts, str) else prompts
+    rule = Rule(asked["threshold"], asked["min_margin"], known.background)
+    if not models:
         raise ClipkitError("name the model to classify with: --model RUN (or open_clip:NAME/TAG, or hf:ORG/NAME)")
-    towers = load_model(model, pick_device(device))
-    if kind_of(Path(source)) == "embeddings":
-        opened = Embeddings.open(source)
+    lazy = [LazyModel(spec, cache, device=asked["device"], precision=asked["precision"]) for spec in models]
+    columns = {name: asked[name] for name in ("image_column", "caption_column", "image_root")}
+    opened: Any = source
+    if kind_of(Path(source)) not in ("embeddings", "index"):
+        opened = open_source(source, **columns)
+    classifiers = [zero_shot(known, templates, model, cache) for model in lazy]
+    how = {"where": asked["where"], "batch_size": asked["batch_size"], "show": "classify"}
+    images = open_images(opened, lazy, cache, **how)
+    if not len(images):
+        first = {"key": source, "reason": "no image passes", **(images.unreadable[0] if images.unreadable else {})}
+        raise ClipkitError(f"nothing in {source} can be used; the first: {first['key']}: {first['reason']}")
+    decisions = classify_images(images, classifiers, rule, top=asked["top"])
+    truth = truth_of(images.paths, known)
+    if fmt != "human":
+        emit(rows_of(images, known, decisions), fmt)
+    elif len(images) > READABLE:
+        emit(summary(known, decisions), fmt)
+        note(f"{len(images):,} images; --format jsonl or csv gives a row for each")
     else:
-        opened = open_source(source, image_column=image_column, caption_column=caption_column, image_root=image_root)
-    rows = classify(opened, names, towers, prompts=templates, top=top, batch_size=batch_size, show="classify")
-    unreadable = [row for row in rows if row["status"] != "ok"]
-    if len(unreadable) == len(rows):
-        raise ClipkitError(
-            f"nothing in {source} can be used; the first: {unreadable[0]['path']}: {unreadable[0]['reason']}"
-        )
-    if fmt == "human":
         shown = ("path", "label", "probability", "margin", "status")
-        emit([{key: row[key] for key in shown} for row in rows], fmt)
-        counts = {name: sum(row["label"] == name for row in rows) for name in names}
-        note(", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=lambda item: -item[1])))
-    else:
-        emit(rows, fmt)
-    if unreadable:
-        first = unreadable[0]
-        warn(f"{len(unreadable)} of {len(rows)} cannot be read; the first: {first['path']}: {first['reason']}")
+        emit([{key: row[key] for key in shown} for row in rows_of(images, known, decisions)], fmt)
+        note(", ".join(f"{each['label']} {each['images']}" for each in summary(known, decisions)))
+    if truth is not None:
+        (share, low, high), count = accuracy(truth, decisions)
+        note(f"{share:.1%} of {count:,} are in the folder of their label (95 % interval {low:.1%} to {high:.1%})")
+    if asked["report"] is not None:
+        picture = pictures(images, opened, Path(asked["image_root"] or ""))
+        about = f"{source}, by {', '.join(models)}"
+        write_report(asked["report"], images, known, decisions, about=about, truth=truth, picture=picture)
+        note(f"{asked['report']}: contact sheets, least certain first")
+    if images.unreadable:
+        first, count = images.unreadable[0], len(images.unreadable)
+        told = f"the first: {first['key']}: {first['reason']}"
+        warn(f"{count:,} of {len(images) + count:,} cannot be read; {told}")
         return 1
     return 0
-
-
-def _labels(given: str) -> list[str]:
-    """Names from a comma-separated string, or from a file, one a line."""
-    from clipkit.errors import ClipkitError
-
-    path = Path(given)
-    try:
-        is_file = path.is_file()
-    except OSError:  # a long list of names is no file name
-        is_file = False
-    if is_file:
-        try:
-            return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        except UnicodeDecodeError as error:
-            raise ClipkitError(f"{given} is not UTF-8 text: {error}") from error
-    if "," not in given and (path.suffix in (".txt", ".csv", ".yaml") or "/" in given):
-        raise ClipkitError(f"no such file of labels: {given}")
-    return [name.strip() for name in given.split(",") if name.strip()]
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network must f
 from jaxtyping import install_import_hook
 
 # Shapes and dtypes in signatures are checked while testing and cost nothing otherwise.
-HOOKED = ["clipkit.loss", "clipkit.metrics", "clipkit.zeroshot", "clipkit.towers.dual_encoder"]
+HOOKED = ["clipkit.loss", "clipkit.metrics", "clipkit.zeroshot", "clipkit.decisions", "clipkit.towers.dual_encoder"]
 hook = install_import_hook(HOOKED, "beartype.beartype")
 
 import csv
@@ -41,6 +41,14 @@ class Result(NamedTuple):
     status: int
     out: str
     err: str
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder for each test, so that none finds what another one kept."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("CLIPKIT_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture

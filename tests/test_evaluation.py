@@ -20,15 +20,15 @@ from clipkit.evaluation import (
     class_folders,
     evaluate_retrieval,
     evaluate_zeroshot,
-    gather_objects,
     open_classes,
-    open_validation,
 )
 from clipkit.inference import cast_for_inference, evaluating
 from clipkit.metrics import retrieval_recall
 from clipkit.settings import ValidationConfig
+from clipkit.shared_work import gather_objects
 from clipkit.sources import open_source
 from clipkit.towers import load_model
+from clipkit.validation import open_validation
 from tests.conftest import make_pictures, tiny_model
 from tests.distributed import run_two_ranks
 from tests.samples import photo

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clipkit import evaluation
+from clipkit import validation
 from clipkit.checkpoint import checkpoints
 from clipkit.errors import ClipkitError
 from clipkit.learner import Learner
@@ -68,7 +68,7 @@ def test_on_a_stream_that_is_not_read_backwards_it_goes_back_all_the_same(run, r
 def test_validation_that_fails_on_the_way_loses_no_checkpoint(
     run, recipe, shards, captioned, trained, tmp_path, monkeypatch
 ):
-    validate = evaluation.validate
+    validate = validation.validate
     calls = iter(range(1, 99))
 
     def fails(*args):
@@ -80,7 +80,7 @@ def test_validation_that_fails_on_the_way_loses_no_checkpoint(
     settings = with_settings(f"data.train={shards}", f"validation.retrieval={captioned}", "validation.every_steps=1")
     call = ["train", recipe, *settings, "--out", out, "--resume"]
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "validate", fails)
+        patch.setattr(validation, "validate", fails)
         result = run(*call)
     assert result.status == 2
     assert "the list of captions is gone" in result.err

@@ -14,6 +14,10 @@ FLOORS = [
     {"checksums", "errors", "renewal", "stopping", "step"},
     {"log", "artifact", "decode", "preprocess", "settings", "config", "metrics", "loss", "optim", "scenes", "report"},
     {
+        "cache",
+        "decisions",
+        "confidence",
+        "labels",
         "checkpoint_files",
         "guard",
         "heap",
@@ -28,7 +32,7 @@ FLOORS = [
         "filters",
         "sheet",
     },
-    {"tar_index", "lists"},
+    {"tar_index", "lists", "model_specs"},
     {"spool", "shard_specs"},
     {"shards"},
     {"sources", "towers"},
@@ -37,8 +41,12 @@ FLOORS = [
     {"loader", "pixels"},
     {"encoding", "search", "run", "objective"},
     {"embed", "zeroshot", "ranks", "questions"},
-    {"evaluation", "learner", "pace"},
-    {"plan"},
+    {"lazy_model", "benchmarks"},
+    {"cached"},
+    {"shared_work"},
+    {"evaluation", "classification", "learner", "pace"},
+    {"validation", "classify_report", "results", "plan"},
+    {"tasks"},
 ]
 SAME_FLOOR = {
     ("renewal", "errors"),
@@ -65,7 +73,18 @@ HOMES = {
     "yaml": {"config"},
     "click": {"cli", "train", "index", "eval"},
     "pydantic": {"config", "settings", "preprocess", "towers"},
-    "PIL": {"decode", "preprocess", "shrink", "augment", "scenes", "report", "towers", "check", "sheet"},
+    "PIL": {
+        "decode",
+        "preprocess",
+        "shrink",
+        "augment",
+        "scenes",
+        "report",
+        "towers",
+        "check",
+        "sheet",
+        "classify_report",
+    },
 }
 
 

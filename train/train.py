@@ -75,7 +75,6 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
     from clipkit.artifact import MODEL_FOLDER
     from clipkit.checkpoint import Saver, newest_usable
     from clipkit.errors import ClipkitError
-    from clipkit.evaluation import open_validation, validate
     from clipkit.guard import Guard
     from clipkit.learner import Learner, prepare_towers
     from clipkit.loader import Batches, describe, open_train_data, train_batches
@@ -89,6 +88,7 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
     from clipkit.run import Run, refuse_too_many
     from clipkit.stopping import PREEMPTED, StopRequest
     from clipkit.towers import create_model, load_model
+    from clipkit.validation import open_validation, validate
 
     ranks = Ranks(config, out)
 

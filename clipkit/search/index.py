@@ -171,6 +171,26 @@ class Index:
         """These scores and positions, ``[queries, k]`` each, with their metadata."""
         return Found(scores, positions, lambda flat: self.rows(flat, side))
 
+    def positions(self, side: Side = "image", where: str | None = None) -> np.ndarray:
+        """Of all rows that can be found, or of those that a condition holds for, int64, rising."""
+        self._check_side(side)
+        found = [
+            start + (np.arange(segment.rows) if passing is None else passing.numbers)
+            for (segment, passing), start in zip(self.passing(side, where), self._starts[side], strict=False)
+        ]
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+    def column(self, name: str, positions: np.ndarray, side: Side = "image") -> list[Any]:
+        """One column of the metadata of rows; None where a row has none."""
+        found: list[Any] = [None] * len(positions)
+        for number, at in self._by_segment(positions, side):
+            table = self._segments[side][number].table
+            if name in table.column_names:
+                values = table[name].take(pa.array(positions[at] - self._starts[side][number])).to_pylist()
+                for place, value in zip(at.tolist(), values, strict=True):
+                    found[place] = value
+        return found
+
     def rows(self, positions: Sequence[int] | np.ndarray, side: Side = "image") -> list[dict[str, Any]]:
         """The metadata of rows, in the order given; of -1 (nothing found) there is none."""
         wanted = np.asarray(positions, np.int64)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
-from clipkit.artifact import MODEL_FOLDER, kind_of, relative_to_artifact
-from clipkit.checkpoint_files import best_checkpoint, checkpoint_name, checkpoints
+from clipkit.artifact import kind_of, relative_to_artifact
 from clipkit.config import explain_validation
-from clipkit.errors import ClipkitError, did_you_mean
+from clipkit.errors import ClipkitError
 from clipkit.launch import local_rank
 from clipkit.log import note
+from clipkit.model_specs import model_folder, refuse_another, spec_of
 from clipkit.preprocess import Preprocess
 from clipkit.settings import ModelConfig, TowersConfig
 from clipkit.towers.dual_encoder import DualEncoder
@@ -113,49 +113,6 @@ def load_model(spec: str | Path, device: "str | torch.device" = "cpu") -> DualEn
     return model.eval().to(device)
 
 
-def model_folder(spec: str | Path) -> Path | None:
-    """The local folder of weights that `spec` names, or None where it names none.
-
-    Raises:
-        ClipkitError: where it names a run that has no such checkpoint, or no model yet.
-    """
-    spec = str(spec)
-    run, at, which = spec.rpartition("@")
-    if at and Path(run).is_dir():
-        return _checkpoint(Path(run), which) / MODEL_FOLDER
-    folder = Path(spec)
-    if not folder.is_dir():
-        return None
-    if (folder / MODEL_FOLDER).is_dir():
-        return folder / MODEL_FOLDER
-    if (folder / "checkpoints").is_dir():
-        steps = checkpoints(folder)
-        hint = (
-            f"use {spec.rstrip('/')}@{steps[-1].name}, or finish it with --resume"
-            if steps
-            else "finish it with --resume"
-        )
-        raise ClipkitError(f"{folder} is a run without a finished model; {hint}")
-    return folder
-
-
-def _checkpoint(run: Path, which: str) -> Path:
-    number = re.fullmatch(r"step-(\d+)", which)
-    chosen = run / "checkpoints" / (checkpoint_name(int(number[1])) if number else which)
-    known = [path.name for path in checkpoints(run)]
-    has = f"it has {', '.join(known) or 'none'}"
-    if which == "best":
-        best = best_checkpoint(run)
-        if best is None:
-            raise ClipkitError(
-                f"{run} kept no best checkpoint (validation.best=FIGURE does, such as image_retrieval_recall@1); {has}"
-            )
-        chosen = best[0]
-    elif not (chosen / MODEL_FOLDER).is_dir():
-        raise ClipkitError(f"{run} has no checkpoint {which!r}{did_you_mean(which, [*known, 'best'])}; {has}")
-    return chosen
-
-
 def model_reference(model: DualEncoder, spec: str | Path, artifact: Path) -> dict[str, Any]:
     """What an artifact's manifest says of the model it was made with: fingerprint, and where to find it again."""
     folder = model_folder(spec)
@@ -177,19 +134,9 @@ def load_model_of(
     Raises:
         ClipkitError: where the model is not found, or another stands in its place; both fingerprints are named.
     """
-    made_with = manifest["model"]
-    if spec is None:
-        spec = str(made_with.get("spec") or artifact / made_with["path"])
-        if "path" in made_with and not Path(spec).is_dir():
-            known = made_with["fingerprint"][:12]
-            raise ClipkitError(f"the model of {artifact} ({known}) is not at {spec} any more; name it with --model")
+    spec = spec_of(manifest, artifact, spec)
     model = load_model(spec, device)
-    asked = model.fingerprint()
-    if asked != made_with["fingerprint"]:
-        raise ClipkitError(
-            f"{artifact} was made with model {made_with['fingerprint'][:12]}, but {spec} is model {asked[:12]}; "
-            "name the right one with --model, or make it again with this one"
-        )
+    refuse_another(manifest, artifact, spec, model.fingerprint())
     return model
 
 

@@ -1,0 +1,158 @@
+"""The page that shows what was classified: contact sheets, least certain first, and what was mistaken for what."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from clipkit.classification import Images
+from clipkit.confidence import Interval, wilson_interval
+from clipkit.decisions import OK, Decisions
+from clipkit.decode import decode
+from clipkit.errors import BadSample
+from clipkit.labels import LabelSet
+from clipkit.metrics import confusion_matrix
+from clipkit.report import Report, confusion_figure
+
+__all__ = ["accuracy", "pictures", "write_report"]
+
+SHOWN = 24  # pictures of a class; more would not be looked at, and each takes some kilobytes
+NAMED = 30  # classes in the confusion matrix; with more of them nothing could be read, and a table lists the pairs
+
+
+def accuracy(truth: np.ndarray, decisions: Decisions, *, sure: bool = False) -> tuple[Interval, int]:
+    """Share of images whose first class is theirs with its 95 % interval (Wilson 1927), and how many were counted.
+
+    Args:
+        truth: int ``[n]``, -1 where it is not known.
+        decisions: on the same images.
+        sure: count those with the status ``ok`` only.
+    """
+    counted = truth >= 0
+    if sure:
+        counted = counted & (decisions.statuses == OK)
+    right = int((decisions.classes[counted, 0] == truth[counted]).sum())
+    count = int(counted.sum())
+    return wilson_interval(right, count), count
+
+
+def pictures(images: Images, source: Any, root: Path) -> Callable[[int], Image.Image | None]:
+    """Gives an image by its number, or None where it is not at hand.
+
+    Args:
+        images: that are asked for.
+        source: that they come from, opened; its own pictures are shown where it has any.
+        root: where the paths of others start.
+    """
+
+    def show(at: int) -> Image.Image | None:
+        try:
+            if images.rows is not None:
+                return decode(source[images.rows[at]].read())
+            return decode(root / images.paths[at])
+        except BadSample:
+            return None
+
+    return show
+
+
+def write_report(
+    path: Path,
+    images: Images,
+    labels: LabelSet,
+    decisions: Decisions,
+    *,
+    about: str,
+    truth: np.ndarray | None = None,
+    picture: Callable[[int], Image.Image | None],
+) -> None:
+    """Write a self-contained page.
+
+    Args:
+        path: of the page.
+        images, labels, decisions: what was classified, as what, and how.
+        about: the model and the source in a line.
+        truth: int ``[n]``: the class of each image where it is known, else -1; None where nothing is.
+        picture: image number `n`, or None where it is not at hand.
+    """
+    page = Report("Classified", about)
+    counts = {name: int((decisions.statuses == at).sum()) for at, name in enumerate(("sure", "unsure", "background"))}
+    cards = [("images", f"{len(images):,}", f"{len(labels.labels)} labels")]
+    cards += [(name, f"{count:,}", f"{count / max(len(images), 1):.1%}") for name, count in counts.items() if count]
+    if images.unreadable:
+        cards.append(("unreadable", f"{len(images.unreadable):,}", "listed below"))
+    if truth is not None:
+        for name, sure in (("accuracy", False), ("accuracy of the sure", True)):
+            (share, low, high), count = accuracy(truth, decisions, sure=sure)
+            if count and (not sure or counts["sure"] < len(images)):
+                cards.append((name, f"{share:.1%}", f"95 % interval {low:.1%} to {high:.1%}, {count:,} images"))
+    page.figures(cards)
+    if truth is not None:
+        _confusion(page, labels.names, truth, decisions)
+    first = decisions.classes[:, 0]
+    for at, label in enumerate(labels.labels):
+        own = np.flatnonzero(first == at)
+        if len(own):
+            _sheet(page, label.name, own, images, decisions, truth, picture, labels.names)
+    if images.unreadable:
+        page.heading("Unreadable")
+        page.table([{"path": line["key"], "reason": line["reason"]} for line in images.unreadable[:1000]], words=True)
+        if len(images.unreadable) > 1000:
+            page.text(f"and {len(images.unreadable) - 1000:,} more")
+    page.write(path)
+
+
+def _confusion(page: Report, names: Sequence[str], truth: np.ndarray, decisions: Decisions) -> None:
+    known = truth >= 0
+    matrix = confusion_matrix(truth[known].astype(np.int64), decisions.classes[known, 0].astype(np.int64), len(names))
+    page.heading("What was taken for what", "The truth is the name of the folder that an image stands in.")
+    met = np.flatnonzero(matrix.sum(0) + matrix.sum(1))
+    if len(met) <= NAMED:
+        own = matrix[np.ix_(met, met)]
+        page.plot(confusion_figure(own, [names[at] for at in met.tolist()], ""), "confusion matrix")
+    wrong = matrix * (1 - np.eye(len(names), dtype=matrix.dtype))
+    pairs = np.argsort(-wrong, axis=None, kind="stable")[:10]
+    rows: list[dict[str, Any]] = []
+    for row, column in zip(*(part.tolist() for part in np.unravel_index(pairs, wrong.shape)), strict=True):
+        if wrong[row, column]:
+            share = wrong[row, column] / matrix[row].sum()
+            rows.append({"shown": names[row], "said": names[column], "images": int(wrong[row, column])})
+            rows[-1]["of its class"] = f"{share:.0%}"
+    if rows:
+        page.subheading("Most often mistaken")
+        page.table(rows)
+
+
+def _sheet(
+    page: Report,
+    name: str,
+    own: np.ndarray,
+    images: Images,
+    decisions: Decisions,
+    truth: np.ndarray | None,
+    picture: Callable[[int], Image.Image | None],
+    names: Sequence[str],
+) -> None:
+    page.heading(name, f"{len(own):,} images, least certain first" + (f"; {SHOWN} of them" if len(own) > SHOWN else ""))
+    shown: list[tuple[Image.Image | Path, str, bool]] = []
+    away = []
+    least = own[np.argsort(decisions.probabilities[own, 0], kind="stable")][:SHOWN]
+    for at in map(int, least):
+        said = f"{decisions.probabilities[at, 0]:.0%} {images.paths[at]}"
+        if decisions.statuses[at] == 1:
+            said = f"unsure {said}"
+        right = truth is not None and truth[at] == decisions.classes[at, 0]
+        if truth is not None and truth[at] >= 0 and not right:
+            said = f"{said} (is {names[truth[at]]})"
+        found = picture(at)
+        if found is None:
+            away.append({"image": images.paths[at], "probability": f"{decisions.probabilities[at, 0]:.0%}"})
+        else:
+            shown.append((found, said, right))
+    if shown:
+        page.sheet(shown)
+    if away:
+        page.text("These pictures are not at hand (--image-root says where they are):")
+        page.table(away)

@@ -1,0 +1,134 @@
+"""From cosines to decisions: which class, how probable, how far before the next, and whether that is sure enough.
+
+Pure functions over arrays, in chunks, so that a million images take no more memory than their answers do.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from clipkit.errors import ClipkitError
+
+__all__ = [
+    "BACKGROUND",
+    "CHUNK",
+    "OK",
+    "STATUSES",
+    "UNSURE",
+    "Decisions",
+    "Rule",
+    "decide",
+    "fused",
+    "joined",
+    "probabilities",
+]
+
+STATUSES = ("ok", "unsure", "background")
+OK, UNSURE, BACKGROUND = range(3)
+CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What makes a decision sure.
+
+    Raises:
+        ClipkitError: where a number is out of its range.
+    """
+
+    threshold: float = 0.0
+    """The least probability of the first class."""
+    min_margin: float = 0.0
+    """The least difference between the probabilities of the first class and the second."""
+    background: Sequence[int] = ()
+    """Places of classes that stand for "none of these"."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("threshold", self.threshold), ("margin", self.min_margin)):
+            if not 0 <= value <= 1:
+                raise ClipkitError(f"a {name} is a probability between 0 and 1, got {value:g}")
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """One for each image, in order."""
+
+    classes: np.ndarray
+    """int32 ``[n, top]``: the most probable classes, best first; equal ones in the order of the labels."""
+    cosines: np.ndarray
+    """float32 ``[n, top]``: of these; NaN where models of which each has its own were joined."""
+    probabilities: np.ndarray
+    """float32 ``[n, top]``: of these."""
+    margins: np.ndarray
+    """float32 ``[n]``: from the first probability to the second; 1 where there is one class only."""
+    statuses: np.ndarray
+    """uint8 ``[n]``: places in `STATUSES`."""
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+
+def probabilities(
+    cosines: Float[np.ndarray, "n classes"], scale: float, bias: float | None = None
+) -> Float[np.ndarray, "n classes"]:
+    """Softmax of the scaled cosines; with a bias the sigmoid of each alone (Zhai et al. 2023, "SigLIP"). Float64."""
+    logits = cosines.astype(np.float64) * scale
+    if bias is not None:
+        return 1 / (1 + np.exp(-(logits + bias)))
+    logits -= logits.max(axis=1, keepdims=True)
+    powers = np.exp(logits)
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
+def fused(
+    each: Sequence[Float[np.ndarray, "n classes"]], weights: Sequence[float] | None = None
+) -> Float[np.ndarray, "n classes"]:
+    """Late fusion of several models: the weighted mean of their probabilities (the sum rule of Kittler et al. 1998).
+
+    Args:
+        each: a model's probabilities.
+        weights: of the models; equal where not given.
+    """
+    return np.average(np.stack(each), axis=0, weights=weights)
+
+
+def decide(
+    shares: Float[np.ndarray, "n classes"], cosines: Float[np.ndarray, "n classes"] | None, rule: Rule, top: int = 5
+) -> Decisions:
+    """What the probabilities say.
+
+    Args:
+        shares: probabilities.
+        cosines: beside them; None where there are none of their own.
+        rule: what is sure.
+        top: how many classes to keep of each image.
+    """
+    count, classes = shares.shape
+    kept = min(top, classes)
+    # The two best are needed for the margin, whatever is kept. Stable: equal ones stay in the order of the labels.
+    order = np.argsort(-shares, axis=1, kind="stable")[:, : max(kept, min(2, classes))]
+    best = np.take_along_axis(shares, order, 1)
+    margins = (best[:, 0] - best[:, 1] if classes > 1 else np.ones(count)).astype(np.float32)
+    best = best.astype(np.float32)  # what is told is what is compared: a threshold that was read off a row lets it pass
+    sure = (best[:, 0] >= np.float32(rule.threshold)) & (margins >= np.float32(rule.min_margin))
+    statuses = np.where(sure, OK, UNSURE)
+    statuses[np.isin(order[:, 0], rule.background)] = BACKGROUND
+    order = order[:, :kept]
+    near = np.full(order.shape, np.nan) if cosines is None else np.take_along_axis(cosines, order, 1)
+    return Decisions(
+        order.astype(np.int32),
+        near.astype(np.float32),
+        best[:, :kept],
+        margins,
+        statuses.astype(np.uint8),
+    )
+
+
+def joined(parts: Sequence[Decisions]) -> Decisions:
+    """Decisions on some images, then on others."""
+    return Decisions(*(np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS))
+
+
+_FIELDS = ("classes", "cosines", "probabilities", "margins", "statuses")

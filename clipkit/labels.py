@@ -1,0 +1,246 @@
+"""Class names and the words for each: from the command line, from a text file, or from YAML with all that is known."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipkit.errors import ClipkitError, did_you_mean
+
+__all__ = ["Label", "LabelSet", "as_label_set", "parse_labels", "plain_name", "truth_of"]
+
+OF_FILE = ("labels", "prompts", "background", "hierarchy")
+OF_LABEL = ("aliases", "prompts", "descriptions", "group")
+FILES = (".txt", ".csv", ".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class Label:
+    """A class: its name, and what it is called and described as."""
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    """Other names, which take the prompts too."""
+    prompts: tuple[str, ...] | None = None
+    """Templates with ``{}`` of its own, in place of the common ones."""
+    descriptions: tuple[str, ...] = ()
+    """Sentences that are taken as they are, such as those that a language model writes (Pratt et al. 2023, "CuPL")."""
+    groups: tuple[str, ...] = ()
+    """That it belongs to, the widest first."""
+    background: bool = False
+    """Whether it stands for "none of these"."""
+
+    def texts(self, prompts: Sequence[str]) -> list[str]:
+        """All that is said of it: every name in every prompt, then the descriptions."""
+        own = prompts if self.prompts is None else self.prompts
+        names = (self.name, *self.aliases)
+        return [prompt.replace("{}", name) for name in names for prompt in own] + list(self.descriptions)
+
+
+@dataclass(frozen=True)
+class LabelSet:
+    """Classes in order, those of the background last.
+
+    Raises:
+        ClipkitError: where there is none, or a name is empty or stands twice.
+    """
+
+    labels: tuple[Label, ...]
+    prompts: tuple[str, ...] | str | None = None
+    """Templates for all of them, or the name of a set; None where the file says nothing of it."""
+
+    def __post_init__(self) -> None:
+        if all(label.background for label in self.labels):
+            raise ClipkitError("no labels are given")
+        seen = set()
+        for name in self.names:
+            if not name.strip():
+                raise ClipkitError("a label is empty")
+            if name in seen:
+                raise ClipkitError(f"the label {name!r} is given twice")
+            seen.add(name)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all classes."""
+        return [label.name for label in self.labels]
+
+    @property
+    def background(self) -> list[int]:
+        """Places of the classes that stand for none of the others."""
+        return [at for at, label in enumerate(self.labels) if label.background]
+
+    @property
+    def groups(self) -> dict[str, list[int]]:
+        """For each group the places of its classes, wide groups before the narrow ones in them."""
+        found: dict[str, list[int]] = {}
+        deep = max(len(label.groups) for label in self.labels)
+        for level in range(deep):
+            for at, label in enumerate(self.labels):
+                if level < len(label.groups):
+                    found.setdefault(label.groups[level], []).append(at)
+        return found
+
+    def with_background(self, names: Sequence[str]) -> "LabelSet":
+        """The same and further names for "none of these"."""
+        return replace(self, labels=(*self.labels, *(Label(name, background=True) for name in names)))
+
+
+def as_label_set(labels: LabelSet | Sequence[str]) -> LabelSet:
+    """The same, of bare names too."""
+    return labels if isinstance(labels, LabelSet) else LabelSet(tuple(Label(name) for name in labels))
+
+
+def plain_name(folder: str) -> str:
+    """A folder's name as a class is called: spaces for underscores, none twice."""
+    return " ".join(folder.replace("_", " ").split())
+
+
+def truth_of(paths: Sequence[str], labels: LabelSet) -> np.ndarray | None:
+    """Which class each image is of, where the folder that it stands in, or one above, is called as a class or an alias.
+
+    Args:
+        paths: of the images, relative to the source.
+        labels: the classes; case and underscores in names do not count.
+
+    Returns:
+        int64 ``[n]`` of places in the labels, -1 where no folder names one; None where none does for any image.
+    """
+    place = {
+        plain_name(name).casefold(): at
+        for at, label in reversed(list(enumerate(labels.labels)))
+        for name in (*label.aliases, label.name)
+    }
+    found = np.full(len(paths), -1, np.int64)
+    known: dict[str, int] = {}
+    for at, path in enumerate(paths):
+        above = path.rpartition("/")[0]
+        if above not in known:
+            folders = reversed(above.split("/"))  # the nearest first
+            known[above] = next((place[n] for f in folders if (n := plain_name(f).casefold()) in place), -1)
+        found[at] = known[above]
+    return found if (found >= 0).any() else None
+
+
+def parse_labels(given: str) -> LabelSet:
+    """Labels as the command takes them.
+
+    Args:
+        given: names with commas between them; or a text file with one a line; or a YAML file, which is a list of names
+            or a mapping with ``labels`` (a list, or a mapping from each name to its ``aliases``, ``prompts``,
+            ``descriptions`` and ``group``), ``prompts`` (the name of a set, or templates), ``background`` (names for
+            "none of these") and ``hierarchy`` (groups within groups, down to lists of names).
+
+    Raises:
+        ClipkitError: where there is no such file, or something in it is not as it should be.
+    """
+    path = Path(given)
+    try:
+        is_file = path.is_file()
+    except OSError:  # a long list of names is no file name
+        is_file = False
+    if not is_file:
+        if "," not in given and (path.suffix in FILES or "/" in given):
+            raise ClipkitError(f"no such file of labels: {given}")
+        return LabelSet(tuple(Label(name.strip()) for name in given.split(",") if name.strip()))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ClipkitError(f"{given} is not UTF-8 text: {error}") from error
+    if path.suffix not in (".yaml", ".yml"):
+        return LabelSet(tuple(Label(line.strip()) for line in text.splitlines() if line.strip()))
+    from clipkit.config import load_yaml
+
+    return _Reader(given).label_set(load_yaml(text, given))
+
+
+@dataclass
+class _Reader:
+    """Reads what YAML held, and says where it is wrong."""
+
+    where: str
+    groups_of: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def label_set(self, found: Any) -> LabelSet:
+        if isinstance(found, list):
+            found = {"labels": found}
+        about = self._mapping(found, "", OF_FILE)
+        given = about.get("labels")
+        if isinstance(given, Mapping):
+            labels = [self._label(str(name), of_label) for name, of_label in given.items()]
+        else:
+            labels = [Label(name) for name in self._names(given, "labels")]
+        self._hierarchy(about.get("hierarchy") or {}, ())
+        known = {label.name for label in labels}
+        for name in self.groups_of:
+            if name not in known:
+                raise ClipkitError(
+                    f"{self.where}: hierarchy names {name!r}, which is no label{did_you_mean(name, known)}"
+                )
+        labels = [replace(label, groups=self.groups_of.get(label.name, label.groups)) for label in labels]
+        taken = known & {group for label in labels for group in label.groups}
+        if taken:
+            raise ClipkitError(f"{self.where}: {min(taken)!r} is both a label and a group; call one of them otherwise")
+        names = self._names(about.get("background", []), "background")
+        background = [Label(name, background=True) for name in names]
+        prompts = about.get("prompts")
+        if prompts is not None and not isinstance(prompts, str):
+            prompts = tuple(self._templates(prompts, "prompts"))
+        return LabelSet((*labels, *background), prompts)
+
+    def _label(self, name: str, about: Any) -> Label:
+        if about is None or isinstance(about, list):
+            return Label(name, descriptions=tuple(self._names(about or [], name)))
+        of_label = self._mapping(about, name, OF_LABEL)
+        prompts = of_label.get("prompts")
+        group = of_label.get("group")
+        return Label(
+            name,
+            tuple(self._names(of_label.get("aliases", []), f"{name}.aliases")),
+            None if prompts is None else tuple(self._templates(prompts, f"{name}.prompts")),
+            tuple(self._names(of_label.get("descriptions", []), f"{name}.descriptions")),
+            () if group is None else tuple(self._names(group, f"{name}.group")),
+        )
+
+    def _hierarchy(self, node: Any, above: tuple[str, ...]) -> None:
+        if isinstance(node, Mapping):
+            for group, below in node.items():
+                self._hierarchy(below, (*above, str(group)))
+            return
+        for name in self._names(node, f"hierarchy.{'.'.join(above)}"):
+            if name in self.groups_of:
+                raise ClipkitError(f"{self.where}: hierarchy names {name!r} twice")
+            self.groups_of[name] = above
+
+    def _mapping(self, value: Any, at: str, known: Sequence[str]) -> Mapping[str, Any]:
+        if not isinstance(value, Mapping):
+            raise ClipkitError(f"{self.where}{at and ': '}{at}: a mapping is wanted, got {_told(value)}")
+        for key in value:
+            if key not in known:
+                inside = f" in {at}" if at else ""
+                hint = did_you_mean(str(key), known)
+                raise ClipkitError(f"{self.where}: unknown key {key!r}{inside}{hint}; there are {', '.join(known)}")
+        return value
+
+    def _names(self, value: Any, at: str) -> list[str]:
+        items = value if isinstance(value, list) else [value]
+        for item in items:
+            # YAML reads `no` and `1.5` as other things than names; a whole number can only be meant as one.
+            if isinstance(item, bool) or not isinstance(item, str | int):
+                raise ClipkitError(f"{self.where}: {at}: a name or a list of names is wanted, got {_told(item)}")
+        return [str(item) for item in items]
+
+    def _templates(self, value: Any, at: str) -> list[str]:
+        templates = self._names(value, at)
+        for template in templates:
+            if "{}" not in template:
+                raise ClipkitError(f"{self.where}: {at}: the prompt {template!r} has no {{}} for the class name")
+        return templates
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, bool):
+        return f"{'yes' if value else 'no'} (put it in quotes if it is a name)"
+    return "nothing" if value is None else f"{value!r}"[:60]

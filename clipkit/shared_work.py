@@ -1,0 +1,170 @@
+"""Embedding that ranks divide: each does some blocks of a source's rows and of the texts, and all of them get all.
+
+What is embedded together does not depend on how many ranks there are, so neither does what comes of it.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from clipkit.cache import Cache
+from clipkit.cached import cached_images, cached_texts
+from clipkit.embeddings import Embedded
+from clipkit.errors import ClipkitError
+from clipkit.lazy_model import LazyModel
+from clipkit.sources import Source
+
+__all__ = ["Gather", "SharedImages", "SharedWork", "Towers", "gather_objects", "process_group", "towers_of"]
+
+Value = TypeVar("Value")
+Gather = Callable[[Any], list[Any]]
+"""Called on every rank with a value of its own, gives all ranks' values in rank order."""
+
+
+@dataclass(frozen=True)
+class Towers:
+    """How images and texts are embedded."""
+
+    images: Callable[[Source, range, int, str | None], Embedded]
+    """Some rows of a source, so many at a time, under a progress bar of this title."""
+    texts: Callable[[Sequence[str], int], np.ndarray]
+    """Texts, so many at a time; float32 ``[n, dim]``, unit norm."""
+
+
+def towers_of(model: Any, cache: Cache | None = None) -> Towers:
+    """How a model embeds.
+
+    Args:
+        model: a `DualEncoder`, which is used as it is, or a `LazyModel`.
+        cache: of what was embedded before, for a `LazyModel`.
+    """
+    if isinstance(model, LazyModel):
+        lazy, kept = model, cache or Cache(None)
+
+        def cached(source: Source, rows: range, batch_size: int, show: str | None) -> Embedded:
+            how = {"rows": rows, "batch_size": batch_size, "show": show}
+            return cached_images(source, lazy, kept, decoding="exact", **how)
+
+        return Towers(cached, lambda texts, batch_size: cached_texts(texts, lazy, kept, batch_size))
+
+    from clipkit.encoding import embed_source
+    from clipkit.inference import evaluating
+
+    def images(source: Source, rows: range, batch_size: int, show: str | None) -> Embedded:
+        return embed_source(source, model, sides=["image"], rows=rows, batch_size=batch_size, show=show)
+
+    def texts(some: Sequence[str], batch_size: int) -> np.ndarray:
+        with evaluating(model):
+            return model.embed_texts(some, batch_size)
+
+    return Towers(images, texts)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """What each rank of the process group gives, in rank order; what stands in for it where there is no group: itself.
+
+    Values are pickled; with NCCL they pass through the GPU.
+    """
+    dist = sys.modules.get("torch.distributed")  # who has no group need not import it
+    if dist is None or not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+@contextmanager
+def process_group() -> Iterator[tuple[int, int]]:
+    """Join the processes that torchrun started, for what a command computes: gives rank and number of ranks.
+
+    Over gloo, as embeddings are gathered in main memory whatever the towers run on.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0, 1
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    finally:
+        dist.destroy_process_group()
+
+
+class SharedWork:
+    """Who does what of an evaluation, and the exchange of what was done.
+
+    Args:
+        towers: that embed.
+        rank, world_size: whose part of the work to do.
+        gather: brings the ranks' parts together; `gather_objects` where not given and there are several.
+    """
+
+    def __init__(self, towers: Towers, rank: int = 0, world_size: int = 1, gather: Gather | None = None):
+        self.towers = towers
+        self.rank, self.world_size = rank, world_size
+        self.gather = gather or (gather_objects if world_size > 1 else lambda value: [value])
+
+    def own(self, count: int, block: int) -> range:
+        """This rank's part of so many items, in whole blocks; the ranks' parts follow each other."""
+        blocks = -(-count // block)
+        first, last = (min(blocks * r // self.world_size * block, count) for r in (self.rank, self.rank + 1))
+        return range(first, last)
+
+    def together(self, work: Callable[[], Value]) -> list[Value]:
+        """What the work gives on each rank. Where one fails, all raise its error, so that none waits in vain."""
+        value, failure = None, None
+        try:
+            value = work()
+        except ClipkitError as error:
+            failure = error
+        found = self.gather((value, failure and str(failure)))
+        for _, reason in found:
+            if reason is not None:
+                raise ClipkitError(reason) from failure
+        return [value for value, _ in found]
+
+    def by_the_first(self, work: Callable[[], Value]) -> Value:
+        """What the work gives on rank 0: processors that differ might differ in a last digit."""
+        return self.together(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
+
+    def images(self, source: Source, batch_size: int, show: str | None) -> "SharedImages":
+        """Embed all images of a source."""
+
+        def work() -> SharedImages:
+            found = self.towers.images(source, self.own(len(source), batch_size), batch_size, show)
+            return SharedImages(found.image, found.rows, [s.captions for s in found.samples], found.left_out)
+
+        parts = self.together(work)
+        return SharedImages(
+            np.concatenate([part.vectors for part in parts]),
+            [row for part in parts for row in part.rows],
+            [captions for part in parts for captions in part.captions],
+            [*source.problems, *(line for part in parts for line in part.left_out)],
+        )
+
+    def texts(self, texts: Sequence[str], batch_size: int) -> np.ndarray:
+        """Embed all texts, float32 ``[n, dim]``; each once, however often it is there."""
+        place = {text: at for at, text in enumerate(dict.fromkeys(texts))}
+        each, own = list(place), self.own(len(place), batch_size)
+        found = np.concatenate(self.together(lambda: self.towers.texts(each[own.start : own.stop], batch_size)))
+        return found[[place[text] for text in texts]]
+
+
+@dataclass
+class SharedImages:
+    """Of all ranks, in source order."""
+
+    vectors: np.ndarray
+    """float32 ``[images, dim]``."""
+    rows: list[int]
+    """Of the source."""
+    captions: list[tuple[str, ...]]
+    """Of each image."""
+    left_out: list[dict[str, Any]]
+    """Ledger lines of what could not be used."""

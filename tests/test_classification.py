@@ -1,0 +1,207 @@
+"""Classification: nothing is encoded twice, and from files, embeddings and an index come the same decisions."""
+
+import json
+import os
+import shutil
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import clipkit
+from clipkit.cache import Cache
+from clipkit.cached import cached_images, cached_prompts, cached_texts
+from clipkit.classification import classify_images, open_images, zero_shot
+from clipkit.decisions import Rule
+from clipkit.errors import ClipkitError
+from clipkit.labels import as_label_set
+from clipkit.lazy_model import LazyModel
+from clipkit.sources import open_source
+from clipkit.towers import DualEncoder
+from clipkit.zeroshot import ablate, prompt_set
+from tests.conftest import tiny_model
+
+LABELS = ["red heart", "blue star", "green ring"]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many rows each call of a tower had."""
+    found = {"image": [], "text": []}
+    for side, name in (("image", "encode_image"), ("text", "encode_text")):
+        whole = getattr(DualEncoder, name)
+
+        def counted(self, rows, side=side, whole=whole):
+            found[side].append(len(rows))
+            return whole(self, rows)
+
+        monkeypatch.setattr(DualEncoder, name, counted)
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(9):
+        Image.fromarray(rng.integers(0, 255, (24, 30, 3), np.uint8)).save(tmp_path / f"{number}.png")
+    (tmp_path / "5b.jpg").write_text("not an image")
+    return tmp_path
+
+
+def classify(run, folder, model, *more):
+    result = run("classify", folder, "--labels", ",".join(LABELS), "--model", model, "--format", "jsonl", *more)
+    return result.status, [json.loads(line) for line in result.out.splitlines()]
+
+
+def test_a_second_run_asks_no_tower_and_an_edited_file_asks_once(run, calls, folder, model_dir, monkeypatch):
+    first = classify(run, folder, model_dir)
+    assert (sum(calls["image"]), len(calls["text"])) == (9, 1)
+    loaded = []
+    monkeypatch.setattr("clipkit.towers.load_model", lambda *about: loaded.append(about))
+    calls["image"].clear(), calls["text"].clear()
+    assert classify(run, folder, model_dir) == first
+    assert (calls, loaded) == ({"image": [], "text": []}, [])
+    monkeypatch.undo()
+
+
+def test_an_edited_file_asks_once(run, calls, folder, model_dir):
+    status, before = classify(run, folder, model_dir)
+    calls["image"].clear(), calls["text"].clear()
+    Image.new("RGB", (30, 24), "red").save(folder / "3.png")
+    again = classify(run, folder, model_dir)
+    assert (calls["image"], calls["text"]) == ([1], [])
+    assert (status, [row["path"] for row in before]) == (again[0], [row["path"] for row in again[1]])
+    changed = [a["path"] for a, b in zip(before, again[1], strict=True) if a != b]
+    assert changed == ["3.png"]
+    calls["image"].clear()
+    alone = classify(run, folder, model_dir, "--no-cache")[1]
+    assert [row["score"] for row in alone] == [pytest.approx(row["score"], abs=1e-3) for row in again[1]]
+    assert sum(calls["image"]) == 9
+
+
+def test_another_model_or_precision_or_folder_is_not_what_was_kept(run, calls, folder, model_dir, tmp_path):
+    classify(run, folder, model_dir)
+    other = tmp_path / "other"
+    tiny_model(seed=5).save(other)
+    for more in ((other,), (model_dir, "--precision", "fp32"), (model_dir, "--precision", "bf16")):
+        calls["image"].clear()
+        classify(run, folder, *more)
+        if more[1:] != ("--precision", "bf16"):
+            assert sum(calls["image"]) == 9 or LazyModel(model_dir, Cache(None)).facts.precision == "fp32"
+    shutil.copytree(other, tmp_path / "copy")  # of another place, but the same model
+    calls["image"].clear()
+    classify(run, folder, tmp_path / "copy")
+    assert calls["image"] == []
+
+
+def test_the_facts_of_a_model_follow_its_files(own_cache, tmp_path):
+    cache = Cache(own_cache)
+    tiny_model(seed=1).save(tmp_path / "m")
+    facts = LazyModel(tmp_path / "m", cache).facts
+    again = LazyModel(tmp_path / "m", cache)
+    assert (again.facts, again.is_loaded) == (facts, False)
+    time.sleep(0.01)
+    tiny_model(seed=2).save(tmp_path / "m")
+    other = LazyModel(tmp_path / "m", cache)
+    assert other.facts.fingerprint == tiny_model(seed=2).fingerprint() != facts.fingerprint
+    assert other.is_loaded
+
+
+def test_weights_exchanged_unseen_are_noticed(own_cache, tmp_path):
+    cache = Cache(own_cache)
+    tiny_model(seed=1).save(tmp_path / "m")
+    assert LazyModel(tmp_path / "m", cache).facts
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "m").rglob("*")}
+    tiny_model(seed=2).save(tmp_path / "m")
+    for path, at in times.items():
+        os.utime(path, ns=(at, at))
+    stale = LazyModel(tmp_path / "m", cache)
+    assert stale.facts
+    with pytest.raises(ClipkitError, match="another model than it was"):
+        _ = stale.towers
+
+
+def test_what_was_done_before_an_interruption_is_kept(folder, model_dir, own_cache, calls):
+    cache, source = Cache(own_cache), open_source(folder)
+    whole = cached_images(source, LazyModel(model_dir, Cache(None)), Cache(None), batch_size=2)
+    half = LazyModel(model_dir, cache)
+    cached_images(source, half, cache, rows=range(6), batch_size=2)
+    calls["image"].clear()
+    found = cached_images(source, LazyModel(model_dir, cache), cache, batch_size=2)
+    assert sum(calls["image"]) < 9
+    assert np.allclose(found.image, whole.image, atol=1e-5)
+    assert (found.rows, found.left_out) == (whole.rows, whole.left_out)
+
+
+def test_texts_are_encoded_once_each(model, own_cache, calls):
+    cache = Cache(own_cache)
+    lazy = LazyModel.of(model)
+    found = cached_texts(["a", "b", "a"], lazy, cache)
+    assert sum(calls["text"]) == 2
+    assert np.allclose(found, model.embed_texts(["a", "b", "a"]), atol=1e-6)
+    calls["text"].clear()
+    assert np.array_equal(cached_texts(["b", "a"], lazy, cache), found[[1, 0]])
+    assert calls["text"] == []
+    assert cached_prompts("openai80", cache) == cached_prompts("openai80", cache) == prompt_set("openai80")
+
+
+def test_files_embeddings_and_an_index_are_classified_alike(run, pictures, embeddings, model, model_dir, tmp_path):
+    assert run("build", embeddings, "--out", tmp_path / "index", "--kind", "Flat").status == 0
+    by_index = clipkit.classify(tmp_path / "index", LABELS, model)
+    by_vectors = clipkit.classify(embeddings, LABELS, model)
+    assert by_index == by_vectors
+    some = run("classify", tmp_path / "index", "--labels", ",".join(LABELS), "--model", model_dir, "--format", "jsonl",
+               "--where", 'image_path < "images/007"')  # fmt: skip
+    rows = [json.loads(line) for line in some.out.splitlines()]
+    assert [row["path"] for row in rows] == [row["path"] for row in by_index[:7]]
+
+
+def test_wrong_ways_to_ask(refused, folder, embeddings, model_dir, tmp_path):
+    call = ["--labels", "a,b", "--model", model_dir]
+    assert "--where is a condition on what an index says" in refused("classify", folder, *call, "--where", "x > 1")
+    assert "several need the images" in refused("classify", embeddings, *call, "--model", model_dir)
+    assert "between 0 and 1, got 2" in refused("classify", folder, *call, "--threshold", "2")
+    tiny_model(seed=9).save(tmp_path / "other")
+    told = refused("classify", embeddings, "--labels", "a,b", "--model", tmp_path / "other")
+    assert "was made with model" in told
+
+
+def test_unsure_ones_are_marked_and_never_dropped(run, folder, model_dir):
+    rows = classify(run, folder, model_dir)[1]
+    margins = sorted(row["margin"] for row in rows if row["margin"] is not None)
+    marked = classify(run, folder, model_dir, "--min-margin", margins[4])[1]
+    assert [row["path"] for row in marked] == [row["path"] for row in rows]
+    for row, free in zip(marked, rows, strict=True):
+        sure = free["status"] == "ok" and free["margin"] >= margins[4]
+        assert row["status"] == ("ok" if sure else free["status"].replace("ok", "unsure"))
+    background = classify(run, folder, model_dir, "--background", "nothing,a blank page")[1]
+    assert {row["status"] for row in background} <= {"ok", "background", "unreadable"}
+
+
+def test_two_models_together(run, folder, model_dir, tmp_path):
+    tiny_model(seed=3).save(tmp_path / "other")
+    alone = [classify(run, folder, which)[1] for which in (model_dir, tmp_path / "other")]
+    both = classify(run, folder, model_dir, "--model", tmp_path / "other")[1]
+    for a, b, joint in zip(*alone, both, strict=True):
+        if joint["status"] == "ok":
+            shares = [dict(row["top"]) for row in (a, b)]
+            assert dict(joint["top"]) == pytest.approx({n: (shares[0][n] + shares[1][n]) / 2 for n in LABELS}, abs=1e-5)
+            assert joint["score"] is None
+
+
+def test_a_prompt_is_judged_alone_and_by_its_absence(model, pictures):
+    cache, lazy = Cache(None), LazyModel.of(model)
+    images = open_images(pictures, [lazy], cache)
+    vectors = images.block(0, slice(0, len(images)))
+    truth = np.random.default_rng(0).integers(3, size=len(images))
+    prompts = ["{}", "a {}.", "the {} there"]
+    found = ablate(LABELS, prompts, model.embed_texts, vectors, truth)
+
+    def accuracy(some):
+        decided = classify_images(images, [zero_shot(as_label_set(LABELS), some, lazy, cache)], Rule())
+        return float((decided.classes[:, 0] == truth).mean())
+
+    assert [each.alone for each in found] == [accuracy([prompt]) for prompt in prompts]
+    assert [each.without for each in found] == [accuracy([p for p in prompts if p != each.prompt]) for each in found]
+    assert np.isnan(ablate(LABELS, ["{}"], model.embed_texts, vectors, truth)[0].without)

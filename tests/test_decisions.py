@@ -1,0 +1,62 @@
+"""Decisions are what a loop over the images would say, ties and the background included."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipkit.decisions import STATUSES, Rule, decide, fused, joined, probabilities
+from clipkit.errors import ClipkitError
+
+
+def one_by_one(shares, rule, top):
+    for row in shares.tolist():
+        order = sorted(range(len(row)), key=lambda c: (-row[c], c))
+        margin = row[order[0]] - row[order[1]] if len(row) > 1 else 1.0
+        sure = row[order[0]] >= rule.threshold and margin >= rule.min_margin
+        status = "background" if order[0] in rule.background else "ok" if sure else "unsure"
+        yield order[:top], margin, status
+
+
+@given(st.integers(0, 40), st.integers(1, 9), st.integers(1, 12), st.integers(0, 10**6), st.sampled_from([3, 50]))
+@settings(max_examples=60, deadline=None)
+def test_a_decision_is_what_a_loop_says(count, classes, top, seed, levels):
+    rng = np.random.default_rng(seed)
+    cosines = rng.integers(levels, size=(count, classes)) / levels  # with few levels many are equal
+    shares = probabilities(cosines, 4.0)
+    background = rng.choice(classes, rng.integers(classes), replace=False).tolist()
+    rule = Rule(float(rng.uniform(0, 0.6)), float(rng.uniform(0, 0.2)), background)
+    found = decide(shares, cosines, rule, top)
+    halves = [
+        decide(shares[part], cosines[part], rule, top) for part in (slice(0, count // 2), slice(count // 2, None))
+    ]
+    assert len(found) == count
+    for at, (order, margin, status) in enumerate(one_by_one(shares, rule, top)):
+        assert found.classes[at].tolist() == order
+        assert found.margins[at] == pytest.approx(margin, abs=1e-6)
+        assert STATUSES[found.statuses[at]] == status
+        assert found.probabilities[at] == pytest.approx(shares[at, order], abs=1e-6)
+        assert found.cosines[at] == pytest.approx(cosines[at, order], abs=1e-6)
+    for name in ("classes", "cosines", "probabilities", "margins", "statuses"):
+        assert np.array_equal(getattr(joined(halves), name), getattr(found, name))
+
+
+def test_models_are_joined_by_the_mean_of_what_they_say():
+    rng = np.random.default_rng(0)
+    each = [probabilities(rng.normal(size=(5, 3)), 2.0) for _ in range(3)]
+    assert np.allclose(fused(each), sum(each) / 3)
+    assert np.allclose(fused(each, [1.0, 0.0, 3.0]), (each[0] + 3 * each[2]) / 4)
+    assert np.isnan(decide(fused(each), None, Rule()).cosines).all()
+
+
+def test_with_a_bias_each_class_stands_alone():
+    cosines = np.array([[0.2, -0.1], [1.0, 1.0]], np.float32)
+    shares = probabilities(cosines, 10.0, -5.0)
+    assert shares == pytest.approx(1 / (1 + np.exp(-(10 * cosines - 5))), abs=1e-6)
+
+
+def test_numbers_out_of_range():
+    with pytest.raises(ClipkitError, match="a threshold is a probability between 0 and 1, got 50"):
+        Rule(threshold=50.0)
+    with pytest.raises(ClipkitError, match="a margin is a probability"):
+        Rule(min_margin=-0.1)

@@ -1,0 +1,126 @@
+"""Results of evaluations: taken from the last time only where nothing changed, and told in the field's forms."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipkit import results as room
+from clipkit.evaluation import Evaluation
+from clipkit.results import Result, as_clip_benchmark, markdown, side_by_side
+from clipkit.towers import DualEncoder
+from tests.conftest import make_pictures, tiny_model
+from tests.test_benchmarks import CLASSES, PROMPTS, write
+
+
+@pytest.fixture
+def towers(monkeypatch):
+    """Counts the calls of both towers."""
+    calls = {"image": 0, "text": 0}
+    for side, name in (("image", "encode_image"), ("text", "encode_text")):
+        whole = getattr(DualEncoder, name)
+
+        def counted(self, rows, side=side, whole=whole):
+            calls[side] += 1
+            return whole(self, rows)
+
+        monkeypatch.setattr(DualEncoder, name, counted)
+    return calls
+
+
+@pytest.fixture
+def classes(tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        folder = tmp_path / "classes" / ("cat", "dog", "red_bird")[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (24, 24, 3), np.uint8)).save(folder / f"{number}.png")
+    return tmp_path / "classes"
+
+
+def test_a_second_run_computes_nothing_until_something_changes(run, towers, classes, model_dir, monkeypatch):
+    call = ["evaluate", "zeroshot", classes, "--model", model_dir, "--format", "json"]
+    first = run(*call)
+    assert first.status == 0
+    towers.update(image=0, text=0)
+    assert run(*call) == first
+    assert towers == {"image": 0, "text": 0}
+    monkeypatch.setattr(room, "known_or_new", None)  # not how the next ones come about
+    other = run(*call, "--templates", "photo")
+    assert (towers["image"], towers["text"]) == (0, 1)
+    assert json.loads(other.out)["images"] == 12
+    Image.new("RGB", (24, 24), "red").save(classes / "cat" / "new.png")
+    assert json.loads(run(*call).out)["images"] == 13
+    assert towers["image"] == 1
+
+
+def test_another_version_of_the_code_computes_anew(run, classes, model_dir, monkeypatch):
+    call = ["evaluate", "zeroshot", classes, "--model", model_dir, "--format", "json"]
+    wanted = json.loads(run(*call).out)
+    room.code_version.cache_clear()
+    told = {"figures": {"zeroshot_acc@1": 7.0}, "chance": {"zeroshot_acc@1": 0.5}, "counts": {}, "left_out": []}
+    monkeypatch.setattr("clipkit.tasks.evaluate_zeroshot", lambda *args, **how: Evaluation(**told))
+    assert json.loads(run(*call).out) == wanted
+    monkeypatch.setattr(room, "code_version", lambda: "another")
+    assert json.loads(run(*call).out)["zeroshot_acc@1"] == 7.0
+
+
+def test_models_side_by_side(run, captioned, model_dir, tmp_path):
+    tiny_model(seed=4).save(tmp_path / "other")
+    alone = [
+        json.loads(run("evaluate", "retrieval", captioned, "--model", which, "--format", "json").out)
+        for which in (model_dir, tmp_path / "other")
+    ]
+    call = ["evaluate", "retrieval", captioned, "--model", model_dir, "--model", tmp_path / "other"]
+    rows = json.loads(run(*call, "--format", "json", "--out", tmp_path / "r.json").out)
+    assert len(rows) == 6
+    for row in rows:
+        assert row[str(model_dir)] == alone[0][row["figure"]]
+        assert row[str(tmp_path / "other")] == alone[1][row["figure"]]
+        assert row["chance"] == alone[0][f"chance_{row['figure']}"]
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert [each["task"] for each in written] == ["zeroshot_retrieval"] * 2
+    assert written[1]["metrics"]["image_retrieval_recall@5"] == alone[1]["image_retrieval_recall@5"]
+    assert run(*call, "--out", tmp_path / "r.md").status == 0
+    lines = (tmp_path / "r.md").read_text().splitlines()
+    assert len(lines) == 8
+    assert lines[0].startswith("| dataset | figure |")
+    assert f"{alone[1]['image_retrieval_recall@1']:.4f}" in lines[2]
+
+
+def test_results_in_the_names_of_clip_benchmark():
+    found = Evaluation({"zeroshot_acc@1": 0.5, "zeroshot_mean_per_class_recall": 0.25}, {"zeroshot_acc@1": 0.1}, {}, [])
+    told = as_clip_benchmark(Result("a|b", "zeroshot", "run/", "f" * 32, found))
+    assert told["metrics"] == {"acc1": 0.5, "mean_per_class_recall": 0.25}
+    assert set(told) == {"dataset", "model", "pretrained", "task", "metrics", "language"}
+    assert side_by_side([Result("a", "zeroshot", "x", "f", found)])[0] == {
+        "dataset": "a",
+        "figure": "zeroshot_acc@1",
+        "x": 0.5,
+        "chance": 0.1,
+    }
+    assert "| a\\|b | zeroshot_mean_per_class_recall | 0.2500 |  |" in markdown([Result("a|b", "z", "x", "f", found)])
+
+
+def test_a_dataset_in_clip_benchmarks_layout(run, refused, model_dir, tmp_path):
+    members = [{"cls": str(number % 3).encode()} for number in range(7)]
+    folder = write(tmp_path / "d", members, classnames=CLASSES, zeroshot_classification_templates=PROMPTS)
+    call = ["evaluate", "zeroshot", folder, "--model", model_dir, "--format", "json"]
+    found = json.loads(run(*call).out)
+    assert (found["images"], found["classes"]) == (7, 3)
+    own = json.loads(run(*call, "--templates", "a photo of a {}.|a bad photo of a {}.").out)
+    assert own == found  # the same prompts
+    assert "is a dataset for zeroshot" in refused("evaluate", "retrieval", folder, "--model", model_dir)
+    captions = [{"txt": f"one {n}\nanother {n}".encode()} for n in range(5)]
+    folder = write(tmp_path / "r", captions, dataset_type="retrieval")
+    found = json.loads(run("evaluate", "retrieval", folder, "--model", model_dir, "--format", "json").out)
+    assert (found["images"], found["captions"]) == (5, 10)
+    assert "is a dataset for retrieval" in refused("evaluate", "zeroshot", folder, "--model", model_dir)
+    assert "no split 'val'" in refused("evaluate", "retrieval", folder, "--model", model_dir, "--split", "val")
+
+
+def test_names_of_results(refused, model_dir, tmp_path):
+    make_pictures(tmp_path, 3)
+    call = ["evaluate", "retrieval", tmp_path / "list.tsv", "--model", model_dir]
+    assert "ends in .json or .md" in refused(*call, "--out", tmp_path / "r.txt")

@@ -11,7 +11,18 @@ import numpy as np
 from clipkit.artifact import kind_of
 from clipkit.cache import Cache
 from clipkit.cached import cached_images, cached_texts
-from clipkit.decisions import CHUNK, OK, STATUSES, Decisions, Rule, decide, fused, joined, probabilities
+from clipkit.decisions import (
+    CHUNK,
+    OK,
+    STATUSES,
+    Decisions,
+    Rule,
+    beside_background,
+    decide,
+    fused,
+    joined,
+    probabilities,
+)
 from clipkit.embeddings import Embeddings
 from clipkit.errors import ClipkitError
 from clipkit.labels import LabelSet, as_label_set
@@ -136,7 +147,13 @@ class Classifier:
 
 
 def zero_shot(
-    labels: LabelSet, prompts: Sequence[str], model: LazyModel, cache: Cache, scale: float | None = None
+    labels: LabelSet,
+    prompts: Sequence[str],
+    model: LazyModel,
+    cache: Cache,
+    *,
+    scale: float | None = None,
+    several: bool = False,
 ) -> Classifier:
     """By the class vectors of the labels (see `class_vectors`), texts that the cache holds taken from there.
 
@@ -145,10 +162,27 @@ def zero_shot(
         model: whose texts.
         cache: of texts.
         scale: the factor on the cosines; the model's own where not given.
+        several: give each class a probability of its own: by the sigmoid that the model was trained with, else beside
+            the background (see `beside_background`).
+
+    Raises:
+        ClipkitError: for several classes at once, where the model has no sigmoid and the labels no background.
     """
+    facts = model.facts
+    factor = facts.scale if scale is None else scale
+    if several and facts.bias is None and not labels.background:
+        raise ClipkitError(
+            f"{model.spec} was trained to tell labels from each other, so a label alone has no probability; name what "
+            "the others are told from: --background 'a photo of something else'"
+        )
     vectors = class_vectors(labels, prompts, lambda texts: cached_texts(texts, model, cache))
-    factor = model.facts.scale if scale is None else scale
-    return Classifier(vectors, lambda _, cosines: probabilities(cosines, factor))
+
+    def shares(_: np.ndarray, cosines: np.ndarray) -> np.ndarray:
+        if several and facts.bias is None:
+            return beside_background(cosines, factor, labels.background)
+        return probabilities(cosines, factor, facts.bias if several else None)
+
+    return Classifier(vectors, shares)
 
 
 def classify_images(
@@ -181,14 +215,24 @@ def classify_images(
 
 
 def rows_of(images: Images, labels: LabelSet, decisions: Decisions) -> Iterator[dict[str, Any]]:
-    """A row for each image and for each that has no embedding, in source order; see `clipkit.classify`."""
-    names = labels.names
+    """A row for each image and for each that has no embedding, in source order; see `clipkit.classify`.
+
+    With groups there is ``groups`` too: those of the first class, the widest first, with the probability of each. Where
+    an image may be of several classes ``labels`` names all that it is of.
+    """
+    names, groups = labels.names, {name: at for at, name in enumerate(labels.groups)}
     rows = range(len(images)) if images.rows is None else images.rows
     # Embeddings tell of what they left out, but no more where in the source it and they were.
     places = [len(images) if images.rows is None else line.get("row", -1) for line in images.unreadable]
     lines = sorted((place, 0, number) for number, place in enumerate(places))
     for _, is_image, at in heapq.merge(lines, ((row, 1, at) for at, row in enumerate(rows))):
-        yield _row(images.paths[at], names, decisions, at) if is_image else _unreadable(images.unreadable[at])
+        row = _row(images.paths[at], names, decisions, at) if is_image else _unreadable(images.unreadable[at])
+        if groups:
+            own = labels.labels[int(decisions.classes[at, 0])].groups if is_image else ()
+            row["groups"] = [[name, float(decisions.groups[at, groups[name]])] for name in own]
+        if decisions.present.shape[1]:
+            row["labels"] = [names[c] for c in np.flatnonzero(decisions.present[at])] if is_image else []
+        yield row
 
 
 def summary(labels: LabelSet, decisions: Decisions) -> list[dict[str, Any]]:
@@ -241,8 +285,8 @@ def classify(
     cache = cache or Cache(None)
     lazy = model if isinstance(model, LazyModel) else LazyModel.of(model)
     known = as_label_set(labels)
-    rule = replace(rule or Rule(), background=known.background)
-    classifier = zero_shot(known, prompts, lazy, cache)
+    rule = replace(rule or Rule(), background=known.background, groups=list(known.groups.values()))
+    classifier = zero_shot(known, prompts, lazy, cache, several=rule.several)
     images = open_images(source, [lazy], cache, batch_size=batch_size, show=show)
     return list(rows_of(images, known, classify_images(images, [classifier], rule, top=top)))
 

@@ -4,7 +4,7 @@ Pure functions over arrays, in chunks, so that a million images take no more mem
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from jaxtyping import Float
@@ -19,6 +19,7 @@ __all__ = [
     "UNSURE",
     "Decisions",
     "Rule",
+    "beside_background",
     "decide",
     "fused",
     "joined",
@@ -44,6 +45,10 @@ class Rule:
     """The least difference between the probabilities of the first class and the second."""
     background: Sequence[int] = ()
     """Places of classes that stand for "none of these"."""
+    several: bool = False
+    """Whether an image may be of several classes at once: each that reaches the threshold counts, margins do not."""
+    groups: Sequence[Sequence[int]] = ()
+    """Places of the classes of each group."""
 
     def __post_init__(self) -> None:
         for name, value in (("threshold", self.threshold), ("margin", self.min_margin)):
@@ -64,7 +69,11 @@ class Decisions:
     margins: np.ndarray
     """float32 ``[n]``: from the first probability to the second; 1 where there is one class only."""
     statuses: np.ndarray
-    """uint8 ``[n]``: places in `STATUSES`."""
+    """uint8 ``[n]``: places in `STATUSES`; with several classes ``background`` where none reaches the threshold."""
+    present: np.ndarray
+    """bool ``[n, classes]``: which classes reach the threshold; ``[n, 0]`` where an image is of one class."""
+    groups: np.ndarray
+    """float32 ``[n, groups]``: the probability of each group, which is that of its classes together."""
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -80,6 +89,22 @@ def probabilities(
     logits -= logits.max(axis=1, keepdims=True)
     powers = np.exp(logits)
     return powers / powers.sum(axis=1, keepdims=True)
+
+
+def beside_background(
+    cosines: Float[np.ndarray, "n classes"], scale: float, background: Sequence[int]
+) -> Float[np.ndarray, "n classes"]:
+    """For each class alone, the softmax between it and the background that is nearest to the image. Float64.
+
+    Models that were trained with a softmax say nothing of a class by itself, only of one against another.
+
+    Args:
+        cosines: of all classes, those of the background among them.
+        scale: the factor on them.
+        background: places of the classes that stand for "none of these"; one at least.
+    """
+    nearest = cosines[:, list(background)].max(axis=1, keepdims=True).astype(np.float64)
+    return 1 / (1 + np.exp(-scale * (cosines - nearest)))
 
 
 def fused(
@@ -112,17 +137,26 @@ def decide(
     best = np.take_along_axis(shares, order, 1)
     margins = (best[:, 0] - best[:, 1] if classes > 1 else np.ones(count)).astype(np.float32)
     best = best.astype(np.float32)  # what is told is what is compared: a threshold that was read off a row lets it pass
-    sure = (best[:, 0] >= np.float32(rule.threshold)) & (margins >= np.float32(rule.min_margin))
-    statuses = np.where(sure, OK, UNSURE)
-    statuses[np.isin(order[:, 0], rule.background)] = BACKGROUND
+    reached = best[:, 0] >= np.float32(rule.threshold)
+    if rule.several:
+        present = shares.astype(np.float32) >= np.float32(rule.threshold)
+        present[:, list(rule.background)] = False
+        statuses = np.where(present.any(1), OK, BACKGROUND)
+    else:
+        present = np.zeros((count, 0), bool)
+        statuses = np.where(reached & (margins >= np.float32(rule.min_margin)), OK, UNSURE)
+        statuses[np.isin(order[:, 0], rule.background)] = BACKGROUND
     order = order[:, :kept]
     near = np.full(order.shape, np.nan) if cosines is None else np.take_along_axis(cosines, order, 1)
+    groups = [shares[:, list(members)].sum(1) for members in rule.groups]
     return Decisions(
         order.astype(np.int32),
         near.astype(np.float32),
         best[:, :kept],
         margins,
         statuses.astype(np.uint8),
+        present,
+        np.stack(groups, 1).astype(np.float32) if groups else np.zeros((count, 0), np.float32),
     )
 
 
@@ -131,4 +165,4 @@ def joined(parts: Sequence[Decisions]) -> Decisions:
     return Decisions(*(np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS))
 
 
-_FIELDS = ("classes", "cosines", "probabilities", "margins", "statuses")
+_FIELDS = tuple(field.name for field in fields(Decisions))

@@ -24,7 +24,9 @@ READABLE = 200  # rows of a table on the screen; of more, what each label got
     "--model",
     "models",
     multiple=True,
-    help="Run or model folder, open_clip:NAME/TAG, or hf:ORG/NAME; of several the probabilities are joined.",
+    metavar="MODEL",
+    help="Run or model folder, open_clip:NAME/TAG, or hf:ORG/NAME; of several the probabilities are joined [default of "
+    "embeddings and an index: the one that made them].",
 )
 @click.option(
     "--prompts",
@@ -32,7 +34,10 @@ READABLE = 200  # rows of a table on the screen; of more, what each label got
     "file of labels, else default].",
 )
 @click.option("--background", help='Names for "none of these", with commas between them.')
-@click.option("--threshold", default=0.0, show_default=True, help="The least probability that is sure.")
+@click.option("--multi-label", is_flag=True, help="An image may be of several labels: all that reach the threshold.")
+@click.option(
+    "--threshold", type=float, help="The least probability that is sure [default: 0; with --multi-label 0.5]."
+)
 @click.option("--min-margin", default=0.0, show_default=True, help="The least distance to the second's probability.")
 @click.option("--where", metavar="CONDITION", help="Of an index: only images of which this holds, as in search.")
 @click.option("--top", default=5, show_default=True, type=click.IntRange(1), help="How many classes to list per image.")
@@ -57,7 +62,7 @@ def main(source: str, labels: str, models: tuple[str, ...], fmt: str, **asked: A
     with status "unreadable", and the exit status is 1. Of embeddings and of an index no image is encoded again; of
     other sources none that was before and has not changed.
     """
-    from clipkit.artifact import kind_of
+    from clipkit.artifact import kind_of, read_manifest
     from clipkit.cache import Cache, cache_folder
     from clipkit.cached import cached_prompts
     from clipkit.classification import classify_images, open_images, rows_of, summary, zero_shot
@@ -67,6 +72,7 @@ def main(source: str, labels: str, models: tuple[str, ...], fmt: str, **asked: A
     from clipkit.labels import parse_labels, truth_of
     from clipkit.lazy_model import LazyModel
     from clipkit.log import emit, note, warn
+    from clipkit.model_specs import spec_of
     from clipkit.sources import open_source
 
     cache = Cache(None if asked["no_cache"] else asked["cache"] or cache_folder(), asked["cache_size"])
@@ -75,15 +81,20 @@ def main(source: str, labels: str, models: tuple[str, ...], fmt: str, **asked: A
         known = known.with_background([name.strip() for name in asked["background"].split(",") if name.strip()])
     prompts = asked["prompts"] or known.prompts or "default"
     templates = cached_prompts(prompts, cache) if isinstance(prompts, str) else prompts
-    rule = Rule(asked["threshold"], asked["min_margin"], known.background)
+    several = asked["multi_label"]
+    threshold = asked["threshold"] if asked["threshold"] is not None else 0.5 * several
+    rule = Rule(threshold, asked["min_margin"], known.background, several, list(known.groups.values()))
+    kind = kind_of(Path(source))
+    if not models and kind in ("embeddings", "index"):
+        models = (spec_of(read_manifest(Path(source), kind), Path(source)),)
     if not models:
         raise ClipkitError("name the model to classify with: --model RUN (or open_clip:NAME/TAG, or hf:ORG/NAME)")
     lazy = [LazyModel(spec, cache, device=asked["device"], precision=asked["precision"]) for spec in models]
     columns = {name: asked[name] for name in ("image_column", "caption_column", "image_root")}
     opened: Any = source
-    if kind_of(Path(source)) not in ("embeddings", "index"):
+    if kind not in ("embeddings", "index"):
         opened = open_source(source, **columns)
-    classifiers = [zero_shot(known, templates, model, cache) for model in lazy]
+    classifiers = [zero_shot(known, templates, model, cache, several=several) for model in lazy]
     how = {"where": asked["where"], "batch_size": asked["batch_size"], "show": "classify"}
     images = open_images(opened, lazy, cache, **how)
     if not len(images):

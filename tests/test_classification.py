@@ -205,3 +205,39 @@ def test_a_prompt_is_judged_alone_and_by_its_absence(model, pictures):
     assert [each.alone for each in found] == [accuracy([prompt]) for prompt in prompts]
     assert [each.without for each in found] == [accuracy([p for p in prompts if p != each.prompt]) for each in found]
     assert np.isnan(ablate(LABELS, ["{}"], model.embed_texts, vectors, truth)[0].without)
+
+
+GROUPS = """
+labels: [red heart, blue star, green ring, paper]
+background: [nothing at all]
+hierarchy:
+  sign: {warm: [red heart], cold: [blue star, green ring]}
+"""
+
+
+def test_groups_and_several_labels_in_every_format(run, folder, model_dir, tmp_path):
+    (tmp_path / "labels.yaml").write_text(GROUPS)
+    call = ["classify", folder, "--labels", tmp_path / "labels.yaml", "--model", model_dir, "--top", 5]
+    rows = [json.loads(line) for line in run(*call, "--format", "jsonl").out.splitlines()]
+    for row in rows:
+        shares = dict(row["top"])
+        path = {"red heart": ["sign", "warm"], "paper": [], "nothing at all": [], None: []}
+        assert [name for name, _ in row["groups"]] == path.get(row["label"], ["sign", "cold"])
+        for name, share in row["groups"]:
+            own = {"sign": LABELS, "warm": LABELS[:1], "cold": LABELS[1:]}[name]
+            assert share == pytest.approx(sum(shares[label] for label in own), abs=1e-6)
+    several = run(*call, "--format", "jsonl", "--multi-label", "--threshold", "0.5")
+    for row in map(json.loads, several.out.splitlines()):
+        shares = dict(row["top"])
+        wanted = {name for name, share in shares.items() if share >= 0.5 and name != "nothing at all"}
+        assert set(row["labels"]) == wanted
+        assert row["status"] == ("unreadable" if row["label"] is None else "ok" if wanted else "background")
+    for more in ((), ("--multi-label",)):
+        lines = run(*call, "--format", "csv", *more).out.splitlines()
+        assert len(lines) == 11
+        assert lines[0].endswith("groups,labels" if more else "groups")
+
+
+def test_a_model_that_only_compares_labels_needs_something_to_compare_with(refused, folder, model_dir):
+    told = refused("classify", folder, "--labels", "a,b", "--model", model_dir, "--multi-label")
+    assert "--background" in told

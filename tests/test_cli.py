@@ -75,6 +75,7 @@ def test_every_readme_command_runs(run, tmp_path, monkeypatch):
         (tmp_path / "animals" / name).mkdir(parents=True)
         (tmp_path / "animals" / name / "1.png").write_bytes((tmp_path / "photos" / "001.png").read_bytes())
     (tmp_path / "photos" / "heart.jpg").write_bytes((tmp_path / "photos" / "000.png").read_bytes())
+    (tmp_path / "labels.yaml").write_text("labels: {cat: {aliases: [kitten]}, dog: }\nbackground: [a blank page]\n")
     short = ["--set", "steps=2", "--set", "batch_size=8", "--set", "data.workers=0"]
     more = {"train": short, "demo": [*short, "--pictures", "64"]}
     ran = []

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipkit.decisions import STATUSES, Rule, decide, fused, joined, probabilities
+from clipkit.decisions import STATUSES, Rule, beside_background, decide, fused, joined, probabilities
 from clipkit.errors import ClipkitError
 
 
@@ -25,7 +25,8 @@ def test_a_decision_is_what_a_loop_says(count, classes, top, seed, levels):
     cosines = rng.integers(levels, size=(count, classes)) / levels  # with few levels many are equal
     shares = probabilities(cosines, 4.0)
     background = rng.choice(classes, rng.integers(classes), replace=False).tolist()
-    rule = Rule(float(rng.uniform(0, 0.6)), float(rng.uniform(0, 0.2)), background)
+    groups = [rng.choice(classes, rng.integers(1, classes + 1), replace=False).tolist() for _ in range(2)]
+    rule = Rule(float(rng.uniform(0, 0.6)), float(rng.uniform(0, 0.2)), background, groups=groups)
     found = decide(shares, cosines, rule, top)
     halves = [
         decide(shares[part], cosines[part], rule, top) for part in (slice(0, count // 2), slice(count // 2, None))
@@ -37,7 +38,8 @@ def test_a_decision_is_what_a_loop_says(count, classes, top, seed, levels):
         assert STATUSES[found.statuses[at]] == status
         assert found.probabilities[at] == pytest.approx(shares[at, order], abs=1e-6)
         assert found.cosines[at] == pytest.approx(cosines[at, order], abs=1e-6)
-    for name in ("classes", "cosines", "probabilities", "margins", "statuses"):
+        assert found.groups[at] == pytest.approx([sum(shares[at, c] for c in own) for own in groups], abs=1e-6)
+    for name in ("classes", "cosines", "probabilities", "margins", "statuses", "present", "groups"):
         assert np.array_equal(getattr(joined(halves), name), getattr(found, name))
 
 
@@ -60,3 +62,21 @@ def test_numbers_out_of_range():
         Rule(threshold=50.0)
     with pytest.raises(ClipkitError, match="a margin is a probability"):
         Rule(min_margin=-0.1)
+
+
+@given(st.integers(1, 30), st.integers(2, 6), st.integers(0, 10**6))
+@settings(max_examples=40, deadline=None)
+def test_several_classes_at_once(count, classes, seed):
+    rng = np.random.default_rng(seed)
+    cosines = rng.uniform(-1, 1, (count, classes))
+    background = rng.choice(classes, rng.integers(1, classes), replace=False).tolist()
+    shares = beside_background(cosines, 7.0, background)
+    rule = Rule(float(rng.uniform(0.2, 0.9)), 0.0, background, several=True)
+    found = decide(shares, cosines, rule)
+    for row, near, present, status in zip(shares, cosines, found.present, found.statuses, strict=True):
+        nearest = max(near[c] for c in background)
+        for place in range(classes):
+            both = np.exp(7 * np.array([near[place], nearest]))
+            assert row[place] == pytest.approx(both[0] / both.sum())
+            assert present[place] == (place not in background and np.float32(row[place]) >= np.float32(rule.threshold))
+        assert STATUSES[status] == ("ok" if present.any() else "background")

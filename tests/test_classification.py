@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import time
 
@@ -241,3 +242,36 @@ def test_groups_and_several_labels_in_every_format(run, folder, model_dir, tmp_p
 def test_a_model_that_only_compares_labels_needs_something_to_compare_with(refused, folder, model_dir):
     told = refused("classify", folder, "--labels", "a,b", "--model", model_dir, "--multi-label")
     assert "--background" in told
+
+
+def test_the_page_holds_all_that_it_shows(run, model_dir, tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        where = tmp_path / "photos" / ("cat", "Sea_Lion", "other")[number % 3]
+        where.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (24, 24, 3), np.uint8)).save(where / f"{number}.png")
+    (tmp_path / "photos" / "cat" / "bad.png").write_text("<b>no image")
+    page = tmp_path / "page.html"
+    call = ["classify", tmp_path / "photos", "--labels", "cat,sea lion", "--model", model_dir, "--min-margin", 0.0001]
+    result = run(*call, "--report", page)
+    assert result.status == 1
+    told = re.search(r"([\d.]+)% of 27 are in the folder of their label \(95 % interval", result.err)
+    text = page.read_text()
+    assert f"<b>{told[1]}%</b>" in text
+    assert 24 < text.count("data:image") <= 2 * 24 + 1  # at most so many of each label, and the matrix
+    assert "cat/bad.png" in text
+    assert "<b>no image" not in text
+    assert not re.search(r"(src|href)=[\"'](?!data:)", text)
+    rows = [json.loads(line) for line in run(*call, "--format", "jsonl").out.splitlines()]
+    in_place = [row["label"] == row["path"].partition("/")[0].replace("_", " ").lower() for row in rows if row["label"]]
+    known = [row["label"] and not row["path"].startswith("other") for row in rows]
+    right = sum(in_place)
+    assert f"{right / sum(map(bool, known)):.1%}" == f"{told[1]}%"
+
+
+def test_a_page_of_embeddings_finds_its_pictures_where_it_is_told(run, embeddings, model_dir, pictures, tmp_path):
+    call = ["classify", embeddings, "--labels", "cat,dog", "--model", model_dir, "--report"]
+    assert run(*call, tmp_path / "a.html").status == 0
+    assert "These pictures are not at hand" in (tmp_path / "a.html").read_text()
+    assert run(*call, tmp_path / "b.html", "--image-root", pictures.parent).status == 0
+    assert "not at hand" not in (tmp_path / "b.html").read_text()

@@ -14,6 +14,9 @@ REQUIREMENTS = {
     # With autofaiss, which does not start alone: it asks for an old numpy and gets a pyarrow that wants a new one. Nor
     # does this one with transformers 5, nor does it build kinds with OPQ with FAISS 1.13 or later.
     "clip_retrieval": ["clip-retrieval", "transformers<4.50", "setuptools<81", "faiss-cpu<1.13"],
+    # Its own code wants what numpy 2 has taken away.
+    "clip_benchmark": ["clip_benchmark", "numpy<2", "transformers<5"],
+    "hf_pipeline": ["transformers<5", "torch", "torchvision", "pillow"],
 }
 
 

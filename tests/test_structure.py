@@ -12,12 +12,16 @@ JOBS = [path for folder in ("train", "index", "eval") for path in sorted((ROOT /
 # A module may import modules of lower floors, and of its own floor where the package says so.
 FLOORS = [
     {"checksums", "errors", "renewal", "stopping", "step"},
-    {"log", "artifact", "decode", "preprocess", "settings", "config", "metrics", "loss", "optim", "scenes", "report"},
+    {"log", "artifact", "decode", "preprocess", "settings", "config", "ranking", "loss", "optim", "scenes", "report"},
     {
+        "average_precision",
         "checkpoint_files",
+        "choice",
+        "confidence",
         "guard",
         "heap",
         "launch",
+        "metrics",
         "order",
         "storage",
         "cli",
@@ -28,7 +32,7 @@ FLOORS = [
         "filters",
         "sheet",
     },
-    {"tar_index", "lists"},
+    {"tar_index", "lists", "calibration", "metrics_compat"},
     {"spool", "shard_specs"},
     {"shards"},
     {"sources", "towers"},

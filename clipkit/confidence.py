@@ -1,0 +1,239 @@
+"""How far a figure may be off: intervals of shares, of any figure by the bootstrap, and of two models' difference.
+
+What a figure would be over other samples of the kind is told by drawing as many samples from one's own, with
+repetition, again and again. A figure goes into it as a function of how often each sample counts (`Statistic`), so that
+many draws are worked out together, and samples are what is drawn for figures that are no means, such as mAP, too.
+"""
+
+from collections.abc import Callable, Iterator
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from clipkit.errors import ClipkitError
+
+__all__ = [
+    "Interval",
+    "Statistic",
+    "binomial_tail",
+    "bootstrap",
+    "class_mean_of",
+    "clopper_pearson_interval",
+    "mean_of",
+    "paired_bootstrap",
+    "wilson_interval",
+]
+
+Array = np.ndarray
+Statistic = Callable[[Int[Array, "draws n"]], Float[Array, " draws"]]
+"""A figure of each draw, given how often each of n samples was drawn; where all are 1 it is the figure itself. See
+`mean_of`, `class_mean_of`, `clipkit.ranking.median_rank_of`, `clipkit.average_precision.mean_average_precision_of`."""
+AT_ONCE = 1 << 21  # samples drawn at a time: 32 bytes each
+HALVINGS = 60  # of the interval from 0 to 1: float64 has no more digits
+
+
+class Interval(NamedTuple):
+    """A figure and where it may lie."""
+
+    value: float
+    low: float
+    high: float
+
+
+def wilson_interval(right: int | float, count: int, level: float = 0.95) -> Interval:
+    """The score interval of a share (Wilson 1927).
+
+    It stays within 0 and 1, and keeps its level on average for few samples and for shares near 0 and 1, where the
+    bootstrap's and right ± 1.96 standard errors do not.
+
+    Args:
+        right: how many; no whole number where ties count in part.
+        count: of how many; none gives NaN, which may lie anywhere.
+        level: how often such intervals hold the truth.
+
+    Raises:
+        ClipkitError: for more right ones than there are, or a level that is no share.
+    """
+    _refuse(right, count, level)
+    if not count:
+        return Interval(float("nan"), 0.0, 1.0)
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    share, more = right / count, z * z / count
+    middle = (share + more / 2) / (1 + more)
+    half = z / (1 + more) * (share * (1 - share) / count + more / (4 * count)) ** 0.5
+    return Interval(share, max(0.0, middle - half) if right else 0.0, min(1.0, middle + half) if right < count else 1.0)
+
+
+def clopper_pearson_interval(right: int, count: int, level: float = 0.95) -> Interval:
+    """The exact interval of a share (Clopper & Pearson 1934): it holds the truth at least as often as `level` says.
+
+    It is wider than Wilson's, which holds it so often only on average.
+
+    Args:
+        right: how many.
+        count: of how many; none gives NaN, which may lie anywhere.
+        level: how often such intervals hold the truth at least.
+
+    Raises:
+        ClipkitError: for more right ones than there are, or a level that is no share.
+    """
+    _refuse(right, count, level)
+    if not count:
+        return Interval(float("nan"), 0.0, 1.0)
+
+    def edge(hits: int) -> float:
+        low, high = 0.0, 1.0
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if binomial_tail(hits, count, middle) < (1 - level) / 2 else (low, middle)
+        return low
+
+    return Interval(right / count, edge(right) if right else 0.0, 1 - edge(count - right) if right < count else 1.0)
+
+
+def binomial_tail(right: int, count: int, share: float) -> float:
+    """The chance that at least so many of so many are right, where each is with the chance `share`."""
+    if right <= 0 or share >= 1:
+        return 1.0
+    if right > count or share <= 0:
+        return 0.0
+    # Each term from the one before: ln C(n, k + 1) - ln C(n, k) = ln (n - k) - ln (k + 1).
+    k = np.arange(count)
+    steps = np.log((count - k) / (k + 1)) + np.log(share) - np.log1p(-share)
+    terms = np.append(0.0, np.cumsum(steps)) + count * np.log1p(-share)
+    return float(min(1.0, np.exp(terms[right:]).sum()))
+
+
+def _refuse(right: int | float, count: int, level: float) -> None:
+    if not 0 <= right <= count:
+        raise ClipkitError(f"{right} right of {count} is no share; give from 0 to {count}")
+    _refuse_level(level)
+
+
+def _refuse_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ClipkitError(f"a level of {level} is no share between 0 and 1; 0.95 is usual")
+
+
+def mean_of(values: Float[Array, " n"]) -> Statistic:
+    """The mean of values of the samples, such as ``retrieval_per_sample`` gives, as a function of the draws."""
+    first = values[0] if len(values) else 0.0  # as in `clipkit.ranking.mean`
+    return lambda counts: first + counts @ (values - first) / counts.sum(axis=1)
+
+
+def class_mean_of(values: Float[Array, " n"], labels: Int[Array, " n"]) -> Statistic:
+    """The mean over classes of the mean of their samples' values, as a function of the draws.
+
+    Of ``zeroshot_acc@1`` it is the mean per-class recall. Classes that a draw lacks are left out of it.
+
+    Args:
+        values: of each sample.
+        labels: its class.
+    """
+    order = np.argsort(labels, kind="stable")
+    starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
+    first = values[0] if len(values) else 0.0
+    apart = values[order] - first
+
+    def statistic(counts: Array) -> Array:
+        ordered = counts[:, order]
+        sizes = np.add.reduceat(ordered, starts, axis=1)
+        sums = np.add.reduceat(ordered * apart, starts, axis=1)
+        return first + (sums / np.maximum(sizes, 1)).sum(axis=1) / (sizes > 0).sum(axis=1)
+
+    return statistic
+
+
+def bootstrap(
+    statistic: Statistic,
+    n: int,
+    *,
+    groups: Int[Array, " n"] | None = None,
+    level: float = 0.95,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """A figure with its percentile bootstrap interval (Efron 1979; Efron & Tibshirani 1993, chapter 13).
+
+    The same seed gives the same draws. Memory: 32 bytes for each of 2 million samples drawn at a time, or of n where
+    that is more, and what the statistic takes for them.
+
+    Args:
+        statistic: the figure.
+        n: how many samples it is of.
+        groups: a number for each sample; those with the same are drawn together, such as captions of one image, whose
+            values go together. Samples are drawn singly when not given.
+        level: share of the draws within the interval.
+        draws: how many.
+        seed: of the draws.
+
+    Returns:
+        The figure of the samples as they are, and the interval: NaN where there are not at least two samples or groups
+        to draw among. Draws of which the figure is NaN, such as the mAP of a draw without a positive, are left out.
+
+    Raises:
+        ClipkitError: where `groups` has another length, or `level` or `draws` makes no interval.
+    """
+    return _interval(statistic, n, groups, level, draws, seed)
+
+
+def paired_bootstrap(
+    first: Statistic,
+    second: Statistic,
+    n: int,
+    *,
+    groups: Int[Array, " n"] | None = None,
+    level: float = 0.95,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """How much better the first of two models is than the second on the same samples, with its bootstrap interval.
+
+    Both see the same draws, so that what is hard for both does not widen the interval: two models differ where it
+    leaves out 0. A model compared with itself differs by exactly 0, with an interval from 0 to 0.
+
+    Args:
+        first, second: the figure of each, over the same samples in the same order.
+        n, groups, level, draws, seed: see `bootstrap`.
+
+    Returns:
+        The difference, first minus second, and its interval.
+
+    Raises:
+        ClipkitError: see `bootstrap`.
+    """
+    return _interval(lambda counts: first(counts) - second(counts), n, groups, level, draws, seed)
+
+
+def _interval(statistic: Statistic, n: int, groups: Array | None, level: float, draws: int, seed: int) -> Interval:
+    _refuse_level(level)
+    if draws < 1:
+        raise ClipkitError(f"{draws} draws make no interval; 1000 are usual")
+    if groups is not None and len(groups) != n:
+        raise ClipkitError(f"{len(groups):,} groups are named for {n:,} samples; name one for each")
+    if not n:
+        return Interval(*[float("nan")] * 3)
+    value = float(statistic(np.ones((1, n), np.int64))[0])
+    group_of = None if groups is None else np.unique(groups, return_inverse=True)[1].reshape(-1)
+    units = n if group_of is None else int(group_of.max()) + 1
+    if units < 2:
+        return Interval(value, float("nan"), float("nan"))
+    found = np.concatenate([statistic(counts) for counts in _drawn(n, units, group_of, draws, seed)])
+    found = found[~np.isnan(found)]
+    if not len(found):
+        return Interval(value, float("nan"), float("nan"))
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(value, float(low), float(high))
+
+
+def _drawn(n: int, units: int, group_of: Array | None, draws: int, seed: int) -> Iterator[Int[Array, "some n"]]:
+    """How often each sample is drawn, some draws at a time; how many at a time does not change them."""
+    rng = np.random.default_rng(seed)
+    at_once = max(1, AT_ONCE // n)
+    for start in range(0, draws, at_once):
+        some = min(at_once, draws - start)
+        drawn = rng.integers(units, size=(some, units)) + units * np.arange(some)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=some * units).reshape(some, units)
+        yield counts if group_of is None else counts[:, group_of]

@@ -42,7 +42,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def wilson_interval(right: float, count: int, level: float = 0.95) -> Interval:
+def wilson_interval(right: int | float, count: int, level: float = 0.95) -> Interval:
     """The score interval of a share (Wilson 1927).
 
     It stays within 0 and 1, and keeps its level on average for few samples and for shares near 0 and 1, where the
@@ -95,10 +95,12 @@ def clopper_pearson_interval(right: int, count: int, level: float = 0.95) -> Int
 
 def binomial_tail(right: int, count: int, share: float) -> float:
     """The chance that at least so many of so many are right, where each is with the chance `share`."""
-    if right <= 0 or share >= 1:
+    if right <= 0:
         return 1.0
     if right > count or share <= 0:
         return 0.0
+    if share >= 1:
+        return 1.0
     # Each term from the one before: ln C(n, k + 1) - ln C(n, k) = ln (n - k) - ln (k + 1).
     k = np.arange(count)
     steps = np.log((count - k) / (k + 1)) + np.log(share) - np.log1p(-share)
@@ -106,9 +108,13 @@ def binomial_tail(right: int, count: int, share: float) -> float:
     return float(min(1.0, np.exp(terms[right:]).sum()))
 
 
-def _refuse(right: float, count: int, level: float) -> None:
+def _refuse(right: int | float, count: int, level: float) -> None:
     if not 0 <= right <= count:
         raise ClipkitError(f"{right} right of {count} is no share; give from 0 to {count}")
+    _refuse_level(level)
+
+
+def _refuse_level(level: float) -> None:
     if not 0 < level < 1:
         raise ClipkitError(f"a level of {level} is no share between 0 and 1; 0.95 is usual")
 
@@ -204,7 +210,7 @@ def paired_bootstrap(
 
 
 def _interval(statistic: Statistic, n: int, groups: Array | None, level: float, draws: int, seed: int) -> Interval:
-    _refuse(0, 0, level)
+    _refuse_level(level)
     if draws < 1:
         raise ClipkitError(f"{draws} draws make no interval; 1000 are usual")
     if groups is not None and len(groups) != n:

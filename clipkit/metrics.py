@@ -1,76 +1,137 @@
 """Retrieval and classification metrics as pure functions over arrays.
 
-Scores are float32, compared in chunks; such that differ by no more than 1e-6 are ties, as the same product comes out a
-few units of the last place apart in different rows of a matrix. Ties are resolved as if in random order, and the
-expected value is reported: a model whose embeddings all coincide scores exactly what guessing would.
+Scores and ties are as in `clipkit.ranking`: what cannot be told apart counts with the expected value over random
+orders, so that a model whose embeddings all coincide scores exactly what guessing would. Where a library or a paper
+breaks ties otherwise, `clipkit.metrics_compat` has its definition.
+
+A figure that is a mean has a form of its own per sample, for intervals and comparisons (`clipkit.confidence`).
 """
 
-from collections.abc import Sequence
-from math import comb
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from clipkit.ranking import (
+    Ranks,
+    Vectors,
+    guessed,
+    mean,
+    median_rank,
+    rank_pairs,
+    recall_at_k,
+    reciprocal_rank,
+)
+
 __all__ = [
+    "RetrievalRanks",
+    "clamped",
     "confusion_matrix",
-    "recall_at_k",
+    "guessed_retrieval",
     "retrieval_chance",
+    "retrieval_figures",
+    "retrieval_per_sample",
+    "retrieval_ranks",
     "retrieval_recall",
     "zeroshot_accuracy",
     "zeroshot_chance",
+    "zeroshot_per_sample",
 ]
 
 Array = np.ndarray
-CHUNK = 1024
-TIE = np.float32(1e-6)
 
 
-def recall_at_k(
-    better: Int[Array, " n"], tied: Int[Array, " n"], relevant_tied: Int[Array, " n"], k: int
-) -> Float[Array, " n"]:
-    """The chance that a relevant item is among the first k, when equal scores come in random order.
+def clamped(ks: Sequence[int], items: int) -> list[int]:
+    """The list lengths that are longer than the whole set, so that recall at them counts all of it and is 1."""
+    return [k for k in ks if k > items]
+
+
+class RetrievalRanks(NamedTuple):
+    """How the right items rank in retrieval in both directions."""
+
+    by_text: Ranks
+    """Of each caption's image among all images."""
+    by_image: Ranks
+    """Of the best caption of each image that has one, in the order of the images, among all captions."""
+    image_of_text: Int[Array, " texts"]
+    """The row of each caption's image: captions of one image stand and fall together (``groups`` of an interval)."""
+
+
+def retrieval_ranks(
+    image: Vectors,
+    text: Vectors,
+    image_of_text: Int[Array, " texts"],
+    *,
+    advance: Callable[[int], object] | None = None,
+) -> RetrievalRanks:
+    """Compare every caption with every image, once for both directions and within bounded memory, see `rank_pairs`.
+
+    A million captions against as many images of 512 dimensions are 10^15 operations of float32.
 
     Args:
-        better: per query, how many irrelevant items score above the best relevant one.
-        tied: how many items have the best relevant score, itself included.
-        relevant_tied: how many of the tied are relevant; at least one.
-        k: length of the list.
+        image: unit-norm image embeddings ``[images, dim]``, of any float precision; an array, memory-mapped or not, or
+            the parts of one, as `clipkit.Embeddings.blocks` gives them.
+        text: unit-norm caption embeddings ``[texts, dim]``, likewise.
+        image_of_text: row of each caption's image. Images without a caption are items, not queries.
+        advance: told how many more captions have been compared with all images.
+
+    Raises:
+        ClipkitError: where embeddings are not finite or do not fit each other, or `image_of_text` names no image.
+    """
+    ranks = rank_pairs(text, image, image_of_text, names=("caption", "image"), advance=advance)
+    return RetrievalRanks(*ranks, image_of_text)
+
+
+def guessed_retrieval(images: int, image_of_text: Int[Array, " texts"]) -> RetrievalRanks:
+    """The ranks of a model whose embeddings all coincide; their figures are chance."""
+    captions = np.bincount(image_of_text, minlength=images)
+    captions = captions[captions > 0]
+    one = np.ones(len(image_of_text), np.int64)
+    return RetrievalRanks(
+        guessed(one * images, one), guessed(np.full(len(captions), len(image_of_text)), captions), image_of_text
+    )
+
+
+def retrieval_per_sample(ranks: RetrievalRanks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, Float[Array, " queries"]]:
+    """Recall and reciprocal rank of each query, whose means are the figures of these names.
 
     Returns:
-        1 - C(tied - relevant_tied, s) / C(tied, s), where s = k - better places are left for the tied.
+        ``image_retrieval_recall@k`` and ``image_retrieval_mrr``, float64 of each caption, 0 to 1;
+        ``text_retrieval_recall@k`` and ``text_retrieval_mrr``, of each image that has a caption.
     """
-    places = np.clip(k - better, 0, tied)
-    result = np.where(places > 0, 1.0, 0.0)
-    for row in np.flatnonzero((tied > relevant_tied) & (places > 0)):
-        t, r, s = int(tied[row]), int(relevant_tied[row]), int(places[row])
-        result[row] = 1.0 - comb(t - r, s) / comb(t, s)
-    return result
+    found = {}
+    for side, of_side in (("image", ranks.by_text), ("text", ranks.by_image)):
+        found |= {f"{side}_retrieval_recall@{k}": recall_at_k(*of_side, k) for k in ks}
+        found[f"{side}_retrieval_mrr"] = reciprocal_rank(*of_side)
+    return found
 
 
-def _ranks(
-    queries: Float[Array, "q dim"],
-    items: Float[Array, "i dim"],
-    query_group: Int[Array, " q"],
-    item_group: Int[Array, " i"],
-) -> tuple[Array, Array, Array]:
-    """For each query the counts that `recall_at_k` needs; items of the query's own group are relevant."""
-    counts = np.zeros((3, len(queries)), np.int64)
-    items = items.astype(np.float32)
-    for start in range(0, len(queries), CHUNK):
-        rows = slice(start, start + CHUNK)
-        scores = queries[rows].astype(np.float32) @ items.T
-        relevant = query_group[rows, None] == item_group[None, :]
-        best = np.where(relevant, scores, -np.inf).max(axis=1, keepdims=True)
-        tied = np.abs(scores - best) <= TIE
-        counts[0, rows] = ((scores > best + TIE) & ~relevant).sum(axis=1)
-        counts[1, rows] = tied.sum(axis=1)
-        counts[2, rows] = (tied & relevant).sum(axis=1)
-    return counts[0], counts[1], counts[2]
+def retrieval_figures(ranks: RetrievalRanks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """Recall at k as `retrieval_recall` has it, and where the first relevant item ranks.
+
+    ``…_mrr``: the mean of 1 over the rank of the first relevant item. ``…_median_rank``: the median of that rank, from
+    1 (no fraction), see `clipkit.ranking.median_rank_of`.
+
+    Args:
+        ranks: of a model; or of one who guesses (`guessed_retrieval`), for chance.
+        ks: list lengths; one larger than the set counts the whole set (`clamped`).
+
+    Returns:
+        Figures by name; empty where there are no pairs.
+    """
+    if not len(ranks.image_of_text):
+        return {}
+    figures = {name: mean(values) for name, values in retrieval_per_sample(ranks, ks).items()}
+    return figures | {
+        "image_retrieval_median_rank": median_rank(ranks.by_text),
+        "text_retrieval_median_rank": median_rank(ranks.by_image),
+    }
 
 
 def retrieval_recall(
-    image: Float[Array, "images dim"],
-    text: Float[Array, "texts dim"],
+    image: Vectors,
+    text: Vectors,
     image_of_text: Int[Array, " texts"],
     ks: Sequence[int] = (1, 5, 10),
 ) -> dict[str, float]:
@@ -80,43 +141,52 @@ def retrieval_recall(
     ``text_retrieval_recall@k``: share of images with any of their captions among the k captions nearest to it.
 
     Args:
-        image: unit-norm image embeddings.
+        image: unit-norm image embeddings, see `retrieval_ranks`.
         text: unit-norm caption embeddings.
         image_of_text: row of each caption's image. Images without a caption are items, not queries.
         ks: list lengths; one larger than the set counts the whole set.
 
     Returns:
         Fractions by name; empty where there are no pairs.
+
+    Raises:
+        ClipkitError: see `retrieval_ranks`.
     """
-    if not len(text):
-        return {}
-    own = np.arange(len(image))
-    by_text = _ranks(text, image, image_of_text, own)
-    asked = np.unique(image_of_text)
-    by_image = _ranks(image[asked], text, asked, image_of_text)
-    figures = {f"image_retrieval_recall@{k}": float(recall_at_k(*by_text, k).mean()) for k in ks}
-    return figures | {f"text_retrieval_recall@{k}": float(recall_at_k(*by_image, k).mean()) for k in ks}
+    return _recalls(retrieval_ranks(image, text, image_of_text), ks)
 
 
 def retrieval_chance(
     images: int, image_of_text: Int[Array, " texts"], ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
     """What guessing scores under the names of `retrieval_recall`."""
-    texts = len(image_of_text)
-    if not texts:
+    return _recalls(guessed_retrieval(images, image_of_text), ks)
+
+
+def _recalls(ranks: RetrievalRanks, ks: Sequence[int]) -> dict[str, float]:
+    if not len(ranks.image_of_text):
         return {}
-    captions = np.bincount(image_of_text, minlength=images)
-    captions = captions[captions > 0]
-    zero = np.zeros_like(captions)
-    figures = {f"image_retrieval_recall@{k}": min(k, images) / images for k in ks}
-    return figures | {
-        f"text_retrieval_recall@{k}": float(recall_at_k(zero, zero + texts, captions, k).mean()) for k in ks
+    return {
+        f"{side}_retrieval_recall@{k}": mean(recall_at_k(*of_side, k))
+        for side, of_side in (("image", ranks.by_text), ("text", ranks.by_image))
+        for k in ks
     }
 
 
+def zeroshot_per_sample(
+    image: Vectors, classes: Vectors, labels: Int[Array, " n"], ks: Sequence[int] = (1, 5)
+) -> dict[str, Float[Array, " n"]]:
+    """``zeroshot_acc@k`` of each image, whose mean is the figure; arguments as in `zeroshot_accuracy`.
+
+    The mean per-class recall is no mean over images; of these it is
+    ``class_mean_of(values["zeroshot_acc@1"], labels)`` (`clipkit.confidence`).
+    """
+    ranks, _ = rank_pairs(image, classes, labels, names=("image", "class"))
+    return {f"zeroshot_acc@{k}": recall_at_k(*ranks, k) for k in ks}
+
+
 def zeroshot_accuracy(
-    image: Float[Array, "n dim"],
-    classes: Float[Array, "classes dim"],
+    image: Vectors,
+    classes: Vectors,
     labels: Int[Array, " n"],
     ks: Sequence[int] = (1, 5),
 ) -> dict[str, float]:
@@ -127,21 +197,24 @@ def zeroshot_accuracy(
     that have images (scikit-learn's ``balanced_accuracy_score``).
 
     Args:
-        image: unit-norm image embeddings.
+        image: unit-norm image embeddings ``[n, dim]``, see `retrieval_ranks`.
         classes: a unit-norm vector per class.
         labels: the row in `classes` of each image's class.
         ks: list lengths; one larger than the number of classes counts all of them. CLIP_benchmark gives none there.
 
     Returns:
         Fractions by name; empty where there are no images.
+
+    Raises:
+        ClipkitError: see `retrieval_ranks`.
     """
-    if not len(image):
+    values = zeroshot_per_sample(image, classes, labels, (*ks, 1))
+    if not len(labels):
         return {}
-    ranks = _ranks(image, classes, labels, np.arange(len(classes)))
-    figures = {f"zeroshot_acc@{k}": float(recall_at_k(*ranks, k).mean()) for k in ks}
-    sizes = np.bincount(labels, minlength=len(classes))
-    right = np.bincount(labels, weights=recall_at_k(*ranks, 1), minlength=len(classes))
-    figures["zeroshot_mean_per_class_recall"] = float((right[sizes > 0] / sizes[sizes > 0]).mean())
+    figures = {f"zeroshot_acc@{k}": mean(values[f"zeroshot_acc@{k}"]) for k in ks}
+    sizes, first = np.bincount(labels), values["zeroshot_acc@1"]
+    right = np.bincount(labels, weights=first - first[0])  # as in `mean`
+    figures["zeroshot_mean_per_class_recall"] = mean(first[0] + right[sizes > 0] / sizes[sizes > 0])
     return figures
 
 

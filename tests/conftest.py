@@ -7,7 +7,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network must f
 from jaxtyping import install_import_hook
 
 # Shapes and dtypes in signatures are checked while testing and cost nothing otherwise.
-HOOKED = ["clipkit.loss", "clipkit.metrics", "clipkit.zeroshot", "clipkit.decisions", "clipkit.towers.dual_encoder"]
+HOOKED = ["loss", "metrics", "metrics_compat", "ranking", "average_precision", "choice", "confidence", "calibration"]
+HOOKED = [f"clipkit.{name}" for name in [*HOOKED, "zeroshot", "decisions", "towers.dual_encoder"]]
 hook = install_import_hook(HOOKED, "beartype.beartype")
 
 import csv

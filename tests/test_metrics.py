@@ -2,17 +2,29 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    label_ranking_average_precision_score,
+    top_k_accuracy_score,
+)
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 
+from clipkit.confidence import class_mean_of
 from clipkit.metrics import (
+    clamped,
     confusion_matrix,
+    guessed_retrieval,
     retrieval_chance,
+    retrieval_figures,
+    retrieval_per_sample,
+    retrieval_ranks,
     retrieval_recall,
     zeroshot_accuracy,
     zeroshot_chance,
+    zeroshot_per_sample,
 )
 
 
@@ -71,12 +83,64 @@ def test_recall_is_clip_benchmarks():
         assert figures[f"image_retrieval_recall@{k}"] == pytest.approx(image_recall.mean())
 
 
-@pytest.mark.parametrize(("images", "captions"), [(7, 1), (10, 3), (33, 5)])
+@pytest.mark.parametrize(("images", "captions"), [(7, 1), (10, 3), (33, 5), (49, 2)])
 def test_a_collapsed_model_scores_exactly_chance(images, captions):
-    image_of_text = np.repeat(np.arange(images), captions)
+    image_of_text = np.repeat(np.arange(images), captions)[: images * captions - captions // 2]
     image = np.tile(unit(np.random.default_rng(0), 1, 37), (images, 1))
-    figures = retrieval_recall(image, image[image_of_text], image_of_text, [1, 5, 10])
-    assert figures == pytest.approx(retrieval_chance(images, image_of_text, [1, 5, 10]), abs=1e-12)
+    assert retrieval_recall(image, image[image_of_text], image_of_text) == retrieval_chance(images, image_of_text)
+    ranks = retrieval_ranks(image, image[image_of_text], image_of_text)
+    figures = retrieval_figures(ranks)
+    assert figures == retrieval_figures(guessed_retrieval(images, image_of_text))
+    assert figures["image_retrieval_recall@1"] == 1 / images
+    assert figures["image_retrieval_median_rank"] == (images + 1) / 2
+    if captions == 1:
+        assert figures["text_retrieval_mrr"] == pytest.approx(np.mean(1 / np.arange(1, images + 1)))
+
+
+@given(st.integers(1, 30), st.integers(1, 4), st.integers(0, 10_000))
+@settings(max_examples=60, deadline=None)
+def test_ranks_are_what_sorting_says(images, captions, seed):
+    rng = np.random.default_rng(seed)
+    image_of_text = rng.integers(images, size=images * captions)
+    image, text = unit(rng, images), unit(rng, len(image_of_text))
+    figures = retrieval_figures(retrieval_ranks(image, text, image_of_text))
+    scores = text @ image.T
+    assume(all(np.diff(np.sort(scores, axis=axis), axis=axis).min(initial=1) > 2e-6 for axis in (0, 1)))  # no ties
+    order = np.argsort(-scores, axis=1)
+    by_text = 1 + (order == image_of_text[:, None]).argmax(axis=1)
+    by_image = [
+        1 + min(np.flatnonzero(image_of_text[np.argsort(-scores[:, i])] == i)) for i in np.unique(image_of_text)
+    ]
+    for side, places in (("image", by_text), ("text", np.array(by_image))):
+        assert figures[f"{side}_retrieval_median_rank"] == np.median(places)
+        assert figures[f"{side}_retrieval_mrr"] == pytest.approx(np.mean(1 / places))
+    # With one relevant item per query it is the mean reciprocal rank.
+    theirs = label_ranking_average_precision_score(image_of_text[:, None] == np.arange(images), scores)
+    assert figures["image_retrieval_mrr"] == pytest.approx(theirs)
+
+
+def test_figures_are_the_means_of_what_each_sample_gives():
+    rng = np.random.default_rng(5)
+    image_of_text = np.array([0, 0, 2, 3, 3, 3, 5])
+    image, text = np.eye(4, dtype=np.float32)[rng.integers(4, size=6)], unit(rng, 7, 4)
+    ranks = retrieval_ranks(image, text, image_of_text)
+    figures, values = retrieval_figures(ranks, [1, 3]), retrieval_per_sample(ranks, [1, 3])
+    assert set(figures) - set(values) == {"image_retrieval_median_rank", "text_retrieval_median_rank"}
+    assert {name: len(of_queries) for name, of_queries in values.items()} == {
+        **dict.fromkeys(["image_retrieval_recall@1", "image_retrieval_recall@3", "image_retrieval_mrr"], 7),
+        **dict.fromkeys(["text_retrieval_recall@1", "text_retrieval_recall@3", "text_retrieval_mrr"], 4),
+    }
+    for name, of_queries in values.items():
+        assert figures[name] == pytest.approx(of_queries.mean())
+        assert ((of_queries >= 0) & (of_queries <= 1)).all()
+    assert {name: figures[name] for name in retrieval_chance(6, image_of_text, [1, 3])} == retrieval_recall(
+        image, text, image_of_text, [1, 3]
+    )
+
+
+def test_lists_longer_than_the_set_are_told():
+    assert clamped((1, 5, 10), 5) == [10]
+    assert clamped((1, 5), 5) == []
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -111,6 +175,10 @@ def test_small_and_empty_sets():
     image = np.eye(2, dtype=np.float32)
     assert retrieval_recall(image, image[:0], np.zeros(0, int)) == {}
     assert set(retrieval_recall(image[:1], image[:1], np.array([0]), [1, 10]).values()) == {1.0}
+    assert set(retrieval_figures(retrieval_ranks(image[:1], image[:1], np.array([0]))).values()) == {1.0}
+    for nothing in (retrieval_ranks(image, image[:0], np.zeros(0, int)), guessed_retrieval(2, np.zeros(0, int))):
+        assert retrieval_figures(nothing) == {}
+    assert retrieval_chance(2, np.zeros(0, int)) == {}
 
 
 def test_confusion_matrix_is_scikit_learns():
@@ -141,12 +209,25 @@ def test_zeroshot_accuracy_is_scikit_learns(classes, images, seed):
         assert balanced_accuracy_score(labels, said) == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize("classes", [2, 3, 10])
+@pytest.mark.parametrize("classes", [2, 3, 10, 49])
 def test_a_collapsed_classifier_scores_exactly_chance(classes):
     labels = np.array([0, 0, 0, 1, classes - 1])
     image = np.tile(unit(np.random.default_rng(0), 1, 37), (5, 1))
-    figures = zeroshot_accuracy(image, np.tile(image[:1], (classes, 1)), labels)
-    assert figures == pytest.approx(zeroshot_chance(classes), abs=1e-12)
+    assert zeroshot_accuracy(image, np.tile(image[:1], (classes, 1)), labels) == zeroshot_chance(classes)
+
+
+def test_zeroshot_accuracy_is_the_mean_of_what_each_image_gives():
+    rng = np.random.default_rng(0)
+    image, vectors, labels = unit(rng, 40), unit(rng, 6), rng.integers(5, size=40)
+    figures, values = zeroshot_accuracy(image, vectors, labels), zeroshot_per_sample(image, vectors, labels)
+    for name, of_images in values.items():
+        assert figures[name] == pytest.approx(of_images.mean())
+    per_class = class_mean_of(values["zeroshot_acc@1"], labels)(np.ones((1, 40), np.int64))[0]
+    assert figures["zeroshot_mean_per_class_recall"] == pytest.approx(per_class)
+    assert set(zeroshot_accuracy(image, vectors, labels, ks=(5,))) == {
+        "zeroshot_acc@5",
+        "zeroshot_mean_per_class_recall",
+    }
 
 
 def test_a_tie_counts_as_its_share():

@@ -22,8 +22,8 @@ from clipkit.calibration import (
     risk_coverage,
 )
 from clipkit.confidence import clopper_pearson_interval
+from clipkit.decisions import probabilities
 from clipkit.errors import ClipkitError
-from clipkit.zeroshot import probabilities
 
 
 @given(st.integers(1, 60), st.integers(0, 10**6), st.integers(1, 20), st.booleans())

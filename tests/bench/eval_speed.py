@@ -57,16 +57,17 @@ print(json.dumps([each[0]["label"] for each in found]))
 """
 
 
-def shard(path: Path, samples: list[dict[str, bytes]]) -> None:
-    """A webdataset shard, its sample count in `nshards.txt`'s company."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for number, sample in enumerate(samples):
-            for extension, data in sample.items():
-                about = tarfile.TarInfo(f"s{number:06d}.{extension}")
-                about.size = len(data)
-                tar.addfile(about, BytesIO(data))
-    (path.parent / "nshards.txt").write_text("1")
+def write_shards(folder: Path, samples: list[dict[str, bytes]], count: int = 2) -> None:
+    """Webdataset shards with `nshards.txt`; as many as CLIP_benchmark has workers, as each of them wants one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in range(count):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for number in range(shard, len(samples), count):
+                for extension, data in samples[number].items():
+                    about = tarfile.TarInfo(f"s{number:06d}.{extension}")
+                    about.size = len(data)
+                    tar.addfile(about, BytesIO(data))
+    (folder / "nshards.txt").write_text(str(count))
 
 
 def make_data(work: Path, images: int, pairs: int) -> None:
@@ -80,7 +81,7 @@ def make_data(work: Path, images: int, pairs: int) -> None:
         data = photos[number % len(photos)].read_bytes()
         (work / "photos" / f"{number:04d}.jpg").write_bytes(data)
         samples.append({"jpg": data, "cls": str(number * 7 % len(CLASSES)).encode()})
-    shard(work / "zeroshot" / "test" / "0.tar", samples)
+    write_shards(work / "zeroshot" / "test", samples)
     (work / "zeroshot" / "classnames.txt").write_text("\n".join(CLASSES))
     (work / "zeroshot" / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES))
     captions: dict[str, list[str]] = {}
@@ -89,7 +90,7 @@ def make_data(work: Path, images: int, pairs: int) -> None:
             captions.setdefault(row["path"], []).append(row["caption"])
     chosen = list(captions.items())[:pairs]
     read = [((DATA / "flickr8k" / path).read_bytes(), "\n".join(said).encode()) for path, said in chosen]
-    shard(work / "retrieval" / "test" / "0.tar", [{"jpg": image, "txt": text} for image, text in read])
+    write_shards(work / "retrieval" / "test", [{"jpg": image, "txt": text} for image, text in read])
     (work / "retrieval" / "dataset_type.txt").write_text("retrieval")
     (work / "complete").touch()
 

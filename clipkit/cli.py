@@ -78,6 +78,10 @@ def first_line(path: Path) -> str:
     return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0].rstrip(".")
 
 
+class _ReaderLeft(Exception):
+    """Nobody reads our results any more."""
+
+
 class Job(click.Command):
     """A click command that prints an error as one line and turns a returned number into the exit status."""
 
@@ -94,6 +98,13 @@ class Job(click.Command):
         sys.exit(
             _report_errors(lambda: super(Job, self).main(args, verb, standalone_mode=False), verb, "--debug" in args)
         )
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run; a reader that left is told by an error of ours, as click itself would end such a run as failed."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise _ReaderLeft from error
 
 
 def _together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -168,7 +179,7 @@ def _report_errors(action: Any, name: str, debug: bool) -> int:
     try:
         status = action()
         sys.stdout.flush()
-    except BrokenPipeError:
+    except (BrokenPipeError, _ReaderLeft):
         # Whoever read our results has seen enough (`| head`); the interpreter must not trip over it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from clipkit.config import flat
 from clipkit.errors import ClipkitError
 from clipkit.inference import fast_bf16
+from clipkit.launch import launched
 from clipkit.settings import TrainConfig
 from clipkit.towers import DualEncoder, pick_device
 
@@ -46,7 +47,7 @@ class Ranks:
     """
 
     def __init__(self, config: TrainConfig, folder: Path):
-        if torch.cuda.device_count() == 1:
+        if launched() and torch.cuda.device_count() == 1:
             os.environ["LOCAL_RANK"] = "0"  # each process was given a GPU of its own to see; accelerate counts them all
         # accelerate joins the ranks of a CPU launch only when it is told that the CPU is meant.
         cpu = os.environ.get("ACCELERATE_USE_CPU") == "1" or pick_device().type == "cpu"

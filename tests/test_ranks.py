@@ -48,6 +48,21 @@ def assert_same_training(a, b):
         assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
 
 
+@pytest.mark.parametrize("rank", [None, "1"])
+def test_a_single_gpu_is_the_own_one_of_each_that_was_launched(recipe, monkeypatch, tmp_path, rank):
+    """A process that nobody launched must not look as if somebody had: accelerate would wait for the others."""
+    from clipkit.config import load_config
+    from clipkit.ranks import Ranks
+
+    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", None)):
+        monkeypatch.setenv(name, value or "")
+        if value is None:
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    Ranks(load_config(recipe, ["data.train=x"]), tmp_path)
+    assert os.environ.get("LOCAL_RANK") == (None if rank is None else "0")
+
+
 @pytest.mark.parametrize(
     "pairs",
     [

@@ -46,6 +46,7 @@ def embed(
     part_size: int = 10_000,
     batch_size: int | None = None,
     threads: int | None = None,
+    workers: int | None = None,
     decoding: Decoding = "fast",
     compile: bool | None = None,
     overwrite: bool = False,
@@ -67,7 +68,7 @@ def embed(
         part_size: samples per part, which is what a kill can cost.
         batch_size: see `embed_source`; None to find a good one, which is done once: whoever goes on with an unfinished
             folder, on whatever machine, takes the same, so that the bits are the same.
-        threads, decoding: see `embed_source`.
+        threads, workers, decoding: see `embed_source`.
         compile: see `compiled`; the last bits of the vectors are others. None to find out once whether that pays.
         overwrite: replace what is there.
         update: bring embeddings of other input up to date. They stay as they are until the new ones are whole, which
@@ -114,7 +115,7 @@ def embed(
         for name in stage.pending(names):
             start = starts[int(name)]
             rows = range(start, min(start + part_size, len(source)))
-            how = {"batch_size": size, "threads": threads, "decoding": decoding}
+            how = {"batch_size": size, "threads": threads, "workers": workers, "decoding": decoding}
             how["show"] = f"embed part {int(name) + 1}/{len(names)}"
             stage.finish_part(name, _make_part(stage.folder, name, source, model, rows, sides, known, how))
     records = stage.records(names)

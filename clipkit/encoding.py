@@ -1,4 +1,4 @@
-"""From samples to embeddings in memory: images decoded in threads while the towers work, in batches that are stated."""
+"""From samples to embeddings in memory: images decoded while the towers work, in batches that are stated."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -6,19 +6,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 from clipkit.embeddings import Embedded, Side
-from clipkit.errors import BadSample, UnreadSample
+from clipkit.errors import BadSample, ClipkitError, UnreadSample
 from clipkit.inference import evaluating
 from clipkit.launch import processes_here
 from clipkit.log import progress
-from clipkit.parallel import cores, in_threads
+from clipkit.parallel import FEW_CORES, cores, in_threads
 from clipkit.pixels import Decoding, Shown, decoded, shown
+from clipkit.processes import in_loader_processes
 from clipkit.reuse import Kept
 from clipkit.sources import Sample, Source
 from clipkit.towers import DualEncoder
 
 __all__ = ["embed_source"]
+
+GROUP, AHEAD = 16, 2  # rows that a process hands over at once, and groups ahead: 2.4 MB each at 224 px
+MOST_WORKERS = 14  # 34 MB of groups each way: Docker gives 64 MB of shared memory when it is not asked
+WORTH_PROCESSES = 2000  # samples; starting processes takes as long as some hundred
 
 
 def embed_source(
@@ -29,11 +35,12 @@ def embed_source(
     rows: range | None = None,
     batch_size: int = 64,
     threads: int | None = None,
+    workers: int | None = None,
     show: str | None = "embed",
     kept: Mapping[int, Kept] | None = None,
     decoding: Decoding = "exact",
 ) -> Embedded:
-    """Embed samples of a source, decoding in threads while the towers work.
+    """Embed samples of a source, decoding in threads or processes while the towers work.
 
     Args:
         source: see `clipkit.sources.open_source`.
@@ -44,6 +51,9 @@ def embed_source(
             batch. So the same rows give the same bits, whichever part of the source they are embedded with, as long
             as it begins at a multiple of this. Captions go four times as many at a time.
         threads: that decode; when not given, as many as this process's share of the cores.
+        workers: processes that decode in place of threads; 0 for none. When not given, none where that share is a few
+            cores, or there are few samples, or they are fetched from elsewhere, or a GPU decodes; else one per core
+            but two, as in one process Python lets threads compute one at a time between what the decoders do.
         show: title of the progress bar; None for no bar.
         kept: what is known of rows from before, see `clipkit.reuse`: their images are not read, nor are they encoded,
             nor captions that there were before. The others of the rows go into batches together.
@@ -71,8 +81,14 @@ def embed_source(
             return _Loaded(i, None, None, "the sample has no caption")
         return _Loaded(i, Sample(sample.key, None, sample.extension, sample.captions, sample.columns), pixels)
 
-    threads = threads or max(1, cores() // processes_here())
-    loaded = in_threads(load, rows, threads, ahead=4 * batch_size)
+    own = max(1, cores() // processes_here())
+    if workers is None:
+        suits = threads is None and own > FEW_CORES and len(rows) >= WORTH_PROCESSES and not source.remote
+        workers = min(own - 2, MOST_WORKERS) if suits and decoding != "gpu" else 0
+    if workers and decoding != "gpu":
+        loaded = _in_groups(load, rows, workers)
+    else:
+        loaded = in_threads(load, rows, threads or own, ahead=4 * batch_size)
     if decoding == "gpu":
         loaded = _decoded(loaded, model, batch_size)
     with torch.inference_mode(), evaluating(model):
@@ -117,6 +133,35 @@ class _Loaded(NamedTuple):
     pixels: Shown | None
     reason: str | None = None
     unread: bool = False
+
+
+class _Groups(Dataset[Any]):
+    """Loads rows in a process of its own, and gives their pixels as one tensor."""
+
+    def __init__(self, load: Callable[[int], _Loaded]):
+        self._load = load
+
+    def __getitem__(self, rows: range) -> "tuple[list[_Loaded], torch.Tensor] | str":
+        try:
+            loaded = [self._load(row) for row in rows]
+        except ClipkitError as error:  # torch would wrap it in its traceback
+            return str(error)
+        pixels = [each.pixels for each in loaded if each.pixels is not None]
+        together = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0)  # type: ignore[arg-type]
+        place = iter(range(len(pixels)))
+        return [each if each.pixels is None else each._replace(pixels=next(place)) for each in loaded], together  # type: ignore[arg-type]
+
+
+def _in_groups(load: Callable[[int], _Loaded], rows: range, workers: int) -> Iterator[_Loaded]:
+    """As `in_threads` does, in forked processes, with which `load` and all that it refers to is shared."""
+    groups = [rows[start : start + GROUP] for start in range(0, len(rows), GROUP)]
+    for group in in_loader_processes(_Groups(load), groups, workers, ahead=AHEAD, start="fork"):
+        if isinstance(group, str):
+            raise ClipkitError(group)
+        loaded, pixels = group
+        together = pixels.numpy()
+        for each in loaded:
+            yield each if each.pixels is None else each._replace(pixels=together[each.pixels])
 
 
 def _decoded(loaded: Iterator[_Loaded], model: DualEncoder, batch_size: int) -> Iterator[_Loaded]:

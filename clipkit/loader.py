@@ -10,7 +10,6 @@ import atexit
 import os
 import queue
 import threading
-import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, TypedDict
@@ -18,15 +17,16 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from clipkit.augment import Augmentation, Waiting, augmented_pixels
 from clipkit.decode import Encoded
 from clipkit.errors import BadSample, ClipkitError
 from clipkit.gpu_decode import can_wait, decode_waiting
 from clipkit.launch import processes_here
-from clipkit.parallel import Threads, cores, stay
+from clipkit.parallel import FEW_CORES, Threads, cores
 from clipkit.preprocess import Preprocess
+from clipkit.processes import in_loader_processes
 from clipkit.settings import DataConfig
 from clipkit.shards import Shards
 from clipkit.sources import text_id
@@ -38,7 +38,7 @@ from clipkit.trainset import MISSING_HINT, Incomplete, TrainData, TrainSet, pick
 __all__ = ["Batch", "Batches", "describe", "open_train_data", "train_batches"]
 
 MAX_REPLACEMENTS = 20
-FEW_CORES, MOST_WORKERS = 4, 8  # see `DataConfig.workers`
+MOST_WORKERS = 8  # see `DataConfig.workers`
 AHEAD = 3  # batches that are being made while one is used
 
 
@@ -303,33 +303,10 @@ def train_batches(
 
 
 def _from_processes(batches: Batches, positions: _Positions, pin_memory: bool) -> Iterator["Batch | str"]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores is the user's choice
-        made = iter(_data_loader(batches, positions, pin_memory))
-    try:
-        yield from made
-    except (RuntimeError, OSError, EOFError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
-            raise
-        # Killed from outside, mostly for memory. torch's own message runs over several lines; a process that is killed
-        # while it hands over a batch is a broken connection.
-        raise ClipkitError(f"a loader process is gone or stuck: {' '.join(str(error).split())[:300]}") from error
-
-
-def _data_loader(batches: Batches, positions: _Positions, pin_memory: bool) -> DataLoader[Any]:
-    return DataLoader(
-        batches,
-        batch_size=None,
-        sampler=positions,
-        num_workers=batches.workers,
-        prefetch_factor=AHEAD,
-        pin_memory=pin_memory,
-        worker_init_fn=stay,
-        # A worker gives up by itself; this is for one that cannot even do that.
-        timeout=2 * batches.config.timeout + 60,
-        # Of its own: an iterator draws a seed, and from the global generator that would shift the model's dropout.
-        generator=torch.Generator().manual_seed(batches.seed),
-    )
+    # A worker gives up by itself; this timeout is for one that cannot even do that.
+    timeout = 2 * batches.config.timeout + 60
+    how = {"ahead": AHEAD, "timeout": timeout, "pin_memory": pin_memory, "seed": batches.seed}
+    return in_loader_processes(batches, positions, batches.workers, **how)
 
 
 def _from_threads(batches: Batches, positions: _Positions, pin_memory: bool) -> Iterator["Batch | str"]:

@@ -16,7 +16,9 @@ from typing import Any, NoReturn, TypeVar
 
 from clipkit.errors import ClipkitError
 
-__all__ = ["Threads", "cores", "in_processes", "in_threads", "stay"]
+__all__ = ["FEW_CORES", "Threads", "cores", "in_processes", "in_threads", "stay"]
+
+FEW_CORES = 4  # that threads of one process still keep busy with images; beyond, they wait for each other
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")

@@ -46,6 +46,11 @@ from clipkit.cli import Job, list_options, model_option, out_options
 @click.option("--part-size", default=10_000, show_default=True, type=click.IntRange(1), help="Samples per part.")
 @click.option("--threads", type=click.IntRange(1), help="That decode images [default: one per core].")
 @click.option(
+    "--workers",
+    type=click.IntRange(0),
+    help="Processes that decode in place of threads [default: on more than 4 cores all but 2, else none].",
+)
+@click.option(
     "--device", help="Such as cpu, cuda, cuda:1 [default: a GPU where there is one; each process of a launch its own]."
 )
 @click.option("--update", is_flag=True, help="Bring OUT up to date: embed what is new or changed, drop what is gone.")
@@ -63,6 +68,7 @@ def main(
     compile: bool | None,
     part_size: int,
     threads: int | None,
+    workers: int | None,
     device: str | None,
     update: bool,
     out: Path,
@@ -82,6 +88,8 @@ def main(
     from clipkit.sources import open_source
     from clipkit.towers import load_model, model_reference, pick_device
 
+    if workers and (threads or decoding == "gpu"):
+        raise ClipkitError("--workers are processes that decode on the CPU; leave out --threads and --decode gpu")
     if update and overwrite:
         raise ClipkitError("--update keeps what has not changed, --overwrite makes all of it anew; say one of them")
     if model is None:
@@ -99,6 +107,7 @@ def main(
         part_size=part_size,
         batch_size=batch_size,
         threads=threads,
+        workers=workers,
         decoding=decoding,
         compile=compile,
         overwrite=overwrite,

@@ -40,7 +40,7 @@ FLOORS = [
     {"shards"},
     {"sources", "towers"},
     {"pack", "embeddings", "trainset", "checkpoint", "phases"},
-    {"streams", "check", "gpu_decode", "teacher", "reuse", "inference"},
+    {"streams", "processes", "check", "gpu_decode", "teacher", "reuse", "inference"},
     {"loader", "pixels"},
     {"encoding", "search", "run", "objective"},
     {"embed", "zeroshot", "ranks", "questions"},

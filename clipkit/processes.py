@@ -1,0 +1,65 @@
+"""What processes make in order, ahead of its use: torch's own loader processes, whose failures are told in a line."""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from clipkit.errors import ClipkitError
+from clipkit.parallel import stay
+
+__all__ = ["in_loader_processes"]
+
+
+def in_loader_processes(
+    made: Dataset[Any],
+    wanted: Iterable[Any],
+    workers: int,
+    *,
+    ahead: int,
+    timeout: float = 0.0,
+    pin_memory: bool = False,
+    seed: int = 0,
+    start: str | None = None,
+) -> Iterator[Any]:
+    """``made[each]`` for each that is wanted, in order. Tensors come through shared memory.
+
+    Args:
+        made: makes them, in processes that share what it refers to.
+        wanted: what to ask it for.
+        workers: how many processes.
+        ahead: how much each of them makes ahead.
+        timeout: seconds that one may take; 0 for as long as it wants.
+        pin_memory: for copies to a GPU that do not wait.
+        seed: of the processes' own generators.
+        start: how processes are started, see `multiprocessing.get_context`; as this platform does when not given.
+
+    Raises:
+        ClipkitError: where a process is killed, or takes too long.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        made,
+        batch_size=None,
+        sampler=wanted,  # type: ignore[arg-type]
+        num_workers=workers,
+        prefetch_factor=ahead,
+        pin_memory=pin_memory,
+        worker_init_fn=stay,
+        timeout=timeout,
+        multiprocessing_context=start,
+        # Of its own: an iterator draws a seed, and from the global generator that would shift the model's dropout.
+        generator=torch.Generator().manual_seed(seed),
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores is the user's choice
+        given = iter(loader)
+    try:
+        yield from given
+    except (RuntimeError, OSError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
+            raise
+        # Killed from outside, mostly for memory. torch's own message runs over several lines; a process that is killed
+        # while it hands something over is a broken connection.
+        raise ClipkitError(f"a loader process is gone or stuck: {' '.join(str(error).split())[:300]}") from error

@@ -2,15 +2,17 @@
 
     python tests/bench/loss_memory.py [--objective infonce|sigmoid] [--rounds N] [--sizes N,N,...]
 
-The forms take turns, each in a fresh process with as many threads as cores: a first run that is not timed, then three.
+The forms take turns, on a CPU each in a fresh process with as many threads as cores: a first run that is not timed,
+then three.
 Time is the median over all runs, the ratio to the plain form the median of the rounds' ratios. On a CPU the ratio is of
 the CPU time, with threads that sleep while they wait, since others may be using the machine; on a GPU of the wall time.
-Memory is what one
-forward and backward pass needs beside the features: the peak of the resident set less the resident set before, after
-everything was run once at a small size; on a GPU the peak that torch allocated less what was allocated before.
+Memory is what one forward and backward pass needs beside the features: the peak of the resident set less the resident
+set before, after everything was run once at a small size; on a GPU the peak that torch allocated less what was
+allocated before.
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -94,7 +96,15 @@ def measure(form: Callable[..., Tensor], count: int) -> dict[str, object]:
 
 
 def turn(objective: str, form: str, count: int) -> dict[str, list[float]] | None:
-    """One measurement in a process of its own; None where memory does not suffice."""
+    """One measurement, on a CPU in a process of its own; None where memory does not suffice."""
+    if GPU:  # torch counts what it gives out there, whatever was before
+        try:
+            return json.loads(json.dumps(measure(FORMS[objective][form], count)))
+        except torch.OutOfMemoryError:
+            return None
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
     command = [sys.executable, __file__, "--objective", objective, "--form", form, "--sizes", str(count)]
     done = subprocess.run(command, env={**os.environ, "OMP_WAIT_POLICY": "passive"}, capture_output=True, text=True)
     if done.returncode:

@@ -1,13 +1,13 @@
 """Speed of whole training steps, clipkit's beside open_clip's own trainer, from the same shards.
 
-    python tests/bench/train_speed.py [--captions LIST] [--steps N] [--rounds N] [--peak TFLOPS]
+    python tests/bench/train_speed.py [--captions LIST] [--steps N] [--rounds N] [--models NAME ...] [--only PATTERN]
 
 open_clip gets an environment of its own (`rival`) and is run through `open_clip_train.main`. Both read, decode, crop,
 train and log; same architecture, batch, learning rate, warmup, decay and clipping. Every run is a fresh process, the
 rows take turns, and the order is turned round after each round. In both programs a hook on the optimizer's step looks
 at the clock and at the CPU time of the process and its loader workers; a speed is that of all steps after the first
 third. What is waited for data is the programs' own account. A run waits until the machine is idle and is done again
-where others took more than a twentieth of it. open_clip runs with one and with two loader workers in the first round
+where others took more than a twentieth of it. open_clip runs with so many and so many loader workers in the first round
 and keeps the faster; clipkit runs with its defaults. A figure is the median over the rounds, a ratio the median of the
 rounds' ratios to open_clip with amp_bf16; its default, `amp`, is fp16, which is measured on GPUs only: a CPU without
 fp16 instructions takes a minute for a step.
@@ -18,12 +18,14 @@ pass, which `torch.utils.flop_counter` counts; the peak is an H200's for dense b
 """
 
 import argparse
+import io
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from importlib.metadata import version
@@ -57,9 +59,10 @@ MORE = {
         ("clipkit", "bf16", True),
     ],
 }
-WORKERS = {"cpu": (1, 2), "cuda": (4, 8)}
+WORKERS = {"cpu": (1, 2), "cuda": (8, 14)}
 RATE = {"lr": 1e-3, "warmup": 10, "weight_decay": 0.1, "beta2": 0.98, "eps": 1e-6, "clip": 1.0}
-DISTURBED, TRIES = 0.05, 4  # share of the machine that others may take, and how often a run is tried
+SHARDS = 16
+TRIES = 4  # of a run that others disturbed
 EVERY = 5  # steps a report
 LINE = re.compile(r"Data \(t\): ([\d.]+) Batch \(t\): ([\d.]+)")
 LIBRARIES = ("open_clip_torch", "torch", "torchvision", "webdataset")
@@ -67,8 +70,12 @@ LIBRARIES = ("open_clip_torch", "torch", "torchvision", "webdataset")
 Row = tuple[str, str, bool]
 
 
-def make_shards(captions: Path, out: Path) -> None:
-    """Eight shards of a list's images, or of drawn pictures where there is no such list."""
+def make_shards(captions: Path, out: Path, least: int) -> None:
+    """Shards of a list's images, or of drawn pictures where there is no such list.
+
+    Each holds so many samples at least, some of them again under another name: of a worker whose shards do not fill a
+    batch open_clip waits for one without end.
+    """
     import numpy as np
 
     from clipkit.pack import pack
@@ -85,7 +92,25 @@ def make_shards(captions: Path, out: Path) -> None:
             draw(scene, rng, 128).save(captions.parent / f"{number}.jpg", quality=90)
             rows.append(f"{number}.jpg\t{caption(scene, rng)}\n")
         captions.write_text("".join(rows), encoding="utf-8")
-    pack(open_source(captions), out, shards=8)
+    packed = out.with_name("packed")
+    pack(open_source(captions), packed, shards=8)
+    samples: dict[str, list[tuple[str, bytes]]] = {}
+    for shard in sorted(packed.glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                stem, _, extension = member.name.partition(".")
+                data = tar.extractfile(member)
+                samples.setdefault(f"{shard.stem}/{stem}", []).append((extension, data.read() if data else b""))
+    each = list(samples.values())
+    out.mkdir()
+    count = max(least, -(-len(each) // SHARDS))
+    for number in range(SHARDS):
+        with tarfile.open(out / f"{number:06d}.tar", "w") as tar:
+            for at in range(count):
+                for extension, data in each[(number * count + at) % len(each)]:
+                    about = tarfile.TarInfo(f"{number:03d}{at:06d}.{extension}")
+                    about.size = len(data)
+                    tar.addfile(about, io.BytesIO(data))
 
 
 def run_open_clip(task: dict[str, Any]) -> list[float]:
@@ -194,11 +219,11 @@ def in_process(task: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"others": 2.0}
     for _ in range(TRIES):
         for _ in range(100):
-            if psutil.cpu_percent(3.0) < 100 * DISTURBED:
+            if psutil.cpu_percent(3.0) < 100 * task["disturbed"]:
                 break
         again = in_process_once(task)
         found = again if again["others"] < found["others"] else found
-        if found["others"] < DISTURBED:
+        if found["others"] < task["disturbed"]:
             break
         print(f"others took {again['others']:.0%} of the machine, {again['speed']:.1f}/s", file=sys.stderr, flush=True)
     return found
@@ -242,7 +267,7 @@ def rounds_of(task: dict[str, Any], rows: list[Row], rounds: int) -> dict[Row, l
         for row in rows if number % 2 == 0 else rows[::-1]:
             program, precision, compiled = row
             this = {**task, "program": program, "precision": precision, "compile": compiled}
-            choices = (0,) if program == "clipkit" else WORKERS[task["device"]]
+            choices = (0,) if program == "clipkit" else task["tried"]
             tried = {n: in_process({**this, "workers": n}) for n in ([workers[row]] if row in workers else choices)}
             workers[row] = max(tried, key=lambda n: tried[n]["speed"])
             found[row].append(tried[workers[row]] | {"workers": workers[row]})
@@ -260,8 +285,11 @@ def main() -> None:
     parser.add_argument("--captions", type=Path, default=default, help="a list of images with captions")
     parser.add_argument("--steps", type=int, default=45, help="of each run; the first third warms up")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default="", help="rows whose program and precision hold this, such as clipkit")
+    parser.add_argument("--models", nargs="*", help="some of the device's [default: all]")
+    parser.add_argument("--only", default="", help="a pattern for rows, such as 'clipkit|open_clip amp_bf16$'")
     parser.add_argument("--peak", type=float, default=989.0, help="TFLOPS of the GPU")
+    parser.add_argument("--workers", nargs="*", type=int, help="open_clip's, of which the faster are kept")
+    parser.add_argument("--disturbed", type=float, default=0.05, help="share of the machine that others may take")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.task:
@@ -270,14 +298,18 @@ def main() -> None:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = [row for row in [*ROWS, *MORE[device]] if args.only in " ".join(map(str, row))]
+    named = {(*row[:2], "compiled") if row[2] else row[:2]: row for row in [*ROWS, *MORE[device]]}
+    rows = [row for name, row in named.items() if re.search(args.only, " ".join(name))]
     print("| model | program | precision | samples/s | ratio | per CPU s | ratio | waiting | GiB | of peak |")
     print("|---|---|---|---:|---:|---:|---:|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as folder:
         shards = Path(folder) / "shards"
-        make_shards(args.captions, shards)
+        make_shards(args.captions, shards, max(MODELS[device].values()))
         for model, batch in MODELS[device].items():
+            if args.models and model not in args.models:
+                continue
             task = {"model": model, "batch": batch, "device": device, "shards": str(shards), "steps": args.steps}
+            task |= {"disturbed": args.disturbed, "tried": args.workers or WORKERS[device]}
             found = rounds_of(task, rows, args.rounds)
             for row, runs in found.items():
                 speed, per_cpu = (median(run[key] for run in runs) for key in ("speed", "per_cpu"))

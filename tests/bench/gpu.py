@@ -83,7 +83,7 @@ def embed(args: argparse.Namespace) -> None:
     spent = json.loads(done.stdout.splitlines()[-1])
     base = (args.images - args.images // 4) / (spent[1] - spent[0])
     print(f"| open_clip in a loop | | {base:,.0f} | 1.00 |", flush=True)
-    variants = [[], ["--decode", "exact"], ["--decode", "gpu"], *([["--compile"]] if args.compile else [])]
+    variants = [[], ["--decode", "gpu"], ["--decode", "exact"], *([["--compile"]] if args.compile else [])]
     for more in variants:
         spent = []
         for folder in (few, many):

@@ -234,7 +234,8 @@ def in_process_once(task: dict[str, Any]) -> dict[str, Any]:
     ours = task["program"] == "clipkit"
     python = Path(sys.executable) if ours else environment()
     root = str(Path(__file__).parents[2])
-    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": root if ours else ""}
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path if ours else ""}
     with tempfile.TemporaryDirectory() as out:
         command = [str(python), __file__, "--task", json.dumps({**task, "out": out})]
         done = subprocess.run(command, env=environ, capture_output=True, text=True)

@@ -49,7 +49,7 @@ def embed_source(
         rows: which samples; all of them when not given.
         batch_size: images at a time, those of so many rows: an image that cannot be used shifts no other into another
             batch. So the same rows give the same bits, whichever part of the source they are embedded with, as long
-            as it begins at a multiple of this. Captions go four times as many at a time.
+            as it begins at a multiple of this. Captions go four times as many at a time, short ones first.
         threads: that decode; when not given, as many as this process's share of the cores.
         workers: processes that decode in place of threads; 0 for none. When not given, none where that share is a few
             cores, or there are few samples, or they are fetched from elsewhere, or a GPU decodes; else one per core
@@ -114,15 +114,17 @@ def embed_source(
             full = images.waiting == batch_size if kept else (row + 1 - rows.start) % batch_size == 0
             if full or row == rows[-1]:
                 images.flush()
-        for at, caption in enumerate(found.captions):
+        # Texts of like length together: a batch is as long as its longest.
+        order = sorted(range(len(found.captions)), key=lambda at: len(found.captions[at]))
+        for at in order:
             if at in known_texts:
                 texts.know(known_texts[at])
             else:
-                texts.add(caption)
+                texts.add(found.captions[at])
             if texts.waiting == batch_size * 4:
                 texts.flush()
         texts.flush()
-    found.image, found.text = images.joined(), texts.joined()
+    found.image, found.text = images.joined(), texts.joined()[np.argsort(order)]
     found.image_of_text = np.array(image_of_text, np.int64)
     return found
 

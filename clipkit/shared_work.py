@@ -149,8 +149,8 @@ class SharedWork:
         )
 
     def texts(self, texts: Sequence[str], batch_size: int) -> np.ndarray:
-        """Embed all texts, float32 ``[n, dim]``; each once, however often it is there."""
-        place = {text: at for at, text in enumerate(dict.fromkeys(texts))}
+        """Embed all texts, float32 ``[n, dim]``; each once, however often it is there, among others of like length."""
+        place = {text: at for at, text in enumerate(sorted(dict.fromkeys(texts), key=len))}
         each, own = list(place), self.own(len(place), batch_size)
         found = np.concatenate(self.together(lambda: self.towers.texts(each[own.start : own.stop], batch_size)))
         return found[[place[text] for text in texts]]

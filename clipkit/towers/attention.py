@@ -162,7 +162,9 @@ def attention_relevance(
         hook.remove()
     count = about.prefix + rows * columns
     pooled = about.pooling == "attention"
-    if len(seen.maps) != len(about.layers) + pooled or any(part.shape[-1] != count for part in seen.maps):
+    lengths = [part.shape[-1] for part in seen.maps]
+    # timm leaves the tokens before the patches out of the pooling.
+    if lengths not in ([count] * len(about.layers) + [end] * pooled for end in (count, count - about.prefix)):
         raise _none("its layers attend in a way of their own")
     wanted = [*seen.maps, *last] if about.pooling == "mean" else seen.maps
     found = []
@@ -173,6 +175,7 @@ def attention_relevance(
         layers = [weighted_attention(a[0].detach(), g[0]) for a, g in zip(seen.maps, gradients, strict=False)]
         if pooled:
             readout = layers.pop().sum(0)
+            readout = F.pad(readout, (count - len(readout), 0))
         elif about.pooling == "mean":
             readout = patch_readout(last[0][0].detach(), gradients[-1][0], about.prefix)
         else:

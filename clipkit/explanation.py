@@ -157,7 +157,7 @@ def explain(
             can be read, and occlusion for the others.
         contrast: explain the cosine less the mean of those with the other texts: what speaks for this one rather than
             for them.
-        window: of occlusion, how many cells wide and high a hidden part is; a fifth of the grid where not given.
+        window: of occlusion, how many cells wide and high a hidden part is; a fifth of the grid, 2 at least, if None.
         batch_size: of occlusion, images at a time.
         show: of occlusion, the name of a progress bar.
 
@@ -255,8 +255,10 @@ def _occluded(
 ) -> np.ndarray:
     """What hiding each cell takes from the score: the mean over the windows that hide it."""
     height, width = len(rows) - 1, len(columns) - 1
-    side = window or max(1, round(min(height, width) / 5))
-    if side > min(height, width):
+    short = min(height, width)
+    # One patch is too little: what shows in several loses nothing by it.
+    side = window or max(1, min(short - 1, max(2, round(short / 5))))
+    if side > short:
         raise ClipkitError(f"--window {side} hides everything: the grid has {height} x {width} cells")
     boxes = windows(height, width, side)
     # The mean of what the model was trained on: after normalising it is 0, which says least.

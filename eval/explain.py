@@ -29,7 +29,7 @@ from clipkit.cli import Job, format_option, model_option
 @click.option(
     "--window",
     type=click.IntRange(1),
-    help="Of occlusion: how many cells wide and high a hidden part is [default: a fifth of the grid].",
+    help="Of occlusion: how many cells wide and high a hidden part is [default: a fifth of the grid, 2 at least].",
 )
 @click.option(
     "--out",

@@ -350,7 +350,12 @@ def side_by_side(rng, left, right):
 @pytest.fixture(scope="module")
 def seer():
     """A vision transformer that has learned what is red and what is a circle, in some seconds."""
-    return taught({}, 220)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two that wait for each other take 50 times as long on a busy machine
+    try:
+        return taught({}, 150)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def taught(changes, steps):
@@ -397,10 +402,10 @@ def sides(model, method, count, contrast=False):
 
 
 def test_the_map_is_hot_over_what_the_text_names(seer):
-    """Both methods, on 24 texts each; guessing would be right half of the time, and 20 times of 24 once in 1,300."""
-    assert sides(seer, "relevance", 12) >= 20 / 24
-    assert sides(seer, "relevance", 12, contrast=True) >= 20 / 24
-    assert sides(seer, "occlusion", 12, contrast=True) >= 17 / 24
+    """Both methods, on 24 texts each; guessing would be right half of the time."""
+    for method in ("relevance", "occlusion"):
+        for contrast in (False, True):
+            assert sides(seer, method, 12, contrast=contrast) >= 0.85, (method, contrast)
 
 
 def test_two_methods_that_share_nothing_agree(seer):
@@ -416,14 +421,6 @@ def test_two_methods_that_share_nothing_agree(seer):
             ranks = [np.argsort(np.argsort(each.ravel())) for each in (one, other)]
             found.append(np.corrcoef(*ranks)[0, 1])
     assert np.mean(found) > 0.25
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mean", "attention"])
-def test_other_poolings_find_what_the_text_names_too(kind):
-    model = taught(TOWERS[kind], 400)
-    assert sides(model, "relevance", 40) >= 0.8
-    assert sides(model, "occlusion", 40, contrast=True) >= 0.7
 
 
 @pytest.fixture

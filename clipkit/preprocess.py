@@ -65,11 +65,7 @@ class Preprocess(BaseModel):
         if width * height > STRIP * self.size[0] * self.size[1]:
             # A picture of 1 x 65,000 pixels would become one of 10 GB, of which a square is kept. Within 2 grey levels
             # of resizing it all, as Pillow rounds the borders.
-            high, wide = self.size
-            left, top = _middle(width, wide), _middle(height, high)
-            across, down = image.width / width, image.height / height
-            box = (left * across, top * down, (left + wide) * across, (top + high) * down)
-            image = image.resize((wide, high), resample, box=box)
+            image = image.resize((self.size[1], self.size[0]), resample, box=self.seen(*image.size))
         elif (width, height) != image.size:
             image = image.resize((width, height), resample)
         return self._centred(np.asarray(image))
@@ -123,6 +119,17 @@ class Preprocess(BaseModel):
             target = (round(width / ratio), round(height / ratio))
         return max(1, target[0]), max(1, target[1])
 
+    def seen(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """The part of an image that the tower's pixels show: left, top, right and bottom in the image's own pixels.
+
+        It reaches beyond the image where that is padded.
+        """
+        high, wide = self.size
+        across, down = self.resized(width, height)
+        left, top = _first(across, wide), _first(down, high)
+        x, y = width / across, height / down
+        return left * x, top * y, (left + wide) * x, (top + high) * y
+
     def _centred(self, pixels: np.ndarray) -> np.ndarray:
         """The centre of ``[h, w, 3]``, padded where it is too small, as ``[3, height, width]``."""
         (height, width), (high, wide) = pixels.shape[:2], self.size
@@ -137,3 +144,8 @@ class Preprocess(BaseModel):
 
 def _middle(length: int, kept: int) -> int:
     return round((length - kept) / 2.0)
+
+
+def _first(length: int, kept: int) -> int:
+    """Where the pixels that are kept begin; below 0 where there are too few, and padding comes first."""
+    return _middle(length, kept) if length >= kept else -((kept - length) // 2)

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,15 @@ from PIL import Image
 
 from clipkit.artifact import atomic_write
 
-__all__ = ["Report", "confusion_figure", "curve_figure", "histogram_figure", "sizes_figure"]
+__all__ = [
+    "Report",
+    "confusion_figure",
+    "curve_figure",
+    "heat_figure",
+    "histogram_figure",
+    "save_figure",
+    "sizes_figure",
+]
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --soft: #626a78; --line: #d9dde4; --card: #f6f7f9; --paper: #fff;
@@ -231,6 +240,72 @@ def sizes_figure(widths: np.ndarray, heights: np.ndarray) -> Any:
     axes.set_xlabel("width in pixels")
     axes.set_ylabel("height in pixels")
     axes.set_aspect("equal")
+    return figure
+
+
+def heat_figure(
+    image: np.ndarray,
+    heats: np.ndarray,
+    titles: Sequence[tuple[str, str]],
+    ends: tuple[str, str],
+    signed: bool,
+    note: str,
+) -> Any:
+    """A picture, and beside it copies in grey under maps of heat, all in one scale of colours.
+
+    The colours are told apart by the colour-blind; unsigned ones grow evenly in lightness (inferno, whose zero is
+    dark), signed ones fade out towards zero.
+
+    Args:
+        image: uint8 ``[height, width, 3]``.
+        heats: ``[n, height, width]``; NaN where there is nothing to be said, which is framed and dimmed.
+        titles: of each map, in bold and plain.
+        ends: what the ends of the scale mean.
+        signed: whether values may be below zero.
+        note: stands below.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    height, width = image.shape[:2]
+    columns = min(len(heats) + 1, 4 if width <= 1.6 * height else 3)
+    rows = -(-(len(heats) + 1) // columns)
+    panel = 3.0 if width >= height else 3.0 * max(0.6, width / height)
+    figure, grid = pyplot.subplots(
+        rows,
+        columns,
+        figsize=(columns * panel, rows * (panel * height / width + 0.75) + 0.9),
+        layout="constrained",
+        squeeze=False,
+    )
+    most = float(np.nanmax(np.abs(heats))) or 1.0
+    colours = pyplot.get_cmap("RdBu_r" if signed else "inferno")
+    scale = Normalize(-most if signed else 0.0, most)
+    grey = np.repeat(image @ np.array([0.299, 0.587, 0.114]), 3).reshape(image.shape) / 255
+    hidden = np.isnan(heats[0])
+    seen = np.where(hidden[..., None], 0.35 * image / 255 + 0.65, image / 255)
+    for axes in grid.flat:
+        axes.axis("off")
+    for at, axes in zip(range(len(heats) + 1), grid.flat, strict=False):
+        if at == 0:
+            axes.imshow(seen)
+            axes.set_title("the image" + (" (pale: not seen by the model)" if hidden.any() else ""), fontsize=9)
+            continue
+        values = np.nan_to_num(heats[at - 1])
+        strength = np.abs(values) / most if signed else np.full_like(values, 0.7)
+        strength[hidden] = 0
+        backdrop = np.where(hidden[..., None], 0.35 * grey + 0.65, 0.3 + 0.7 * grey if signed else grey)
+        axes.imshow(backdrop + strength[..., None] * (colours(scale(values))[..., :3] - backdrop))
+        name, about = titles[at - 1]
+        axes.set_title(f"{textwrap.fill(name, 34)}\n", fontsize=10, weight="bold")
+        axes.text(0.5, 1.02, about, transform=axes.transAxes, ha="center", va="bottom", fontsize=9, color="#444")
+    bar = figure.colorbar(ScalarMappable(scale, colours), ax=grid, location="bottom", shrink=0.6, aspect=40, pad=0.02)
+    bar.set_label(f"{ends[0]}  \N{LEFTWARDS ARROW}   \N{RIGHTWARDS ARROW}  {ends[1]}\n{note}", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
     return figure
 
 

@@ -12,7 +12,20 @@ JOBS = [path for folder in ("train", "index", "eval") for path in sorted((ROOT /
 # A module may import modules of lower floors, and of its own floor where the package says so.
 FLOORS = [
     {"checksums", "errors", "renewal", "stopping", "step"},
-    {"log", "artifact", "decode", "preprocess", "settings", "config", "ranking", "loss", "optim", "scenes", "report"},
+    {
+        "log",
+        "artifact",
+        "decode",
+        "preprocess",
+        "settings",
+        "config",
+        "ranking",
+        "loss",
+        "optim",
+        "scenes",
+        "report",
+        "relevance",
+    },
     {
         "average_precision",
         "cache",
@@ -41,7 +54,7 @@ FLOORS = [
     {"sources", "towers"},
     {"pack", "embeddings", "trainset", "checkpoint", "phases"},
     {"streams", "processes", "check", "gpu_decode", "teacher", "reuse", "inference"},
-    {"loader", "pixels"},
+    {"loader", "pixels", "explanation"},
     {"encoding", "search", "run", "objective"},
     {"embed", "zeroshot", "ranks", "questions"},
     {"lazy_model", "benchmarks"},
@@ -87,6 +100,7 @@ HOMES = {
         "check",
         "sheet",
         "classify_report",
+        "explanation",
     },
 }
 

@@ -1,0 +1,89 @@
+"""Explain what in an image speaks for a text, as a heat map over it.
+
+Nothing is trained: a vision transformer's own attention is read, or parts of the image are hidden one after another.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from clipkit.cli import Job, format_option, model_option
+
+
+@click.command(cls=Job)
+@click.argument("image", type=click.Path(path_type=Path))
+@click.argument("texts", nargs=-1)
+@model_option
+@click.option(
+    "--method",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "relevance", "occlusion"]),
+    help="relevance: attention weighted by its gradient, quick, for vision transformers; occlusion: what the cosine "
+    "loses when a part is hidden, for every model, hundreds of passes; auto: relevance where it can be had.",
+)
+@click.option(
+    "--contrast", is_flag=True, help="What speaks for each text rather than for the others, instead of for it alone."
+)
+@click.option(
+    "--window",
+    type=click.IntRange(1),
+    help="Of occlusion: how many cells wide and high a hidden part is [default: a fifth of the grid, 2 at least].",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="The picture, .png, or a page that holds it, .html [default: IMAGE-explained.png here; none with --format "
+    "json, jsonl or csv].",
+)
+@click.option(
+    "--batch-size", default=64, show_default=True, type=click.IntRange(1), help="Of occlusion: images at a time."
+)
+@click.option("--device", help="For the model [default: the GPU where there is one].")
+@format_option
+def main(image: Path, texts: tuple[str, ...], model: str | None, out: Path | None, fmt: str, **asked: Any) -> None:
+    """Show which parts of IMAGE speak for each of the TEXTS: clipkit explain photo.jpg "a dog" "a red car" --model RUN.
+
+    Results: each text's cosine and, among several, its probability. --format json adds the maps as numbers, rows of
+    cells from the top, and each cell's box (left, top, right, bottom) in pixels of the image. One scale of colours
+    holds for all texts.
+    """
+    from clipkit.decode import IMAGE_SUFFIXES
+    from clipkit.errors import ClipkitError
+
+    for text in texts:
+        if Path(text).suffix.lower() in IMAGE_SUFFIXES and Path(text).is_file():
+            raise ClipkitError(f"{text} is an image and stands among the texts; explain takes one image at a time")
+    if out is None and fmt == "human":
+        out = Path(f"{image.stem}-explained.png")
+    if out is not None and out.suffix.lower() not in (".png", ".html"):
+        raise ClipkitError(f"--out {out}: a picture ends in .png, a page in .html")
+    if out is not None and out.resolve() == image.resolve():
+        raise ClipkitError(f"--out {out} is the image itself; name another file")
+    if model is None:
+        raise ClipkitError("name the model to explain with: --model RUN (or open_clip:NAME/TAG, or hf:ORG/NAME)")
+    from clipkit.explanation import check_texts, explain
+    from clipkit.log import emit, note
+    from clipkit.report import save_figure
+    from clipkit.towers import load_model, pick_device
+
+    check_texts(texts, contrast=asked["contrast"])
+    towers = load_model(model, pick_device(asked.pop("device")))
+    found = explain(image, texts, towers, show="occlusion", **asked)
+    if fmt == "json":
+        emit({"image": str(image), "model": model, "picture": str(out) if out else None, **found.as_json()}, fmt)
+    elif fmt == "human":
+        emit([{key: value for key, value in row.items() if key != "map"} for row in found.rows()], fmt)
+    else:
+        emit(found.rows(), fmt)
+    if out is not None:
+        if out.suffix.lower() == ".png":
+            save_figure(out, found.figure())
+        else:
+            found.write_page(out, f"{image.name}, by {model}")
+        note(f"{out}: {found.source}")
+
+
+if __name__ == "__main__":
+    main()

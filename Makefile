@@ -2,6 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_OUT ?= demo-out
+# Tests are shared out among so many processes of one thread each; a file by itself needs none:
+# .venv/bin/python -m pytest tests/test_loss.py
+TEST_WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
 .PHONY: demo test test-all lint clean
 
@@ -9,10 +13,10 @@ demo: .venv/.installed
 	$(BIN)/clipkit demo --out $(DEMO_OUT) --overwrite
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: .venv/.installed-test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -3,6 +3,11 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network must fail at once
+# Threads of one pool wait for each other by spinning: beside another worker one thread each is the quickest. It is
+# said before torch, numpy and FAISS are loaded, and to every process that a test starts.
+BESIDE_OTHERS = "PYTEST_XDIST_WORKER" in os.environ
+if BESIDE_OTHERS:
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 from jaxtyping import install_import_hook
 
@@ -27,7 +32,7 @@ from clipkit.scenes import COLOURS, SHAPES, caption, draw, random_scene
 from clipkit.settings import ModelConfig
 from clipkit.towers import DualEncoder, create_model
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if BESIDE_OTHERS else 2)
 
 TINY_VIT = {
     "embed_dim": 32,

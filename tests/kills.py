@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,21 @@ FORK = multiprocessing.get_context("fork")
 CHANGES = {"os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
 
 
-def apart(function: Callable[..., Any], *args: Any) -> int | None:
-    """Run it in a process that may die, forked from one that has imported everything once and started no threads."""
+# What takes seconds to import, and the tests that such processes are most often begun by.
+PRELOADED = ["tests.conftest", "tests.test_train", "accelerate", "faiss", "open_clip", "transformers"]
+PRELOADED += ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "clipkit.learner"]
+
+
+def ready_server() -> ForkServerContext:
+    """Processes forked from one that has imported everything once and started no threads."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([function.__module__])
-    process = context.Process(target=function, args=args)
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def apart(function: Callable[..., Any], *args: Any) -> int | None:
+    """Run it in a process that may die."""
+    process = ready_server().Process(target=function, args=args)
     process.start()
     process.join(200)
     return process.exitcode

@@ -120,22 +120,12 @@ def test_settings_are_shown_without_running(run, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
-def test_a_traceback_comes_with_debug_only(tmp_path):
-    call = [
-        sys.executable,
-        "-m",
-        "clipkit",
-        "embed",
-        str(tmp_path / "none"),
-        "--model",
-        "x",
-        "--out",
-        str(tmp_path / "o"),
-    ]
-    plain = subprocess.run(call, capture_output=True, text=True, check=False)
-    assert plain.returncode == 2
-    assert plain.stderr.count("\n") == 1
-    assert "Traceback" in subprocess.run([*call, "--debug"], capture_output=True, text=True, check=False).stderr
+def test_a_traceback_comes_with_debug_only(run, refused, tmp_path):
+    call = ["embed", tmp_path / "none", "--model", "x", "--out", tmp_path / "o"]
+    refused(*call)
+    result = run(*call, "--debug")
+    assert result.status == 2
+    assert "Traceback" in result.err
 
 
 def test_a_defect_of_ours_is_one_line_and_status_2(refused, monkeypatch, pictures, tmp_path):

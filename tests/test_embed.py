@@ -1,10 +1,8 @@
 """Embedding: the exchange layout, nothing lost, and a kill costs a part at most."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,6 +16,7 @@ from clipkit.embeddings import Embeddings
 from clipkit.encoding import embed_source
 from clipkit.errors import ClipkitError
 from clipkit.sources import open_source, sample_id
+from tests.distributed import run_together
 
 
 def test_the_layout_is_clip_retrievals(embeddings, pictures, model):
@@ -125,14 +124,10 @@ def together(rank, port=1):
 
 
 def test_processes_that_were_started_together_share_the_work_and_one_sums_up(pictures, model_dir, tmp_path):
-    call = [sys.executable, "-m", "clipkit", "embed", str(pictures), "--model", str(model_dir), "--part-size", "2"]
-    call += ["--precision", "fp32", "--out", str(tmp_path / "e")]
-    processes = [
-        subprocess.Popen(call, stderr=subprocess.PIPE, text=True, env={**os.environ, **together(rank)})
-        for rank in range(2)
-    ]
-    said = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    call = ["embed", pictures, "--model", model_dir, "--part-size", "2", "--precision", "fp32", "--out", tmp_path / "e"]
+    done = run_together(*call, processes=2)
+    assert [status for _, status in done] == [0, 0], done
+    said = [err for err, _ in done]
     assert Embeddings.open(tmp_path / "e").vectors("image").shape == (48, 32)
     summed_up = ["48 images and 48 captions" in each for each in said]
     assert sorted(summed_up) == [False, True], said

@@ -1,28 +1,29 @@
 """Two ranks are one: copied over them (DDP) or divided (FSDP2), they train the model that one process does."""
 
+import functools
+import hashlib
 import json
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from clipkit.learner import Learner
+from clipkit.loader import Batches
 from tests.conftest import with_settings
+from tests.distributed import run_together
 from tests.test_train import TRAIN, metrics, weights
 
 ENVIRONMENT = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 
 
 def train(recipe, shards, out, *pairs, processes=2):
-    call = [*TRAIN, str(recipe), *with_settings(f"data.train={shards}", *pairs), "--out", str(out), "--resume"]
-    done = subprocess.run(
-        [*call, "--processes", str(processes)], env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done
+    call = ["train", recipe, *with_settings(f"data.train={shards}", *pairs), "--out", out, "--resume"]
+    done = run_together(*call, processes=processes)
+    assert [status for _, status in done] == [0] * processes, done
 
 
 TWENTY = ("steps=20", "optim.lr=1e-4", "optim.ema=0.9", "checkpoint.every_steps=10")
@@ -66,15 +67,22 @@ def test_a_single_gpu_is_the_own_one_of_each_that_was_launched(recipe, monkeypat
 @pytest.mark.parametrize(
     "pairs",
     [
-        ("sharding=none",),
         ("sharding=full",),
         pytest.param(("sharding=full", "micro_batch=3"), marks=pytest.mark.slow),
         pytest.param(("loss.exchange=ring",), marks=pytest.mark.slow),
     ],
-    ids=["copied", "divided", "divided, in pieces", "ring"],
+    ids=["divided", "divided, in pieces", "ring"],
 )
 def test_after_twenty_steps_two_ranks_are_where_one_is(recipe, shards, alone, tmp_path, pairs):
     train(recipe, shards, tmp_path / "run", *TWENTY, *pairs)
+    assert_same_training(tmp_path / "run", alone)
+
+
+def test_copied_by_one_command_they_are_where_one_is(recipe, shards, alone, tmp_path):
+    call = [*TRAIN, str(recipe), *with_settings(f"data.train={shards}", *TWENTY, "sharding=none")]
+    call += ["--out", str(tmp_path / "run"), "--resume", "--processes", "2"]
+    done = subprocess.run(call, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
     assert_same_training(tmp_path / "run", alone)
 
 
@@ -112,68 +120,38 @@ def test_bf16_divided(recipe, shards, tmp_path):
     assert metrics(tmp_path / "run")[-1]["loss"] < metrics(tmp_path / "run")[0]["loss"]
 
 
-POISON = """
-import hashlib, json, os, sys
-import torch
-from clipkit.cli import main
-from clipkit.learner import Learner
-from clipkit.loader import Batches
+def poison(folder, at):
+    """In this process: the third sample of the second rank is no number at these calls; weights are noted each time."""
+    rank = int(os.environ["RANK"])
+    calls = [0]
+    on_device, gradient = Batches.on_device, Learner.gradient
 
-rank, folder = int(os.environ["RANK"]), sys.argv.pop(1)
-at = [int(step) for step in sys.argv.pop(1).split(",")]
-calls = [0]
-on_device, gradient = Batches.on_device, Learner.gradient
+    def poisoned(self, batch, device):
+        pixels = on_device(self, batch, device)
+        calls[0] += 1
+        if rank == 1 and calls[0] in at:
+            pixels = pixels.float()
+            pixels[2] = torch.nan
+        return pixels
 
-def poisoned(self, batch, device):
-    pixels = on_device(self, batch, device)
-    calls[0] += 1
-    if rank == 1 and calls[0] in at:
-        pixels = pixels.float()
-        pixels[2] = torch.nan  # the third sample of the second rank
-    return pixels
+    def watched(self, *args):
+        digest = hashlib.sha256()
+        for _, tensor in self.weights.named_parameters():
+            digest.update(tensor.detach().contiguous().numpy().tobytes())
+        with (folder / f"{rank}.txt").open("a") as handle:
+            handle.write(digest.hexdigest() + "\n")
+        return gradient(self, *args)
 
-def watched(self, *args):
-    digest = hashlib.sha256()
-    for name, tensor in self.weights.named_parameters():
-        digest.update(tensor.detach().contiguous().numpy().tobytes())
-    with open(f"{folder}/{rank}.txt", "a") as handle:
-        handle.write(digest.hexdigest() + "\\n")
-    return gradient(self, *args)
-
-Batches.on_device, Learner.gradient = poisoned, watched
-main(sys.argv[1:])
-"""
+    Batches.on_device, Learner.gradient = poisoned, watched
 
 
-def poisoned(recipe, shards, tmp_path, steps, *pairs):
-    (tmp_path / "poison.py").write_text(POISON)
-    port, flags = "29517", with_settings(f"data.train={shards}", *pairs)
-    ranks = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                tmp_path / "poison.py",
-                tmp_path,
-                steps,
-                "train",
-                recipe,
-                "--out",
-                tmp_path / "run",
-                *flags,
-            ],
-            env=ENVIRONMENT
-            | {"ACCELERATE_USE_CPU": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-            | {"LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    return [(process.communicate()[1], process.returncode) for process in ranks]
+def poisoned(recipe, shards, tmp_path, at, *pairs):
+    call = ["train", recipe, "--out", tmp_path / "run", *with_settings(f"data.train={shards}", *pairs)]
+    return run_together(*call, processes=2, first=functools.partial(poison, tmp_path, at))
 
 
 def test_nan_on_one_rank_leaves_both_as_they_were_and_names_the_sample(recipe, shards, tmp_path):
-    results = poisoned(recipe, shards, tmp_path, "3")
+    results = poisoned(recipe, shards, tmp_path, {3})
     assert [status for _, status in results] == [0, 0], results
     seen = [(tmp_path / f"{rank}.txt").read_text().split() for rank in range(2)]
     assert seen[0] == seen[1]  # the ranks hold the same weights before every step
@@ -199,7 +177,7 @@ def expected(shards, position):
 
 def test_repeated_it_goes_back_to_the_checkpoint_and_on_with_other_samples(recipe, shards, tmp_path):
     pairs = ("guard.patience=2", "checkpoint.every_steps=2", "steps=8")
-    results = poisoned(recipe, shards, tmp_path, "4,5", *pairs)
+    results = poisoned(recipe, shards, tmp_path, {4, 5}, *pairs)
     assert [status for _, status in results] == [0, 0], results
     assert "back to step-000002, and on with other samples" in results[0][0]
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, 9))

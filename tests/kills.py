@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 FORK = multiprocessing.get_context("fork")
-CHANGES = {"os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
+CHANGES = {"os.rename", "os.link", "os.remove", "os.rmdir", "os.symlink", "os.mkdir", "shutil.rmtree"}
 
 
 def apart(function: Callable[..., Any], *args: Any) -> int | None:

@@ -86,6 +86,12 @@ class CaptionLines:
     def key(self, i: int) -> str:
         return self._source.key(i)
 
+    def name(self, i: int) -> str:
+        return self._source.name(i)
+
+    def place(self, i: int) -> None:
+        return self._source.place(i)
+
     def size(self, i: int) -> int:
         return self._source.size(i)
 

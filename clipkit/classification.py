@@ -28,7 +28,7 @@ from clipkit.errors import ClipkitError
 from clipkit.labels import LabelSet, as_label_set
 from clipkit.lazy_model import LazyModel
 from clipkit.model_specs import refuse_another
-from clipkit.sources import Sample, Source, open_source
+from clipkit.sources import Globs, Sample, Source, open_source
 from clipkit.zeroshot import PROMPTS, class_vectors
 
 if TYPE_CHECKING:
@@ -76,25 +76,35 @@ class Images:
         return cls([_path(s) for s in first.samples], lambda number, at: vectors[number][at], unreadable, first.rows)
 
     @classmethod
-    def of_embeddings(cls, embeddings: Embeddings, model: LazyModel) -> "Images":
-        """Embeddings as they are on the disk."""
+    def of_embeddings(cls, embeddings: Embeddings, model: LazyModel, globs: Globs | None = None) -> "Images":
+        """Embeddings as they are on the disk, those of images whose path passes."""
         refuse_another(embeddings.manifest, embeddings.folder, model.spec, model.facts.fingerprint)
         if "image" not in embeddings.sides:
             raise ClipkitError(f"{embeddings.folder} has no image embeddings; it has {' and '.join(embeddings.sides)}")
         paths = [path for table in embeddings.tables() for path in table["image_path"].to_pylist()]
         vectors = np.concatenate(list(embeddings.blocks("image")))
         embeddings.refuse_changed()
-        return cls(paths, lambda _, at: vectors[at], embeddings.ledger())
+        ledger = embeddings.ledger()
+        if globs:
+            kept = [at for at, path in enumerate(paths) if globs.passes(path)]
+            paths, vectors = [paths[at] for at in kept], vectors[kept]
+            ledger = [line for line in ledger if globs.passes(line["key"])]
+        return cls(paths, lambda _, at: vectors[at], ledger)
 
     @classmethod
-    def of_index(cls, folder: str | Path, model: LazyModel, where: str | None = None) -> "Images":
-        """The images that an index holds, or those of them that a condition holds for."""
+    def of_index(
+        cls, folder: str | Path, model: LazyModel, where: str | None = None, globs: Globs | None = None
+    ) -> "Images":
+        """The images that an index holds, or those of them that a condition holds for and whose path passes."""
         from clipkit.search import Index
 
         index = Index.open(folder)
         refuse_another(index.manifest, index.folder, model.spec, model.facts.fingerprint)
         positions = index.positions("image", where)
         paths = [str(path) for path in index.column("image_path", positions)]
+        if globs:
+            kept = [at for at, path in enumerate(paths) if globs.passes(path)]
+            positions, paths = positions[kept], [paths[at] for at in kept]
         return cls(paths, lambda _, at: index.vectors(positions[at]))
 
     def __len__(self) -> int:
@@ -107,6 +117,7 @@ def open_images(
     cache: Cache,
     *,
     where: str | None = None,
+    globs: Globs | None = None,
     batch_size: int = 64,
     show: str | None = None,
 ) -> Images:
@@ -117,6 +128,7 @@ def open_images(
         models: that embed it; embeddings and an index have been embedded by one, which is refused unless it is that.
         cache: of what was embedded before.
         where: a condition on an index's metadata.
+        globs: which images, by path; an opened source has its own.
         batch_size, show: see `cached_images`.
 
     Raises:
@@ -129,10 +141,10 @@ def open_images(
         if len(models) > 1:
             raise ClipkitError(f"{source} was embedded by one model; several need the images themselves")
         if kind == "index":
-            return Images.of_index(source, models[0], where)  # type: ignore[arg-type]
+            return Images.of_index(source, models[0], where, globs)  # type: ignore[arg-type]
         opened = source if isinstance(source, Embeddings) else Embeddings.open(source)  # type: ignore[arg-type]
-        return Images.of_embeddings(opened, models[0])
-    files = open_source(source) if isinstance(source, str | Path) else source
+        return Images.of_embeddings(opened, models[0], globs)
+    files = open_source(source, globs=globs) if isinstance(source, str | Path) else source
     return Images.of_source(files, models, cache, batch_size=batch_size, show=show)  # type: ignore[arg-type]
 
 

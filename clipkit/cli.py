@@ -29,6 +29,7 @@ __all__ = [
     "cache_options",
     "find_recipe",
     "format_option",
+    "glob_options",
     "jobs",
     "list_options",
     "main",
@@ -36,6 +37,7 @@ __all__ = [
     "out_options",
     "recipes",
     "run_job",
+    "sort_options",
 ]
 
 FOLDERS = ("train", "index", "eval")
@@ -151,6 +153,46 @@ list_options = _together(
 )
 
 
+glob_options = _together(
+    click.option(
+        "--include",
+        multiple=True,
+        metavar="GLOB",
+        help="Look at the files whose path in SOURCE fits, whatever they are; of lists, shards and vectors at the "
+        "images. *.jpg is a name in any folder, cats/* what is straight in cats, cats/** what is anywhere below, "
+        "/*.jpg what is at the top, cats/ all in any folder of that name. The case of an ending does not count; a "
+        "hidden file fits a pattern that says the dot. Several may be given [default: of a folder what has the ending "
+        "of an image].",
+    ),
+    click.option(
+        "--exclude",
+        multiple=True,
+        metavar="GLOB",
+        help="Pass over what fits; alone: look at every other file, except captions beside images.",
+    ),
+)
+sort_options = _together(
+    click.option(
+        "--sort-into",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Put each image into DIR/LABEL/, what is unsure into DIR/unsure, what shows none of the labels into "
+        "DIR/background; unreadable files stay, and so does what lies beside images. Only says what it would do "
+        "without --yes. Nothing is ever overwritten: a second a.jpg becomes a-2.jpg.",
+    ),
+    click.option(
+        "--how",
+        type=click.Choice(["copy", "link", "move"]),
+        help="Whether files are sorted by copies, by symbolic links to their full paths, or are moved [default: copy].",
+    ),
+    click.option("--yes", is_flag=True, help="Do sort."),
+    click.option(
+        "--undo",
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Put back all that was sorted into DIR. What was changed since stays, is named, and the status is 1.",
+    ),
+)
 cache_options = _together(
     click.option(
         "--cache",

@@ -2,11 +2,13 @@
 
 Decoding is ours because image files in the wild are stranger than the training transforms expect: palettes with
 transparency, CMYK, 16-bit scans, rotated phone photos. `decode` is the exact way, through Pillow. `Encoded` reads the
-header first and decodes when it is known how many pixels are needed, which makes a large JPEG cheap. Everything here
-may be called from several threads at once; the decoders release the GIL.
+header first and decodes when it is known how many pixels are needed, which makes a large JPEG cheap. HEIC is read with
+pillow-heif, where that is installed (``pip install pillow-heif``). Everything here may be called from several threads
+at once; the decoders release the GIL.
 """
 
 import io
+import threading
 import warnings
 from math import ceil
 from pathlib import Path
@@ -15,13 +17,18 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from clipkit.errors import BadSample
+from clipkit.errors import BadSample, UnreadSample
 
 __all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "Encoded", "decode", "identify", "to_rgb"]
 
-IMAGE_SUFFIXES = frozenset({".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
+IMAGE_SUFFIXES = HEIF_SUFFIXES | {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 MAX_PIXELS = 200_000_000  # a 200-megapixel image takes 600 MB decoded; a bomb takes the machine
 SMALL = 32  # pixels of a side below which nothing is reduced: it saves no time, and a block's padding would be seen
+
+# Major brands of ISO 23008-12 (HEIF), Annex B; Pillow itself reads AVIF, which shares mif1 and msf1 with it.
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
+_heif_lock = threading.Lock()
 
 # Pillow's own bomb check warns at a limit of its own and would hide ours; ours is exact and names the file.
 Image.MAX_IMAGE_PIXELS = None
@@ -118,7 +125,7 @@ def _open(data: bytes | Path) -> tuple[bytes, Image.Image]:
             data = data.read_bytes()
         if not data:
             raise BadSample("the file is empty (0 bytes)")
-        image = Image.open(io.BytesIO(data))
+        image = _opened(data)
     except BadSample:
         raise
     except UnidentifiedImageError:
@@ -132,6 +139,26 @@ def _open(data: bytes | Path) -> tuple[bytes, Image.Image]:
     if image.width * image.height > MAX_PIXELS:
         raise BadSample(f"{image.width}x{image.height} pixels exceed the limit of {MAX_PIXELS:,}")
     return data, image
+
+
+def _opened(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        if data[4:8] != b"ftyp" or data[8:12] not in HEIF_BRANDS:
+            raise
+    # Imported when the first one is met: it takes as long as all of Pillow does. The lock, because a thread that comes
+    # while another imports it would find Pillow without the plugin.
+    with _heif_lock:
+        try:
+            from pillow_heif import register_heif_opener  # type: ignore[import-not-found]
+
+            register_heif_opener()
+        except ImportError as error:
+            # Not remembered as a broken image is: it can be read once that is installed.
+            told = "" if isinstance(error, ModuleNotFoundError) else f" (what is installed does not load: {error})"
+            raise UnreadSample(f"HEIC images need another package: pip install pillow-heif{told}") from None
+    return Image.open(io.BytesIO(data))
 
 
 def identify(data: bytes | Path) -> tuple[str, int, int]:

@@ -33,6 +33,11 @@ def console() -> Console:
     return Console(stderr=True, soft_wrap=True, highlight=False)
 
 
+def _in_one_line(text: str) -> str:
+    # Names of files may hold line ends, and codes that a terminal obeys.
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def note(message: str, *, everywhere: bool = False) -> None:
     """One line for the person who watches.
 
@@ -41,13 +46,13 @@ def note(message: str, *, everywhere: bool = False) -> None:
         everywhere: whether any process says it, and not the main one alone.
     """
     if everywhere or is_main_process():
-        console().print(message, markup=False)
+        console().print(_in_one_line(message), markup=False)
 
 
 def warn(message: str, *, everywhere: bool = False) -> None:
     """One line that should not be missed; see `note`."""
     if everywhere or is_main_process():
-        console().print(f"warning: {message}", style="yellow", markup=False)
+        console().print(f"warning: {_in_one_line(message)}", style="yellow", markup=False)
 
 
 def progress(items: Iterable[Item], what: str, total: int | None = None, unit: str = "") -> Iterator[Item]:
@@ -140,4 +145,4 @@ def _emit_whole(rows: Sequence[Mapping[str, Any]] | Mapping[str, Any], fmt: str,
 
 
 def _shown(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(_plain(value) if value is not None else "")
+    return f"{value:.4f}" if isinstance(value, float) else _in_one_line(str(_plain(value) if value is not None else ""))

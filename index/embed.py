@@ -8,13 +8,14 @@ from typing import Any
 
 import click
 
-from clipkit.cli import Job, list_options, model_option, out_options
+from clipkit.cli import Job, glob_options, list_options, model_option, out_options
 
 
 @click.command(cls=Job)
 @click.argument("source")
 @model_option
 @list_options
+@glob_options
 @click.option(
     "--sides",
     default="both",
@@ -61,6 +62,8 @@ def main(
     image_column: str | None,
     caption_column: str | None,
     image_root: str | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
     sides: str,
     precision: str,
     batch_size: int | None,
@@ -85,7 +88,7 @@ def main(
     from clipkit.embeddings import SIDES, Side
     from clipkit.errors import ClipkitError
     from clipkit.log import note, warn
-    from clipkit.sources import open_source
+    from clipkit.sources import Globs, open_source
     from clipkit.towers import load_model, model_reference, pick_device
 
     if workers and (threads or decoding == "gpu"):
@@ -94,7 +97,13 @@ def main(
         raise ClipkitError("--update keeps what has not changed, --overwrite makes all of it anew; say one of them")
     if model is None:
         raise ClipkitError("name the model to embed with: --model RUN (or open_clip:NAME/TAG, or hf:ORG/NAME)")
-    opened = open_source(source, image_column=image_column, caption_column=caption_column, image_root=image_root)
+    opened = open_source(
+        source,
+        image_column=image_column,
+        caption_column=caption_column,
+        image_root=image_root,
+        globs=Globs(include, exclude),
+    )
     towers = load_model(model, pick_device(device))
     chosen: list[Side] = [side for side in SIDES if sides in (side, "both")]
     outcome = embed(

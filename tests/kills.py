@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 FORK = multiprocessing.get_context("fork")
-CHANGES = {"os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
+CHANGES = {"os.rename", "os.link", "os.remove", "os.rmdir", "os.symlink", "os.mkdir", "shutil.rmtree"}
 
 
 # What takes seconds to import, and the tests that such processes are most often begun by.

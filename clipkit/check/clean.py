@@ -59,6 +59,14 @@ class Kept:
     def key(self, i: int) -> str:
         return self._keys[i]
 
+    def name(self, i: int) -> str:
+        part, row = self._scan.locate(int(self._rows[i]))
+        return part.source.name(row)
+
+    def place(self, i: int) -> Path | str | None:
+        part, row = self._scan.locate(int(self._rows[i]))
+        return part.source.place(row)
+
     def size(self, i: int) -> int:
         part, row = self._scan.locate(int(self._rows[i]))
         return part.source.size(row)

@@ -12,11 +12,12 @@ from clipkit.lists import LIST_SUFFIXES
 from clipkit.shard_specs import is_shard_spec
 from clipkit.sources.base import Sample, Source, Stamp, check_ids, sample_id, text_id
 from clipkit.sources.folder import FolderSource
+from clipkit.sources.globs import Globs, Selected
 from clipkit.sources.listed import ListSource
 from clipkit.sources.packed import ShardSource
 from clipkit.storage import is_remote, list_files
 
-__all__ = ["Sample", "Source", "Stamp", "check_ids", "open_source", "sample_id", "text_id"]
+__all__ = ["Globs", "Sample", "Selected", "Source", "Stamp", "check_ids", "open_source", "sample_id", "text_id"]
 
 
 def open_source(
@@ -26,6 +27,7 @@ def open_source(
     caption_column: str | None = None,
     image_root: str | Path | None = None,
     captions_required: bool = False,
+    globs: Globs | None = None,
 ) -> Source:
     """Open a folder of images, shards (a folder, a tar or a brace pattern) or a list file.
 
@@ -35,6 +37,8 @@ def open_source(
         caption_column: a list's column of captions; found likewise, and may be absent when not given.
         image_root: where relative paths in a list start, a folder or a URL; the list's own folder when not given.
         captions_required: refuse a source that has none.
+        globs: which images: of a folder by the files' paths below it, of a list by the paths or URLs that it names, of
+            shards by the samples' keys with the image's ending.
 
     Raises:
         ClipkitError: where nothing is there, nothing in it is usable, or a column is missing.
@@ -43,13 +47,14 @@ def open_source(
     remote = is_remote(spec)
     suffix = PurePosixPath(spec.partition("?")[0] if remote else spec).suffix.lower()
     if suffix in LIST_SUFFIXES and (remote or Path(spec).is_file()):
-        return ListSource(spec, image_column, caption_column, image_root, captions_required)
+        listed = ListSource(spec, image_column, caption_column, image_root, captions_required)
+        return Selected.by(listed, globs) if globs else listed
     if remote:
-        source = _open_remote(spec)
+        source = _open_remote(spec, globs)
     elif is_shard_spec(spec):
         source = ShardSource(spec)
     elif Path(spec).is_dir():
-        source = FolderSource(spec)
+        source = FolderSource(spec, globs=globs)
     elif Path(spec).exists():
         known = ", ".join(LIST_SUFFIXES)
         raise ClipkitError(f"{spec} is no source: expected a folder, shards (.tar) or a list ({known})")
@@ -57,12 +62,14 @@ def open_source(
         raise ClipkitError(f"no such source: {spec}; name a folder of images, shards, or a list file")
     if captions_required and not source.has_captions:
         raise ClipkitError(f"{spec} has no captions: no .txt or .json beside its images; give a list with captions")
-    return source
+    return Selected.by(source, globs) if globs and isinstance(source, ShardSource) else source
 
 
-def _open_remote(spec: str) -> ShardSource | FolderSource:
+def _open_remote(spec: str, globs: Globs | None) -> ShardSource | FolderSource:
     if spec.partition("?")[0].endswith(".tar"):
         return ShardSource(spec)
     found = list_files(spec)
     suffixes = {PurePosixPath(url.partition("?")[0]).suffix.lower() for url in found}
-    return ShardSource(spec) if ".tar" in suffixes and not IMAGE_SUFFIXES & suffixes else FolderSource(spec, found)
+    return (
+        ShardSource(spec) if ".tar" in suffixes and not IMAGE_SUFFIXES & suffixes else FolderSource(spec, found, globs)
+    )

@@ -1,6 +1,7 @@
 """What every source gives: samples with ids, from files on the disk and at URLs."""
 
 import hashlib
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -93,7 +94,13 @@ class Sample:
         try:
             if isinstance(self.image, str):
                 return read_bytes(self.image, timeout=PATIENCE, retries=2)
+            # A named pipe would be waited for, and some devices never end.
+            kind = self.image.stat().st_mode
+            if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+                raise UnreadSample("cannot be read: it is no file but a pipe, a socket or a device")
             return self.image.read_bytes()
+        except UnreadSample:
+            raise
         except ClipkitError as error:
             raise UnreadSample(str(error)) from error
         except OSError as error:
@@ -140,6 +147,14 @@ class Source(Protocol):
 
     def key(self, i: int, /) -> str:
         """The key of sample `i`, without reading it."""
+        ...
+
+    def name(self, i: int, /) -> str:
+        """What the image of sample `i` is called within the source, with its ending: its path, or its member's name."""
+        ...
+
+    def place(self, i: int, /) -> Path | str | None:
+        """The file or URL of the image of sample `i`; None where it has none of its own."""
         ...
 
     def size(self, i: int, /) -> int:

@@ -9,39 +9,50 @@ from typing import Any
 from clipkit.artifact import digest
 from clipkit.decode import IMAGE_SUFFIXES
 from clipkit.errors import ClipkitError, UnreadSample
+from clipkit.log import note
 from clipkit.shards import captions_of
 from clipkit.sources.base import Files, Sample, Stamp, extension_of, hash_of, own_columns, readable
+from clipkit.sources.globs import Globs
 from clipkit.storage import read_bytes
 
 __all__ = ["FolderSource"]
+
+CAPTIONS = (".txt", ".json")
 
 
 class FolderSource:
     """Every image below a folder, by name order; same-stem ``.txt`` and ``.json`` files give captions.
 
-    Hidden files and folders are passed over. Links are followed to files, not to folders.
+    An image is what has the ending of one, in whatever case. With patterns it is every file that passes them, and what
+    turns out to be none is unusable as a broken image is; captions beside an image are left out then, unless they are
+    asked for. Hidden files and folders are passed over. Links are followed to files, not to folders.
 
     Args:
         root: the folder, or its URL.
         urls: of all files below it, where it is a URL.
+        globs: which files.
     """
 
-    def __init__(self, root: str, urls: Sequence[str] | None = None):
+    def __init__(self, root: str, urls: Sequence[str] | None = None, globs: Globs | None = None):
         self.spec = root
         self.problems: list[dict[str, Any]] = []
-        self.paths: list[str] = []
-        companions: dict[tuple[str, str], str] = {}
-        for name in _walk(root) if urls is None else _below(root, urls):
-            path = PurePosixPath(name)
-            suffix = path.suffix.lower()
-            if suffix in IMAGE_SUFFIXES:
-                self.paths.append(name)
-            elif suffix in (".txt", ".json"):
-                companions[str(path.with_suffix("")), suffix.lstrip(".")] = name
+        globs = globs or Globs()
+        names = list(self._walk(globs.hidden) if urls is None else _below(root, urls, globs.hidden))
+        stems = {_stem(name) for name in names if _ending(name) in IMAGE_SUFFIXES and globs.passes(name)}
+        beside = {name for name in names if _ending(name) in CAPTIONS and _stem(name) in stems}
+        if globs:
+            self.paths = [n for n in names if globs.passes(n) and (globs.include or n not in beside)]
+        else:
+            self.paths = [name for name in names if _ending(name) in IMAGE_SUFFIXES]
+        companions = {(_stem(name), _ending(name).lstrip(".")): name for name in names if _ending(name) in CAPTIONS}
         if not self.paths:
+            if self.problems:
+                raise ClipkitError(f"{root}: {self.problems[0]['key']}: {self.problems[0]['reason']}")
+            if globs:
+                raise ClipkitError(f"no file in {root} passes {globs}; patterns are of paths below it")
             raise ClipkitError(f"no images in {root}; known endings are {', '.join(sorted(IMAGE_SUFFIXES))}")
         self.paths.sort()
-        stems = {str(PurePosixPath(p).with_suffix("")) for p in self.paths}
+        stems = {_stem(path) for path in self.paths}
         self._companions = {at: name for at, name in companions.items() if at[0] in stems}
         self._files = Files(root, [*self.paths, *sorted(self._companions.values())])
         self.has_captions = bool(self._companions)
@@ -52,6 +63,12 @@ class FolderSource:
 
     def key(self, i: int) -> str:
         return readable(self.paths[i])
+
+    def name(self, i: int) -> str:
+        return self.paths[i]
+
+    def place(self, i: int) -> Path | str:
+        return self._files.at(i)
 
     def size(self, i: int) -> int:
         return self._files.size(i)
@@ -71,8 +88,26 @@ class FolderSource:
     def without_image(self, i: int) -> Sample:
         return self[i]
 
+    def _walk(self, hidden: bool) -> Iterator[str]:
+        links: list[str] = []
+
+        def refused(error: OSError) -> None:
+            key = readable(os.path.relpath(error.filename, self.spec))
+            self.problems.append({"key": key, "reason": f"the folder cannot be read: {error.strerror}"})
+
+        for folder, folders, files in os.walk(self.spec, onerror=refused):
+            folders[:] = [name for name in folders if hidden or not name.startswith(".")]
+            inside = PurePosixPath(Path(folder).relative_to(self.spec).as_posix())
+            links += [str(inside / name) for name in folders if Path(folder, name).is_symlink()]
+            yield from (str(inside / name) for name in sorted(files) if hidden or not name.startswith("."))
+        if links:
+            note(
+                f"links to folders are not followed: {links[0]}"
+                + (f" and {len(links) - 1:,} more" if links[1:] else "")
+            )
+
     def _beside(self, i: int) -> dict[str, str]:
-        stem = str(PurePosixPath(self.paths[i]).with_suffix(""))
+        stem = _stem(self.paths[i])
         return {ext: self._companions[stem, ext] for ext in ("txt", "json") if (stem, ext) in self._companions}
 
     def stamp(self, i: int) -> Stamp:
@@ -90,17 +125,18 @@ def _read(place: Path | str) -> bytes:
     return read_bytes(place) if isinstance(place, str) else place.read_bytes()
 
 
-def _walk(root: str) -> Iterator[str]:
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        inside = PurePosixPath(Path(folder).relative_to(root).as_posix())
-        yield from (str(inside / name) for name in sorted(files) if not name.startswith("."))
+def _ending(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
 
 
-def _below(root: str, urls: Sequence[str]) -> Iterator[str]:
+def _stem(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(""))
+
+
+def _below(root: str, urls: Sequence[str], hidden: bool) -> Iterator[str]:
     # Filesystems differ in the slashes that follow the scheme, memory:// even from itself.
     above = root.partition("://")[2].strip("/") + "/"
     for url in urls:
         name = url.partition("://")[2].lstrip("/").removeprefix(above)
-        if not any(part.startswith(".") for part in name.split("/")):
+        if hidden or not any(part.startswith(".") for part in name.split("/")):
             yield name

@@ -77,6 +77,12 @@ class ListSource:
     def key(self, i: int) -> str:
         return readable(self._names[i])
 
+    def name(self, i: int) -> str:
+        return self._names[i]
+
+    def place(self, i: int) -> Path | str:
+        return self._files.at(i)
+
     def size(self, i: int) -> int:
         return self._files.size(i)
 

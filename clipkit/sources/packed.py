@@ -32,6 +32,13 @@ class ShardSource:
     def key(self, i: int) -> str:
         return self.shards.key(i)
 
+    def name(self, i: int) -> str:
+        extension = image_extension(self.shards.members(i))
+        return f"{self.shards.key(i)}.{extension}" if extension else self.shards.key(i)
+
+    def place(self, i: int) -> None:
+        return None
+
     def size(self, i: int) -> int:
         members = self.shards.members(i)
         extension = image_extension(members)

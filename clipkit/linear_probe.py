@@ -1,6 +1,6 @@
 """Linear probes: multinomial logistic regression on embeddings, from zero or from weights that are known to be good."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,8 +12,9 @@ __all__ = ["STRENGTHS", "Linear", "Sweep", "choose_strength", "fit_linear", "fol
 
 Array = np.ndarray
 STRENGTHS = tuple(10.0**power for power in range(-6, 7))  # CLIP sweeps over the same range
+PATIENCE = 2  # strengths that grow worse in turn end the search
 STEPS = 5000  # of L-BFGS; the strongest fits of separable samples take some hundred
-GRADIENT = 1e-8  # of the mean loss, at which a fit is done
+GRADIENT, ROUGHLY = 1e-8, 1e-6  # of the mean loss, at which a fit is done; when strengths are compared
 
 
 class Linear(NamedTuple):
@@ -62,7 +63,7 @@ def fit_linear(
     _refuse(features, labels, classes, start)
     if not (strength > 0 and np.isfinite(strength)):
         raise ClipkitError(f"a strength of {strength:g} fits nothing; give one above 0, such as 1")
-    return _fit(features.astype(np.float64), labels, classes, [strength], start)[0]
+    return next(_fit(features.astype(np.float64), labels, classes, [strength], start, GRADIENT))
 
 
 def _refuse(features: Array, labels: Array, classes: int, start: Linear | None) -> None:
@@ -83,31 +84,30 @@ def _refuse(features: Array, labels: Array, classes: int, start: Linear | None) 
 
 
 def _fit(
-    features: Array, labels: Array, classes: int, strengths: Sequence[float], start: Linear | None
-) -> list[Linear]:
-    """A fit for each strength, each begun where the one before it ended."""
+    features: Array, labels: Array, classes: int, strengths: Sequence[float], start: Linear | None, gradient: float
+) -> Iterator[Linear]:
+    """A fit for each strength, when it is asked for, each begun where the one before it ended."""
     met = np.unique(labels)
     zero = Linear(np.zeros((classes, features.shape[1])), np.where(np.isin(np.arange(classes), met), 0.0, -np.inf))
     begin = zero if start is None else Linear(*(part.astype(np.float64) for part in start))
     if len(met) < 2:
-        return [begin] * len(strengths)  # which nothing tells from what it is not
+        yield from [begin] * len(strengths)  # which nothing tells from what it is not
+        return
     basis = np.linalg.qr(features.T)[0] if len(features) < features.shape[1] else None
     inside = features if basis is None else features @ basis
     given = features @ begin.weights[met].T + begin.bias[met]
     own = np.searchsorted(met, labels)
     moved = np.zeros((len(met), inside.shape[1] + 1))
-    found = []
     for strength in strengths:
-        moved = _least(inside, own, given, strength, moved)
+        moved = _least(inside, own, given, strength, moved, gradient)
         change = moved[:, :-1] if basis is None else moved[:, :-1] @ basis.T
         weights, bias = begin.weights.copy(), begin.bias.copy()
         weights[met] += change
         bias[met] += moved[:, -1]
-        found.append(Linear(weights, bias))
-    return found
+        yield Linear(weights, bias)
 
 
-def _least(features: Array, labels: Array, given: Array, strength: float, moved: Array) -> Array:
+def _least(features: Array, labels: Array, given: Array, strength: float, moved: Array, gradient: float) -> Array:
     """What is added to weights and biases, ``[classes, dim + 1]``, where the loss is least."""
     from scipy.optimize import minimize  # takes a quarter of a second
 
@@ -127,7 +127,7 @@ def _least(features: Array, labels: Array, given: Array, strength: float, moved:
         return float(total / count), (slope / count).ravel()
 
     # The default bound on how little a step gains would end weak fits of few samples early.
-    how = {"maxiter": STEPS, "maxfun": 2 * STEPS, "gtol": GRADIENT, "ftol": 1e-15, "maxcor": 20}
+    how = {"maxiter": STEPS, "maxfun": 2 * STEPS, "gtol": gradient, "ftol": 1e-15, "maxcor": 20}
     return minimize(loss, moved.ravel(), jac=True, method="L-BFGS-B", options=how).x.reshape(moved.shape)
 
 
@@ -137,7 +137,7 @@ class Sweep(NamedTuple):
     strength: float
     """With the least loss; the weakest of equal ones."""
     losses: Float[Array, " strengths"]
-    """The mean of -log p of the held-out samples, in nats."""
+    """The mean of -log p of the held-out samples, in nats; NaN for strengths beyond two that grew worse in turn."""
     logits: Float[Array, "n classes"]
     """Of each sample at the chosen strength, by a fit to the other folds."""
     judged: Array
@@ -171,20 +171,28 @@ def choose_strength(
     _refuse(features, labels, classes, start)
     fold = folds_of(labels, folds, groups=groups, seed=seed)
     features = features.astype(np.float64)
-    logits = np.empty((len(strengths), len(labels), classes))
     judged = np.zeros(len(labels), bool)
-    for held in np.unique(fold):
-        out = fold == held
-        if out.all():
-            break
-        for at, fitted in enumerate(_fit(features[~out], labels[~out], classes, strengths, start)):
-            logits[at, out] = fitted.logits(features[out])
+    held = [fold == number for number in np.unique(fold)]
+    fits = []
+    for out in held if len(held) > 1 else ():
         judged[out] = np.isin(labels[out], labels[~out])
+        fits.append(_fit(features[~out], labels[~out], classes, strengths, start, ROUGHLY))
     if not judged.any():
         raise ClipkitError("no class has two samples, so nothing can be held out; give more, or name the strength")
-    losses = np.array([_loss(each[judged], labels[judged]) for each in logits])
-    best = int(np.argmin(losses))
-    return Sweep(float(strengths[best]), losses, logits[best], judged)
+    losses, best = np.full(len(strengths), np.nan), np.zeros(0)
+    worse = 0
+    for at in range(len(strengths)):
+        logits = np.empty((len(labels), classes))
+        for out, fit in zip(held, fits, strict=True):
+            logits[out] = next(fit).logits(features[out])
+        losses[at] = _loss(logits[judged], labels[judged])
+        if losses[at] == np.nanmin(losses) and losses[at] not in losses[:at]:
+            best, worse = logits, 0
+        else:
+            worse += 1
+        if worse == PATIENCE:  # the strongest fits take longest, and the loss has one valley
+            break
+    return Sweep(float(strengths[int(np.nanargmin(losses))]), losses, best, judged)
 
 
 def _loss(logits: Array, labels: Array) -> float:

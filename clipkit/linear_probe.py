@@ -8,10 +8,11 @@ from jaxtyping import Float, Int
 
 from clipkit.errors import ClipkitError
 
-__all__ = ["STRENGTHS", "Linear", "Sweep", "choose_strength", "fit_linear", "folds_of"]
+__all__ = ["CLOSE", "STRENGTHS", "Linear", "Sweep", "choose_strength", "fit_linear", "folds_of"]
 
 Array = np.ndarray
 STRENGTHS = tuple(10.0**power for power in range(-6, 7))  # CLIP sweeps over the same range
+CLOSE = 0.01  # nats: losses no further apart are about as good, and the gentler choice is taken
 PATIENCE = 2  # strengths that grow worse in turn end the search
 STEPS = 5000  # of L-BFGS; the strongest fits of separable samples take some hundred
 GRADIENT, ROUGHLY = 1e-8, 1e-6  # of the mean loss, at which a fit is done; when strengths are compared
@@ -135,7 +136,7 @@ class Sweep(NamedTuple):
     """What cross-validation says of strengths."""
 
     strength: float
-    """With the least loss; the weakest of equal ones."""
+    """The weakest of those with about the least loss: 0.01 nats more at most."""
     losses: Float[Array, " strengths"]
     """The mean of -log p of the held-out samples, in nats; NaN for strengths beyond two that grew worse in turn."""
     logits: Float[Array, "n classes"]
@@ -153,6 +154,7 @@ def choose_strength(
     strengths: Sequence[float] = STRENGTHS,
     folds: int = 5,
     groups: Int[Array, " n"] | None = None,
+    missing: float = 0.0,
     seed: int = 0,
 ) -> Sweep:
     """Choose how strongly `fit_linear` is to fit, by the loss on folds that are held out (see `folds_of`).
@@ -164,6 +166,8 @@ def choose_strength(
         features, labels, classes, start: see `fit_linear`.
         strengths: to choose from, rising.
         folds, groups, seed: see `folds_of`.
+        missing: share of the loss that is of samples whose class is held out with them, so that it has only its start:
+            such as the share of classes that have no samples, which a strong fit would forget. For fits with a start.
 
     Raises:
         ClipkitError: as `fit_linear`, or where no class has samples in two folds.
@@ -172,27 +176,36 @@ def choose_strength(
     fold = folds_of(labels, folds, groups=groups, seed=seed)
     features = features.astype(np.float64)
     judged = np.zeros(len(labels), bool)
-    held = [fold == number for number in np.unique(fold)]
-    fits = []
-    for out in held if len(held) > 1 else ():
-        judged[out] = np.isin(labels[out], labels[~out])
-        fits.append(_fit(features[~out], labels[~out], classes, strengths, start, ROUGHLY))
+    for number in np.unique(fold):
+        judged[fold == number] = np.isin(labels[fold == number], labels[fold != number])
     if not judged.any():
         raise ClipkitError("no class has two samples, so nothing can be held out; give more, or name the strength")
-    losses, best = np.full(len(strengths), np.nan), np.zeros(0)
-    worse = 0
-    for at in range(len(strengths)):
+    about = (features, labels, classes, strengths, start)
+    held = _held_out(*about, fold)
+    unmet = _held_out(*about, np.unique(labels, return_inverse=True)[1] % folds) if missing else None
+    losses, logits = np.full(len(strengths), np.nan), []
+    for at, found in enumerate(held):
+        logits.append(found)
+        losses[at] = _loss(found[judged], labels[judged])
+        if unmet is not None:
+            losses[at] += missing * (_loss(next(unmet), labels) - losses[at])
+        if at - int(np.nanargmin(losses)) == PATIENCE:  # the strongest take longest, and the loss has one valley
+            break
+    best = int(np.flatnonzero(losses <= np.nanmin(losses) + CLOSE)[0])
+    return Sweep(float(strengths[best]), losses, logits[best], judged)
+
+
+def _held_out(
+    features: Array, labels: Array, classes: int, strengths: Sequence[float], start: Linear | None, fold: Array
+) -> Iterator[Array]:
+    """For each strength, when it is asked for, the logits of all samples, each by a fit to the other folds."""
+    held = [fold == number for number in np.unique(fold)]
+    fits = [_fit(features[~out], labels[~out], classes, strengths, start, ROUGHLY) for out in held]
+    for _ in strengths:
         logits = np.empty((len(labels), classes))
         for out, fit in zip(held, fits, strict=True):
             logits[out] = next(fit).logits(features[out])
-        losses[at] = _loss(logits[judged], labels[judged])
-        if losses[at] == np.nanmin(losses) and losses[at] not in losses[:at]:
-            best, worse = logits, 0
-        else:
-            worse += 1
-        if worse == PATIENCE:  # the strongest fits take longest, and the loss has one valley
-            break
-    return Sweep(float(strengths[int(np.nanargmin(losses))]), losses, best, judged)
+        yield logits
 
 
 def _loss(logits: Array, labels: Array) -> float:

@@ -139,11 +139,32 @@ def test_the_strength_is_the_one_with_the_least_loss_held_out():
     tried = ~np.isnan(found.losses)
     assert np.allclose(found.losses[tried], np.array(losses)[tried], atol=1e-4)
     assert tried[: int(np.argmin(losses)) + 3].all()
-    assert found.strength == grid[int(np.argmin(losses))]
-    assert np.allclose(found.logits, held[int(np.argmin(losses))], atol=1e-2)
+    best = next(at for at in range(4) if losses[at] < min(losses) + 0.01)
+    assert found.strength == grid[best]
+    assert np.allclose(found.logits, held[best], atol=1e-2)
     assert found.judged.all()
     again = choose_strength(features, labels, 4, start=start, strengths=grid, folds=4, seed=3)
     assert all(np.array_equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+def test_a_strength_is_weaker_where_classes_are_missing():
+    """Half of the loss is of samples whose class is held out, by fits that never saw it."""
+    features, labels = samples(48, 20, 6, apart=0.6)
+    rng = np.random.default_rng(1)
+    means = np.stack([features[labels == at].mean(0) for at in range(6)])
+    start = Linear(0.1 * (means + rng.normal(size=means.shape)), np.zeros(6))
+    grid = [0.001, 0.01, 0.1, 1.0]
+    plain, half = (choose_strength(features, labels, 6, start=start, strengths=grid, missing=m) for m in (0.0, 0.5))
+    fold = labels % 5
+    for at, strength in enumerate(grid[:2]):
+        logits = np.empty((48, 6))
+        for number in range(5):
+            out = fold == number
+            fitted = fit_linear(features[~out], labels[~out], 6, strength=strength, start=start)
+            logits[out] = fitted.logits(features[out])
+        unmet = -np.log((np.exp(logits) / np.exp(logits).sum(1, keepdims=True))[np.arange(48), labels]).mean()
+        assert half.losses[at] == pytest.approx((plain.losses[at] + unmet) / 2, abs=1e-3)
+    assert half.strength <= plain.strength
 
 
 def test_a_sample_without_its_like_is_not_judged():

@@ -36,7 +36,7 @@ FLOORS = [
         "sheet",
     },
     {"tar_index", "lists", "model_specs", "calibration", "linear_probe", "metrics_compat"},
-    {"spool", "shard_specs"},
+    {"spool", "shard_specs", "few_shot"},
     {"shards"},
     {"sources", "towers"},
     {"pack", "embeddings", "trainset", "checkpoint", "phases"},
@@ -48,6 +48,8 @@ FLOORS = [
     {"cached"},
     {"shared_work"},
     {"evaluation", "classification", "learner", "pace"},
+    {"examples", "ablation"},
+    {"classifiers"},
     {"validation", "classify_report", "results", "plan"},
     {"tasks"},
 ]

@@ -226,11 +226,14 @@ def classify_images(
     return joined(parts) if parts else decide(np.zeros((0, classes)), None, rule, top)
 
 
-def rows_of(images: Images, labels: LabelSet, decisions: Decisions) -> Iterator[dict[str, Any]]:
+def rows_of(
+    images: Images, labels: LabelSet, decisions: Decisions, examples: np.ndarray | None = None
+) -> Iterator[dict[str, Any]]:
     """A row for each image and for each that has no embedding, in source order; see `clipkit.classify`.
 
     With groups there is ``groups`` too: those of the first class, the widest first, with the probability of each. Where
-    an image may be of several classes ``labels`` names all that it is of.
+    an image may be of several classes ``labels`` names all that it is of. Where it is told which images are among the
+    examples (bool ``[n]``), ``example`` says so.
     """
     names, groups = labels.names, {name: at for at, name in enumerate(labels.groups)}
     rows = range(len(images)) if images.rows is None else images.rows
@@ -244,6 +247,8 @@ def rows_of(images: Images, labels: LabelSet, decisions: Decisions) -> Iterator[
             row["groups"] = [[name, float(decisions.groups[at, groups[name]])] for name in own]
         if decisions.present.shape[1]:
             row["labels"] = [names[c] for c in np.flatnonzero(decisions.present[at])] if is_image else []
+        if examples is not None:
+            row["example"] = bool(is_image and examples[at])
         yield row
 
 

@@ -7,14 +7,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from clipkit.calibration import reliability
 from clipkit.classification import Images
+from clipkit.classifiers import Fit, Threshold, ranked
 from clipkit.confidence import Interval, wilson_interval
 from clipkit.decisions import OK, Decisions
 from clipkit.decode import decode
 from clipkit.errors import BadSample
 from clipkit.labels import LabelSet
 from clipkit.metrics import confusion_matrix
-from clipkit.report import Report, confusion_figure
+from clipkit.report import Report, confusion_figure, reliability_figure
 
 __all__ = ["accuracy", "pictures", "write_report"]
 
@@ -67,6 +69,8 @@ def write_report(
     about: str,
     truth: np.ndarray | None = None,
     picture: Callable[[int], Image.Image | None],
+    fit: Fit | None = None,
+    threshold: Threshold | None = None,
 ) -> None:
     """Write a self-contained page.
 
@@ -76,6 +80,8 @@ def write_report(
         about: the model and the source in a line.
         truth: int ``[n]``: the class of each image where it is known, else -1; None where nothing is.
         picture: image number `n`, or None where it is not at hand.
+        fit: where the classifiers are from, which is shown where there are examples or temperatures.
+        threshold: that was fitted to a wanted precision.
     """
     page = Report("Classified", about)
     counts = {name: int((decisions.statuses == at).sum()) for at, name in enumerate(("sure", "unsure", "background"))}
@@ -89,6 +95,8 @@ def write_report(
             if count and (not sure or counts["sure"] < len(images)):
                 cards.append((name, f"{share:.1%}", f"95 % interval {low:.1%} to {high:.1%}, {count:,} images"))
     page.figures(cards)
+    if fit is not None:
+        _examples(page, fit, threshold)
     if truth is not None:
         _confusion(page, labels.names, truth, decisions)
     first = decisions.classes[:, 0]
@@ -102,6 +110,38 @@ def write_report(
         if len(images.unreadable) > 1000:
             page.text(f"and {len(images.unreadable) - 1000:,} more")
     page.write(path)
+
+
+def _examples(page: Report, fit: Fit, threshold: Threshold | None) -> None:
+    said = [*fit.notes(), *([threshold.note()] if threshold is not None else [])]
+    if not said:
+        return
+    page.heading("How it was told" if fit.examples is None else "What the examples tell")
+    judged, cards = fit.judged, []
+    if judged is not None:
+        held = "by the names" if fit.method == "zero-shot" else "each by the others"
+        cards.append(("examples right", f"{judged.accuracy(judged.shares):.1%}", f"{len(judged.truth):,}, {held}"))
+        if fit.method != "zero-shot":
+            cards.append(("by the names alone", f"{judged.accuracy(judged.names):.1%}", "the same examples"))
+        if fit.calibrated:
+            before, after = judged.error(judged.before), judged.error(judged.after)
+            cards.append(("calibration error", f"{after:.3f}", f"{before:.3f} before calibration"))
+        else:
+            cards.append(("calibration error", f"{judged.error(judged.shares):.3f}", "0: as right as it is sure"))
+        cards.append(("right above wrong", f"{ranked(judged):.3f}", "AUROC of the probability; 0.5 is chance"))
+    if threshold is not None:
+        cards.append(("threshold", f"{threshold.probability:.3f}", f"for a precision of {threshold.wanted:g}"))
+        cards.append(("precision", f"{threshold.precision:.1%}", f"of the {threshold.coverage:.1%} that are accepted"))
+    if cards:
+        page.figures(cards)
+    for line in said:
+        page.text(line)
+    if judged is not None:
+        curves = [("before", judged.before), ("after", judged.after)] if fit.calibrated else [("", judged.shares)]
+        page.subheading("Reliability")
+        told = [(name, reliability(*judged.top(shares))) for name, shares in curves]
+        figure = reliability_figure([(name, each.counts, each.probability, each.right) for name, each in told])
+        page.plot(figure, "reliability diagram")
 
 
 def _confusion(page: Report, names: Sequence[str], truth: np.ndarray, decisions: Decisions) -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "curve_figure",
     "heat_figure",
     "histogram_figure",
+    "reliability_figure",
     "save_figure",
     "sizes_figure",
 ]
@@ -225,6 +226,39 @@ def tradeoff_figure(
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.margins(x=0.15)
+    return figure
+
+
+def reliability_figure(curves: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray]]) -> Any:
+    """Reliability diagrams beside each other: the share that is right against the probability, and how many are where.
+
+    Args:
+        curves: of each its name, and for each bin how many there are, their mean probability, and the share of right
+            ones; NaN in empty bins.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, rows = pyplot.subplots(
+        2, len(curves), figsize=(3.5 * len(curves), 4.4), sharex=True, sharey="row", squeeze=False, height_ratios=[3, 1]
+    )
+    for (name, counts, probability, right), above, below in zip(curves, *rows, strict=True):
+        met = counts > 0
+        for axes in (above, below):
+            axes.spines[["top", "right"]].set_visible(False)
+        above.plot([0, 1], [0, 1], color="#999", linestyle="--", linewidth=1)
+        above.vlines(probability[met], probability[met], right[met], color="#e0803a", linewidth=2, alpha=0.7)
+        above.plot(probability[met], right[met], "o-", color="#2f6fde", markersize=5, linewidth=1.4)
+        above.set_title(name, fontsize=11)
+        above.set_xlim(0, 1)
+        above.set_ylim(0, 1.02)
+        width = 1 / len(counts)
+        below.bar((np.arange(len(counts)) + 0.5) * width, counts, width=0.9 * width, color="#2f6fde")
+        below.set_xlabel("probability")
+    rows[0][0].set_ylabel("share that is right")
+    rows[1][0].set_ylabel("examples")
     return figure
 
 

@@ -82,7 +82,7 @@ def ablate(
     images: Float[np.ndarray, "n dim"],
     truth: Int[np.ndarray, " n"],
 ) -> list[Ablation]:
-    """For each template the accuracy with it alone and with all others.
+    """For each template the accuracy with it alone and with all others. Every text is embedded once.
 
     Args:
         labels, prompts, embed_texts: see `class_vectors`.
@@ -90,8 +90,13 @@ def ablate(
         truth: the class of each.
     """
 
+    known = as_label_set(labels)
+    texts = list(dict.fromkeys(text for label in known.labels for text in label.texts(prompts)))
+    row = {text: at for at, text in enumerate(texts)}
+    vector_of = embed_texts(texts)
+
     def accuracy(some: Sequence[str]) -> float:
-        vectors = class_vectors(labels, some, embed_texts)
+        vectors = class_vectors(known, some, lambda wanted: vector_of[[row[text] for text in wanted]])
         return float(((images @ vectors.T).argmax(axis=1) == truth).mean())
 
     found = []

@@ -1,8 +1,9 @@
-"""Classify images by names alone.
+"""Classify images by names alone, or with a few examples of each.
 
-Each name becomes a vector through the text tower, each image takes the nearest. No training, no examples.
+Each name becomes a vector through the text tower, each image takes the nearest; examples move the vectors.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,38 @@ READABLE = 200  # rows of a table on the screen; of more, what each label got
     "--threshold", type=float, help="The least probability that is sure [default: 0; with --multi-label 0.5]."
 )
 @click.option("--min-margin", default=0.0, show_default=True, help="The least distance to the second's probability.")
+@click.option(
+    "--examples",
+    metavar="SOURCE",
+    help="Labelled images to learn from: a folder with a sub-folder for each label, called as it or an alias; or a "
+    "list, embeddings or an index of images in such folders.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["linear", "tip-adapter", "prototypes", "zero-shot"]),
+    help="How to learn from them; zero-shot: not at all, they only serve the options below [default: linear].",
+)
+@click.option(
+    "--calibrate",
+    is_flag=True,
+    help="Make probabilities as right as they are sure, as the examples show; without any, as they last showed of the "
+    "names alone.",
+)
+@click.option(
+    "--temperature", type=float, help="To divide the logits by, in place of a fitted one; 1: the model's own."
+)
+@click.option(
+    "--precision-wanted",
+    type=float,
+    metavar="SHARE",
+    help="Set the threshold so that of the sure so many are right, as the examples show.",
+)
+@click.option(
+    "--ablate-prompts",
+    is_flag=True,
+    help="Classify nothing, but tell of each prompt how well images in folders called as labels are classified by it "
+    "alone, and by all others.",
+)
 @click.option("--where", metavar="CONDITION", help="Of an index: only images of which this holds, as in search.")
 @click.option("--top", default=5, show_default=True, type=click.IntRange(1), help="How many classes to list per image.")
 @click.option("--report", type=click.Path(path_type=Path), help="Write a page: contact sheets, least certain first.")
@@ -62,20 +95,24 @@ def main(source: str | None, labels: str | None, models: tuple[str, ...], fmt: s
     Rows: path, label, score (cosine), probability, margin (to the second), top, status, reason. What is not sure enough
     has the status "unsure", what fits a label for "none of these" best "background". An unreadable image has a row too,
     with status "unreadable", and the exit status is 1. Of embeddings and of an index no image is encoded again; of
-    other sources none that was before and has not changed.
+    other sources none that was before and has not changed. With examples a row tells whether its image is one of them
+    ("example"), by its bytes, wherever it lies; such an image does not count for the accuracy.
 
     Of a folder, hidden files and folders are passed over; links are followed to files, not to folders. With --sort-into
     rows have "to", the place in DIR. A journal in DIR is written ahead of every step: whatever ends the sort, the same
     command goes on, and --undo DIR (which needs nothing else) restores what was there before.
     """
+    from clipkit.ablation import ablate_prompts
     from clipkit.artifact import kind_of, read_manifest
     from clipkit.cache import Cache, cache_folder
     from clipkit.cached import cached_prompts
-    from clipkit.classification import classify_images, open_images, rows_of, summary, zero_shot
+    from clipkit.classification import classify_images, open_images, rows_of, summary
+    from clipkit.classifiers import fit_classifiers, wanted_threshold
     from clipkit.classify_report import accuracy, pictures, write_report
     from clipkit.classify_sort import Sorter, undo_sort
     from clipkit.decisions import Rule
     from clipkit.errors import ClipkitError
+    from clipkit.examples import open_examples
     from clipkit.labels import parse_labels, truth_of
     from clipkit.lazy_model import LazyModel
     from clipkit.log import emit, note, warn
@@ -92,6 +129,8 @@ def main(source: str | None, labels: str | None, models: tuple[str, ...], fmt: s
     if source is None or labels is None:
         raise ClipkitError(f"name {'the images' if source is None else 'the labels: --labels NAMES'} to classify")
     into, globs = asked["sort_into"], Globs(asked["include"], asked["exclude"])
+    if into and asked["ablate_prompts"]:
+        raise ClipkitError("--ablate-prompts classifies nothing, so there is nothing to sort; leave out --sort-into")
     if not into and (asked["how"] or asked["yes"]):
         raise ClipkitError("--how and --yes are of --sort-into DIR; name the folder")
     cache = Cache(None if asked["no_cache"] else asked["cache"] or cache_folder(), asked["cache_size"])
@@ -102,6 +141,8 @@ def main(source: str | None, labels: str | None, models: tuple[str, ...], fmt: s
     templates = cached_prompts(prompts, cache) if isinstance(prompts, str) else prompts
     several = asked["multi_label"]
     threshold = asked["threshold"] if asked["threshold"] is not None else 0.5 * several
+    if asked["threshold"] is not None and asked["precision_wanted"] is not None:
+        raise ClipkitError("--precision-wanted sets the threshold; leave out --threshold")
     rule = Rule(threshold, asked["min_margin"], known.background, several, list(known.groups.values()))
     sorter = Sorter(into, asked["how"] or "copy", yes=asked["yes"], several=several) if into else None
     kind = kind_of(Path(source))
@@ -119,20 +160,36 @@ def main(source: str | None, labels: str | None, models: tuple[str, ...], fmt: s
             return 0
     elif sorter:
         sorter.refuse_without_files(source, asked["image_root"])
-    classifiers = [zero_shot(known, templates, model, cache, several=several) for model in lazy]
+    examples = None
+    if asked["examples"] is not None:
+        examples = open_examples(asked["examples"], known, lazy, cache, batch_size=asked["batch_size"], show="examples")
+    learning = {name: asked[name] for name in ("method", "calibrate", "temperature")}
+    fit = fit_classifiers(known, templates, lazy, cache, examples=examples, several=several, **learning)
+    wanted = None
+    if asked["precision_wanted"] is not None:
+        wanted = wanted_threshold(fit, known.background, asked["precision_wanted"])
+        rule = replace(rule, threshold=wanted.probability)
     how = {"where": asked["where"], "globs": globs, "batch_size": asked["batch_size"], "show": "classify"}
     images = open_images(opened, lazy, cache, **how)
     if not len(images) and not (sorter and sorter.before):
         first = {"key": source, "reason": "no image passes", **(images.unreadable[0] if images.unreadable else {})}
         raise ClipkitError(f"nothing in {source} can be used; the first: {first['key']}: {first['reason']}")
-    decisions = classify_images(images, classifiers, rule, top=asked["top"])
+    if asked["ablate_prompts"]:
+        emit(ablate_prompts(images, known, templates, lazy, cache), fmt)
+        return 0
+    decisions = classify_images(images, fit.classifiers, rule, top=asked["top"])
     truth = truth_of(images.paths, known)
+    root = Path(asked["image_root"] or "")
+    marks = None
+    if examples is not None:
+        marks = examples.among(images, opened, root)
+        truth = None if truth is None else examples.unseen(truth, marks)
     if asked["report"] is not None:
-        picture = pictures(images, opened, Path(asked["image_root"] or ""))
+        more = {"picture": pictures(images, opened, root), "fit": fit, "threshold": wanted}
         about = f"{source}, by {', '.join(models)}"
-        write_report(asked["report"], images, known, decisions, about=about, truth=truth, picture=picture)
+        write_report(asked["report"], images, known, decisions, about=about, truth=truth, **more)
         note(f"{asked['report']}: contact sheets, least certain first")
-    rows = rows_of(images, known, decisions)
+    rows = rows_of(images, known, decisions, marks)
     if sorter:  # after the page, as pictures may be moved, and before the rows, whose reader may leave
         rows = sorter.rows(rows, sorter.sort(images, opened, asked["image_root"], known, decisions))
     if fmt != "human":
@@ -144,9 +201,16 @@ def main(source: str | None, labels: str | None, models: tuple[str, ...], fmt: s
         shown = ("path", "label", "probability", "margin", "status", *(["to"] if sorter else []))
         emit([{key: row[key] for key in shown} for row in rows], fmt)
         note(", ".join(f"{each['label']} {each['images']}" for each in summary(known, decisions)))
+    for line in (*fit.notes(), *([wanted.note()] if wanted else [])):
+        note(line)
+    if marks is not None and marks.any():
+        note(f"{int(marks.sum()):,} of the images are among the examples and do not count for the accuracy")
     if truth is not None:
         (share, low, high), count = accuracy(truth, decisions)
         note(f"{share:.1%} of {count:,} are in the folder of their label (95 % interval {low:.1%} to {high:.1%})")
+    if examples is not None and examples.left_out:
+        first, count = examples.left_out[0], len(examples.left_out)
+        warn(f"{count:,} of the examples cannot be used; the first: {first['key']}: {first['reason']}")
     if images.unreadable:
         first, count = images.unreadable[0], len(images.unreadable)
         warn(f"{count:,} of {len(images) + count:,} cannot be read; the first: {first['key']}: {first['reason']}")
@@ -154,7 +218,7 @@ def main(source: str | None, labels: str | None, models: tuple[str, ...], fmt: s
             note(f"  {line['key']}: {line['reason']}")
         if count > LISTED:
             note(f"  and {count - LISTED:,} more; the rows of --format jsonl name each")
-    return int(bool(images.unreadable or (sorter and sorter.failed)))
+    return int(bool(images.unreadable or (sorter and sorter.failed) or (examples is not None and examples.left_out)))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def embed_source(
         batch_size: images at a time, those of so many rows: an image that cannot be used shifts no other into another
             batch. So the same rows give the same bits, whichever part of the source they are embedded with, as long
             as it begins at a multiple of this. Captions go four times as many at a time.
-        threads: that decode; when not given, as many as this process's share of the cores.
+        threads: that decode; 0 for none beside this one; when not given, as many as this process's share of the cores.
         show: title of the progress bar; None for no bar.
         kept: what is known of rows from before, see `clipkit.reuse`: their images are not read, nor are they encoded,
             nor captions that there were before. The others of the rows go into batches together.
@@ -71,7 +71,7 @@ def embed_source(
             return _Loaded(i, None, None, "the sample has no caption")
         return _Loaded(i, Sample(sample.key, None, sample.extension, sample.captions, sample.columns), pixels)
 
-    threads = threads or max(1, cores() // processes_here())
+    threads = max(1, cores() // processes_here()) if threads is None else threads
     loaded = in_threads(load, rows, threads, ahead=4 * batch_size)
     if decoding == "gpu":
         loaded = _decoded(loaded, model, batch_size)

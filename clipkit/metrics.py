@@ -36,6 +36,7 @@ __all__ = [
     "retrieval_recall",
     "zeroshot_accuracy",
     "zeroshot_chance",
+    "zeroshot_figures",
     "zeroshot_per_sample",
 ]
 
@@ -208,11 +209,16 @@ def zeroshot_accuracy(
     Raises:
         ClipkitError: see `retrieval_ranks`.
     """
-    values = zeroshot_per_sample(image, classes, labels, (*ks, 1))
+    ranks, _ = rank_pairs(image, classes, labels, names=("image", "class"))
+    return zeroshot_figures(ranks, labels, ks)
+
+
+def zeroshot_figures(ranks: Ranks, labels: Int[Array, " n"], ks: Sequence[int] = (1, 5)) -> dict[str, float]:
+    """The figures of `zeroshot_accuracy` from how each image's class ranks among all; empty where there are none."""
     if not len(labels):
         return {}
-    figures = {f"zeroshot_acc@{k}": mean(values[f"zeroshot_acc@{k}"]) for k in ks}
-    sizes, first = np.bincount(labels), values["zeroshot_acc@1"]
+    figures = {f"zeroshot_acc@{k}": mean(recall_at_k(*ranks, k)) for k in ks}
+    sizes, first = np.bincount(labels), recall_at_k(*ranks, 1)
     right = np.bincount(labels, weights=first - first[0])  # as in `mean`
     figures["zeroshot_mean_per_class_recall"] = mean(first[0] + right[sizes > 0] / sizes[sizes > 0])
     return figures

@@ -12,7 +12,7 @@ from PIL import Image
 
 from clipkit.artifact import atomic_write
 
-__all__ = ["Report", "confusion_figure", "curve_figure", "histogram_figure", "sizes_figure"]
+__all__ = ["Report", "confusion_figure", "curve_figure", "histogram_figure", "sizes_figure", "whisker_figure"]
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2129; --soft: #626a78; --line: #d9dde4; --card: #f6f7f9; --paper: #fff;
@@ -216,6 +216,42 @@ def tradeoff_figure(
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.margins(x=0.15)
+    return figure
+
+
+def whisker_figure(
+    groups: Sequence[str],
+    series: Mapping[str, Sequence[tuple[float, float, float] | None]],
+    levels: Sequence[float | None],
+    x_label: str,
+) -> Any:
+    """Bars side by side with an interval on each, a group below another; a tick where a level stands, such as chance.
+
+    Args:
+        groups: names, from the top.
+        series: of each a value, low and high per group; None where there is none.
+        levels: per group.
+        x_label: of the values.
+    """
+    names, thick = list(series), 0.8 / max(len(series), 1)
+    figure, axes = _axes(7.5, 0.9 + len(groups) * (0.16 + 0.2 * len(names)))
+    colours = ["#2f6fde", "#e08a1e", "#2a9d5c", "#a14fc1", "#c8433d", "#5b6577"]
+    for number, name in enumerate(names):
+        told = [(at, each) for at, each in enumerate(series[name]) if each is not None]
+        places = [at - 0.4 + thick * (number + 0.5) for at, _ in told]
+        values = [value for _, (value, _, _) in told]
+        ends = [[max(v - low, 0) for _, (v, low, _) in told], [max(high - v, 0) for _, (v, _, high) in told]]
+        style: dict[str, Any] = {"color": colours[number % len(colours)], "ecolor": "#333", "capsize": 2.5}
+        axes.barh(places, values, thick * 0.9, xerr=ends, label=name, error_kw={"linewidth": 1}, **style)
+    for at, level in enumerate(levels):
+        if level is not None:
+            axes.plot([level, level], [at - 0.42, at + 0.42], color="#999", linestyle="--", linewidth=1.2)
+    axes.set_yticks(range(len(groups)), groups)
+    axes.set_ylim(len(groups) - 0.45, -0.55)
+    axes.set_xlabel(x_label)
+    axes.set_xlim(left=0)
+    if len(names) > 1:
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize=8)
     return figure
 
 

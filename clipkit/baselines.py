@@ -108,7 +108,7 @@ def changes_of_all(results: Sequence[Result], baselines: Sequence[Result], toler
     if not any(baseline for _, baseline in pairs):
         held = ", ".join(dict.fromkeys(f"{each.task} on {each.name}" for each in baselines))
         raise ClipkitError(
-            f"the baseline has nothing to compare with {results[0].task} on {results[0].name}; it holds {held}"
+            f"the baseline has no {results[0].task} on {results[0].name} to compare with; it holds {held}"
         )
     return [
         change for result, baseline in pairs if baseline is not None for change in changes(result, baseline, tolerance)

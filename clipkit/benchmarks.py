@@ -1,7 +1,8 @@
 """Datasets for evaluation in CLIP_benchmark's layout: webdataset shards by split, class names and templates beside.
 
 ``DIR/SPLIT/*.tar`` hold an image and ``.cls`` (the number of its class), ``.npy`` (0 or 1 for every class: several may
-be there) or ``.txt`` (captions, one a line; for choices the right one first) per sample. ``DIR/classnames.txt``, ``DIR/dataset_type.txt`` and
+be there) or ``.txt`` (captions, one a line; for choices the right one first) per sample. ``DIR/classnames.txt``,
+``DIR/dataset_type.txt`` and
 ``DIR/zeroshot_classification_templates.txt`` (with ``{c}`` for the class) say the rest.
 """
 

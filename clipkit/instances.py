@@ -151,7 +151,6 @@ def _of_shards(folder: Path, split: str) -> Instances:
         else:
             problems.append({"row": row, "key": opened.source.key(row), "reason": reason})
     if not rows:
-        raise ClipkitError(
-            f"nothing in {folder} poses a choice; the first: {problems[0]['key']}: {problems[0]['reason']}"
-        )
+        first = problems[0] if problems else {"key": folder, "reason": "has no sample"}
+        raise ClipkitError(f"nothing in {folder} poses a choice; the first: {first['key']}: {first['reason']}")
     return Instances(opened.source, np.array(rows, np.int64), said, problems)

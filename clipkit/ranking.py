@@ -278,7 +278,8 @@ def median_rank_of(ranks: Ranks) -> Callable[[Int[Array, "draws n"]], Float[Arra
     """
     longest = int((ranks.better + ranks.tied).max(initial=1))
     # Queries that rank alike go together: there are no more kinds of them than there are items, but for ties.
-    kinds, kind_of = np.unique(np.stack(ranks), axis=1, return_inverse=True)
+    distinct, kind_of = np.unique(np.stack(ranks), axis=1, return_inverse=True)
+    kinds = Ranks(*distinct)
     order = np.argsort(kind_of.ravel(), kind="stable")
     starts = np.flatnonzero(np.diff(kind_of.ravel()[order], prepend=-1))
 

@@ -142,8 +142,8 @@ def from_clip_benchmark(path: Path) -> list[Result]:
             figures |= {name: value for name, value in metrics.items() if name not in THEIR_FIGURES.values()}
             result = Evaluation(figures, {}, {}, [])
         task = ours.get(entry["task"], entry["task"])
-        about = (str(entry.get(name, "")) for name in ("model", "pretrained"))
-        results.append(Result(str(entry.get("dataset", "")), task, *about, result))
+        name, model, fingerprint = (str(entry.get(key, "")) for key in ("dataset", "model", "pretrained"))
+        results.append(Result(name, task, model, fingerprint, result))
     return results
 
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from clipkit.embeddings import Side
 from clipkit.errors import ClipkitError
-from clipkit.search import Index
 from clipkit.stored import Stored
 
 __all__ = ["served_hits"]
@@ -34,39 +34,36 @@ def served_hits(stored: Stored, ks: Sequence[int]) -> dict[str, Array]:
     index, image_at, text_at = stored.index, stored.image_at, stored.text_at
     if index is None or image_at is None or text_at is None:
         raise ClipkitError(f"--through-index asks an index, and {stored.folder} is none; name one")
-    owners = {"image": np.arange(len(image_at)), "text": stored.image_of_text}
-    rows = {"image": stored.image_of_text, "text": np.flatnonzero(np.bincount(stored.image_of_text) > 0)}
+    own = {"image": stored.image_of_text, "text": np.flatnonzero(np.bincount(stored.image_of_text))}
+    sides: list[tuple[Side, Array, Array]] = [
+        ("image", image_at, np.arange(len(image_at))),
+        ("text", text_at, stored.image_of_text),
+    ]
     found = {}
-    for side, positions, queries in (("image", image_at, stored.text), ("text", text_at, stored.image)):
+    for side, positions, owners in sides:
         # Which image a position belongs to; the index may hold more than was asked about.
         owner_at = np.full(int(index.positions(side).max()) + 1, -1)
-        owner_at[positions] = owners[side]
-        wanted = rows[side] if side == "text" else None
-        first = [
-            _first_hit(index, block, side, max(ks), own, owner_at)
-            for block, own in _queries(queries, rows[side], wanted)
-        ]
-        places = np.concatenate(first)
-        found |= {f"served_{side}_retrieval_recall@{k}": (places < k).astype(np.uint8) for k in ks}
+        owner_at[positions] = owners
+        asking = _blocks(stored.text, None) if side == "image" else _blocks(stored.image, own["text"])
+        places, asked = [], 0
+        for vectors in asking:
+            wanted = own[side][asked : asked + len(vectors), None]
+            answers = index.search(vectors, max(ks), side).positions
+            hits = (owner_at[np.maximum(answers, 0)] == wanted) & (answers >= 0)
+            places.append(np.where(hits.any(axis=1), hits.argmax(axis=1), max(ks)))
+            asked += len(vectors)
+        first = np.concatenate(places)
+        found |= {f"served_{side}_retrieval_recall@{k}": (first < k).astype(np.uint8) for k in ks}
     return found
 
 
-def _queries(parts: Sequence[Array], own: Array, wanted: Array | None) -> Iterator[tuple[Array, Array]]:
-    """Some query vectors at a time with the image row of each; those rows of the parts that are wanted, or all."""
-    start = asked = 0
+def _blocks(parts: Sequence[Array], wanted: Array | None) -> Iterator[Array]:
+    """Some vectors at a time: all of the parts, or those of some rows, which rise."""
+    start = 0
     for part in parts:
-        here = (
-            np.arange(len(part)) if wanted is None else wanted[(wanted >= start) & (wanted < start + len(part))] - start
-        )
+        here = np.arange(len(part))
+        if wanted is not None:
+            here = wanted[(wanted >= start) & (wanted < start + len(part))] - start
         for at in range(0, len(here), AT_ONCE):
-            some = here[at : at + AT_ONCE]
-            yield part[some].astype(np.float32), own[asked : asked + len(some)]
-            asked += len(some)
+            yield part[here[at : at + AT_ONCE]].astype(np.float32)
         start += len(part)
-
-
-def _first_hit(index: Index, vectors: Array, side: str, k: int, own: Array, owner_at: Array) -> Array:
-    """At which place, from 0, each query's first own item is among the answers; k where it is not."""
-    positions = index.search(vectors, k, side).positions  # type: ignore[arg-type]
-    hits = (owner_at[np.maximum(positions, 0)] == own[:, None]) & (positions >= 0)
-    return np.where(hits.any(axis=1), hits.argmax(axis=1), k)

@@ -7,14 +7,16 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from clipkit.artifact import digest, kind_of
 from clipkit.embeddings import Embeddings, Side
 from clipkit.errors import ClipkitError
-from clipkit.search import Index
+
+if TYPE_CHECKING:
+    from clipkit.search import Index
 
 __all__ = ["Stored", "open_stored"]
 
@@ -39,7 +41,7 @@ class Stored:
     """int64 of each image."""
     left_out: list[dict[str, Any]]
     """Ledger lines: what could not be embedded, and captions whose image is not there."""
-    index: Index | None = None
+    index: "Index | None" = None
     image_at: Array | None = None
     """Of an index: the position of each image row."""
     text_at: Array | None = None
@@ -100,6 +102,8 @@ def _of_embeddings(opened: Embeddings) -> Stored:
 
 
 def _of_index(folder: Path) -> Stored:
+    from clipkit.search import Index  # which imports FAISS
+
     index = Index.open(folder)
     at: dict[Side, Array] = {side: index.positions(side) for side in index.sides}
     nothing = np.zeros(0, np.int64)
@@ -123,13 +127,13 @@ def _of_index(folder: Path) -> Stored:
     )
 
 
-def _numbers(index: Index, column: str, side: Side, positions: Array) -> Array:
+def _numbers(index: "Index", column: str, side: Side, positions: Array) -> Array:
     """A column of numbers of rows that can be found, without a Python object for each."""
     tables = [segment.table[column].to_numpy() for segment in index.segments(side)]
     return np.concatenate([np.zeros(0, np.int64), *tables])[positions].astype(np.int64)
 
 
-def _rows(index: Index, side: Side, positions: Array) -> list[Array]:
+def _rows(index: "Index", side: Side, positions: Array) -> list[Array]:
     """The vectors at these positions, which rise: a view of each stretch that follows on without a gap."""
     found, start = [], 0
     for segment in index.segments(side):

@@ -136,9 +136,11 @@ def _open_retrieval(source: str, asked: Asked, stored: Stored | None) -> Task:
     found = _benchmark(source, asked, ["retrieval"], "retrieval")
     opened = found.source if found else open_source(source, **asked.columns(), captions_required=True)
     about = ["retrieval", opened.identity(), ks, asked.compat]
-    return Task(
-        "retrieval", about, lambda model, how: evaluate_retrieval(model, opened, ks, compat=asked.compat, **how)
-    )
+
+    def work(model: LazyModel, how: dict[str, Any]) -> Evaluation:
+        return evaluate_retrieval(model, opened, ks, compat=asked.compat, **how)
+
+    return Task("retrieval", about, work)
 
 
 def _open_zeroshot(source: str, asked: Asked, stored: Stored | None) -> Task:

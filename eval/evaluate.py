@@ -97,6 +97,7 @@ def main(task: str, source: str, models: tuple[str, ...], fmt: str, **asked: Any
     draws. Embeddings are kept, so that it goes on where it was interrupted; a result is taken from the last time where
     model, data, prompts and code are the same. Under torchrun the processes divide the work; the figures are the same.
     """
+    from clipkit.artifact import kind_of
     from clipkit.baselines import beside, changes_of_all
     from clipkit.cache import Cache, cache_folder
     from clipkit.errors import ClipkitError
@@ -117,7 +118,7 @@ def main(task: str, source: str, models: tuple[str, ...], fmt: str, **asked: Any
     earlier = from_clip_benchmark(Path(baseline)) if baseline is not None and Path(baseline).is_file() else None
     how = {name: asked[name] for name in ("device", "precision", "batch_size", "threads")}
     compat = asked["compat"] is not None
-    suite = opened = None
+    suite = opened = run_suite = None
     if task == "suite":
         from clipkit.suites import load_suite, run_suite
 
@@ -126,14 +127,14 @@ def main(task: str, source: str, models: tuple[str, ...], fmt: str, **asked: Any
             raise ClipkitError(f"{', '.join(given)}: a suite says so for each of its datasets; write it into {source}")
         suite = load_suite(Path(source), models)
     else:
-        opened = open_task(task, source, asked["ks"], compat=compat, **told)
-        if not models and opened.own_model() is None:
+        if not models and kind_of(Path(source)) not in ("embeddings", "index"):
             raise ClipkitError("name the model to evaluate: --model RUN (or open_clip:NAME/TAG, or hf:ORG/NAME)")
+        opened = open_task(task, source, asked["ks"], compat=compat, **told)
     with process_group() as (rank, world_size):
         among = {"rank": rank, "world_size": world_size, "show": f"evaluate {task}"}
 
         def results_of(specs: Any) -> tuple[list[Result], list[str]]:
-            if suite is not None:
+            if suite is not None and run_suite is not None:
                 chosen = suite.model_copy(update={"models": list(specs)})
                 return run_suite(chosen, lambda each, spec: measure(each, spec, cache, **how, **among), compat=compat)
             found = []

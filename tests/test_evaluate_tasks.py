@@ -27,7 +27,7 @@ def asked(tmp_path_factory):
     (folder / "im").mkdir()
     for number in range(6):
         photo(number, 40, 32).save(folder / "im" / f"{number}.png")
-    said = [(f"a red thing {n}", f"a blue thing {n * 7 % 5}") for n in range(9)]
+    said = [(f"a red thing {n}", f"a blue thing {n * 7 % 5}")[:: 1 - 2 * (n % 2)] for n in range(9)]
     rows = [{"image": f"im/{n % 6}.png", "caption": a, "negative": b} for n, (a, b) in enumerate(said)]
     lines = ["image\tcaption\tnegative", *("\t".join(row.values()) for row in rows)]
     (folder / "list.tsv").write_text("\n".join(lines) + "\n")
@@ -227,7 +227,7 @@ def test_embeddings_and_an_index_say_what_the_source_says(run, refused, embeddin
     source = json.loads(run("evaluate", "retrieval", pictures, "--model", model_dir, *call).out)
     for name in source:
         if name.startswith(("image_", "text_")):
-            assert stored[name] == pytest.approx(source[name], abs=0.03), name  # float16
+            assert stored[name] == pytest.approx(source[name], rel=0.1, abs=0.03), name  # float16
             assert indexed[name] == stored[name], name
     assert stored["model"] == source["model"]
     for side in ("image", "text"):  # a flat index answers exactly

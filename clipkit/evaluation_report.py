@@ -8,6 +8,7 @@ from clipkit.artifact import atomic_write, write_json
 from clipkit.baselines import Change
 from clipkit.comparison import lower_is_better
 from clipkit.errors import ClipkitError
+from clipkit.measuring import COMPAT
 from clipkit.report import Report, whisker_figure
 from clipkit.results import Differences, Result, as_clip_benchmark, markdown, readable
 
@@ -71,32 +72,56 @@ def write_page(
         changes: beside a baseline.
         failures: what could not be measured, a line each.
     """
-    models = list(dict.fromkeys(result.model for result in results))
-    datasets = list(dict.fromkeys((result.name, result.task) for result in results))
-    page = Report("Evaluation", f"datasets: {len(datasets)}, models: {len(models)}; intervals are of 95 %")
+    # Names are paths, mostly: what they have in common only takes up room.
+    models = _short([result.model for result in results])
+    datasets = _short([result.name for result in results])
+    page = Report("Evaluation", f"{_number(datasets, 'dataset')}, {_number(models, 'model')}; intervals are of 95 %")
     if failures:
         page.heading("Not measured")
         page.table([{"what": line.partition(": ")[0], "why": line.partition(": ")[2]} for line in failures], words=True)
     if changes:
         worse = sum(change.worse for change in changes)
         page.heading("Beside the baseline", f"{worse} of {len(changes)} figures are worse than chance would have it.")
-        page.table([_change(change.row()) for change in changes])
+        page.table([_change(change.row(), datasets, models) for change in changes])
     page.heading(
         "All figures",
-        "Fractions, but for median ranks, which count from 1. In brackets stands where a figure, or a difference from "
-        "the first model on the same samples, may lie; chance is what guessing scores.",
+        "Fractions, but for median ranks, which count from 1. In brackets stands where a figure may lie; chance is "
+        "what guessing scores.",
     )
-    rows = readable(results, apart)
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    page.table([{column: row.get(column, "") for column in columns} for row in rows])
-    for name, task in datasets:
+    rows = readable(results)
+    names = {**models, **{f"{model}, {COMPAT}": f"{short}, {COMPAT}" for model, short in models.items()}}
+    columns = [name for name in names if any(name in row for row in rows)]
+    page.table(
+        [
+            {"figure": f"{datasets[row['dataset']]}: {row['figure']}"}
+            | {names[column]: row.get(column, "") for column in columns}
+            | {"chance": row["chance"]}
+            for row in rows
+        ]
+    )
+    if apart:
+        page.heading(
+            f"Beside {models[results[0].model]}",
+            "How much larger a figure is than that model's, on the same samples: a difference whose brackets leave out "
+            "0 is more than chance.",
+        )
+        told = {model: f"{model}, difference" for model in models}
+        page.table(
+            [
+                {"figure": f"{datasets[row['dataset']]}: {row['figure']}"}
+                | {models[model]: row.get(column, "") for model, column in told.items() if model != results[0].model}
+                for row in readable(results, apart)
+                if any(column in row for column in told.values())
+            ]
+        )
+    for name, task in dict.fromkeys((result.name, result.task) for result in results):
         own = [result for result in results if (result.name, result.task) == (name, task)]
         counts = ", ".join(f"{count:,} {what}" for what, count in own[0].found.counts.items())
-        page.heading(f"{name}: {task}", f"{counts}. A dashed tick is chance.")
-        _bars(page, name, own)
+        page.heading(f"{datasets[name]}: {task}", f"{counts}. A dotted tick is chance.")
+        _bars(page, name, own, models)
         for result in own:
             if result.found.confused:
-                page.subheading(f"What {result.model} takes for what most often")
+                page.subheading(f"What {models[result.model]} takes for what most often")
                 page.table(result.found.confused)
     left_out = [
         {
@@ -114,12 +139,26 @@ def write_page(
     page.write(path)
 
 
-def _change(row: dict[str, Any]) -> dict[str, str]:
+def _number(names: Sequence[Any] | dict[str, str], what: str) -> str:
+    return f"{len(names)} {what}{'s' * (len(names) != 1)}"
+
+
+def _short(names: Sequence[str]) -> dict[str, str]:
+    """The fewest last parts of each path that tell it from all others."""
+    different = list(dict.fromkeys(names))
+    for parts in range(1, 20):
+        short = ["/".join(name.rstrip("/").split("/")[-parts:]) for name in different]
+        if len(set(short)) == len(short):
+            return dict(zip(different, short, strict=True))
+    return {name: name for name in different}
+
+
+def _change(row: dict[str, Any], datasets: dict[str, str], models: dict[str, str]) -> dict[str, str]:
     ends = (row["difference_low"], row["difference_high"])
     told = "" if None in ends else f" [{ends[0]:+.4f}, {ends[1]:+.4f}]"
     return {
-        "figure": f"{row['dataset']}: {row['figure']}",
-        "model": row["model"],
+        "figure": f"{datasets[row['dataset']]}: {row['figure']}",
+        "model": models[row["model"]],
         "value": f"{row['value']:.4f}",
         "baseline": f"{row['baseline']:.4f}",
         "difference": f"{row['difference']:+.4f}{told}",
@@ -127,13 +166,13 @@ def _change(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _bars(page: Report, name: str, results: Sequence[Result]) -> None:
+def _bars(page: Report, name: str, results: Sequence[Result], models: dict[str, str]) -> None:
     figures = list(dict.fromkeys(figure for result in results for figure in result.found.figures))
     for ranks in (False, True):
         own = [figure for figure in figures if lower_is_better(figure) == ranks]
         if not own:
             continue
-        series = {result.model: [_told(result, figure) for figure in own] for result in results[:BESIDE]}
+        series = {models[result.model]: [_told(result, figure) for figure in own] for result in results[:BESIDE]}
         levels = [results[0].found.chance.get(figure) for figure in own]
         label = "median rank, from 1: lower is better" if ranks else "fraction"
         page.plot(whisker_figure(own, series, levels, label), f"{name}: {', '.join(own)}")

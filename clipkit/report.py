@@ -245,7 +245,7 @@ def whisker_figure(
         axes.barh(places, values, thick * 0.9, xerr=ends, label=name, error_kw={"linewidth": 1}, **style)
     for at, level in enumerate(levels):
         if level is not None:
-            axes.plot([level, level], [at - 0.42, at + 0.42], color="#999", linestyle="--", linewidth=1.2)
+            axes.plot([level, level], [at - 0.42, at + 0.42], color="#111", linestyle=":", linewidth=1.8, zorder=3)
     axes.set_yticks(range(len(groups)), groups)
     axes.set_ylim(len(groups) - 0.45, -0.55)
     axes.set_xlabel(x_label)

@@ -1,8 +1,12 @@
 """`clipkit evaluate`: choices, several labels, intervals, baselines, CLIP_benchmark's definitions, embeddings."""
 
 import json
+import shutil
+import sys
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -10,6 +14,7 @@ from clipkit.average_precision import chance_of, mean_average_precision
 from clipkit.cache import Cache
 from clipkit.cached import cached_images, cached_texts
 from clipkit.choice import choice_scores, winoground_per_sample
+from clipkit.embeddings import table_path, vectors_path
 from clipkit.lazy_model import LazyModel
 from clipkit.metrics import retrieval_figures, retrieval_ranks
 from clipkit.metrics_compat import clip_benchmark_choice
@@ -18,6 +23,7 @@ from clipkit.towers import DualEncoder
 from tests.conftest import tiny_model
 from tests.samples import photo
 from tests.test_benchmarks import CLASSES, npy, write
+from tests.test_coding import peak
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +130,8 @@ def test_several_labels_are_measured_by_average_precision(run, refused, model_di
     assert shown[f"chance_{name}"] == chance_of(wanted == 1)
     assert shown[f"{name}_low"] <= shown[name] <= shown[f"{name}_high"]
     assert shown["clip_benchmark_mean_average_precision"] == pytest.approx(shown[name], abs=1e-6)
-    assert json.loads((tmp_path / "r.json").read_text())[0]["metrics"]["mean_average_precision"] == pytest.approx(
-        shown[name]
-    )
+    metrics = json.loads((tmp_path / "r.json").read_text())[0]["metrics"]
+    assert metrics["mean_average_precision"] == pytest.approx(shown[name])
     assert "leave -k out" in refused(*call, "-k", 1)
 
 
@@ -298,3 +303,50 @@ def test_a_result_is_of_its_options(run, captioned, model_dir):
     assert "clip_benchmark_image_retrieval_recall@1" in json.loads(compat.out)
     assert run(*call) == plain
     assert json.loads(run(*call, "--threads", 0, "--no-cache").out) == json.loads(plain.out)
+
+
+def enlarge(folder, images, every, dim=128, part=20_000):
+    """Make an embeddings folder hold so many images, and a caption for one of `every`."""
+    rng = np.random.default_rng(0)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    parts = [{"name": f"{n:04d}", "images": part, "captions": part // every} for n in range(images // part)]
+    for number, each in enumerate(parts):
+        vectors = rng.normal(size=(part, dim)).astype(np.float32)
+        own = np.arange(0, part, every)
+        said = vectors[own] + 4 * rng.normal(size=(len(own), dim)).astype(np.float32)
+        for side, rows in (("image", vectors), ("text", said)):
+            unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+            np.save(vectors_path(folder, side, each["name"]), unit.astype(np.float16))
+        ids = np.arange(number * part, (number + 1) * part)
+        table = {
+            "id": ids,
+            "key": ids.astype(str),
+            "image_path": ids.astype(str),
+            "caption": pa.nulls(part, pa.string()),
+        }
+        pq.write_table(pa.table(table), table_path(folder, "image", each["name"]))
+        table = {"caption": own.astype(str), "image_id": ids[own], "image_row": own}
+        pq.write_table(pa.table(table), table_path(folder, "text", each["name"]))
+    counts = {**manifest["counts"], "images": images, "captions": images // every}
+    manifest |= {"sides": ["image", "text"], "dim": dim, "parts": parts, "counts": counts}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_memory_does_not_hold_what_is_compared(embeddings, tmp_path):
+    """Seen from outside: 200,000 images and 25,000 captions, whose scores would be 20 GB and whose vectors 115 MB."""
+    most = []
+    for images in (40_000, 200_000):
+        folder = tmp_path / str(images)
+        shutil.copytree(embeddings, folder)
+        enlarge(folder, images, 8)
+        out = tmp_path / f"{images}.json"
+        call = [sys.executable, "-m", "clipkit", "evaluate", "retrieval", folder, "--out", out, "--no-cache"]
+        most.append(peak([str(part) for part in call]))
+        (found,) = json.loads(out.read_text())
+        assert found["clipkit"]["counts"] == {"images": images, "captions": images // 8}
+        assert 0 < found["metrics"]["image_retrieval_recall@10"] < 1
+    grown = (most[1] - most[0]) / 160_000
+    assert grown < 256, f"{grown:.0f} bytes for each image more; its vector alone would be 512 in float32"
+    assert most[1] < 700 * 2**20

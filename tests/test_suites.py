@@ -9,9 +9,14 @@ import pytest
 import yaml
 
 from clipkit import tasks
+from clipkit.cache import Cache
+from clipkit.lazy_model import LazyModel
+from clipkit.results import as_clip_benchmark
+from clipkit.suites import load_suite, run_suite
 from tests.conftest import make_pictures, tiny_model
 from tests.samples import photo
 from tests.test_benchmarks import CLASSES, npy, write
+from tests.test_evaluation import on_ranks
 from tests.test_report import assert_refers_to_nothing_outside
 
 
@@ -118,7 +123,7 @@ def test_interrupted_it_goes_on(run, data, model_dir, tmp_path, monkeypatch):
     assert done == ["evaluate_choice", "evaluate_zeroshot"]
 
 
-def test_what_is_wrong_with_a_suite(refused, data, model_dir, tmp_path):
+def test_what_is_wrong_with_a_suite(run, refused, data, model_dir, tmp_path):
     def said(text, *more):
         (tmp_path / "s.yaml").write_text(text)
         return refused("evaluate", "suite", tmp_path / "s.yaml", *more)
@@ -132,15 +137,43 @@ def test_what_is_wrong_with_a_suite(refused, data, model_dir, tmp_path):
     assert "is no suite" in said("[1]")
     assert "cannot read the suite" in refused("evaluate", "suite", tmp_path / "none.yaml")
     assert "a suite says so for each of its datasets" in said(good, "--model", model_dir, "-k", 1)
-    twice = (
-        f"datasets: [{{task: choice, source: {data / 'choice.tsv'}}}, {{task: choice, source: {data / 'choice.tsv'}}}]"
-    )
+    twice = f"{good}  - {{task: choice, source: {data / 'choice.tsv'}}}\n"
+    twice = twice.replace("datasets: [", "datasets:\n  - ").replace("}]", "}")
     assert "give them a name each" in said(twice, "--model", model_dir)
-    assert "nothing of the suite could be measured" in said(
-        f"models: [{model_dir}]\ndatasets: [{{task: choice, source: nothing.tsv}}]"
-    )
+    (tmp_path / "s.yaml").write_text(f"models: [{model_dir}]\ndatasets: [{{task: choice, source: nothing.tsv}}]")
+    failed = run("evaluate", "suite", tmp_path / "s.yaml")
+    assert failed.status == 2
+    assert "nothing of the suite could be measured; the first: choice on nothing.tsv: " in failed.err
 
 
+def told(results):
+    return json.dumps([as_clip_benchmark(result) for result in results])
+
+
+def test_ranks_and_threads_change_no_byte(data, model, model_dir, tmp_path):
+    """As the processes below, with ranks that are threads of one, in a moment."""
+    suite = load_suite(suite_of(tmp_path / "s.yaml", data, [model_dir]))
+    wanted = None
+    for threads in (0, 1, 2):
+        for world_size in (1, 2, 3):
+
+            def call(threads=threads, **among):
+                how = {"batch_size": 4, "threads": threads, **among}
+                lazy = LazyModel.of(model)
+
+                def measure(task, _):
+                    return "m", "f", tasks.evaluate(task, lazy, Cache(None), **how)
+
+                return told(run_suite(suite, measure)[0])
+
+            found = set(on_ranks(world_size, call))
+            wanted = wanted or found
+            assert found == wanted
+            assert len(wanted) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_processes_and_threads_change_no_byte(data, model_dir, tmp_path):
     """All tasks in one suite: 1 and 2 processes, with 0, 1 and 2 threads that decode, each from nothing."""
     path = suite_of(tmp_path / "s.yaml", data, [model_dir])

@@ -85,6 +85,15 @@ class Samples:
         if self.form == "classes":
             ranks = Ranks(*(self.arrays[name] for name in Ranks._fields))
             return {f"zeroshot_acc@{k}": recall_at_k(*ranks, k) for k in self.ks}
+        if self.form == "retrieval":
+            ranks = _retrieval_ranks(self)
+            values = retrieval_per_sample(ranks, self.ks)
+            values |= {
+                name: each.astype(np.float64) for name, each in self.arrays.items() if name.startswith("served_")
+            }
+            # Captions of one image stand and fall together, so that they tell less than as many images would.
+            alone = len(np.unique(ranks.image_of_text)) == len(ranks.image_of_text)
+            return {n: each for n, each in values.items() if "recall@" in n and (alone or "text_retrieval" in n)}
         return {}
 
 
@@ -92,19 +101,23 @@ def _ranks(ranks: RetrievalRanks, side: str) -> list[tuple[str, Array]]:
     return list(getattr(ranks, side)._asdict().items())
 
 
-def _of_retrieval(samples: Samples) -> tuple[int, dict[str, Statistic]]:
+def _retrieval_ranks(samples: Samples) -> RetrievalRanks:
     by_text, by_image = (
         Ranks(*(samples.arrays[f"{side}_{name}"].astype(np.int64) for name in Ranks._fields))
         for side in ("by_text", "by_image")
     )
-    image_of_text = samples.arrays["image_of_text"]
+    return RetrievalRanks(by_text, by_image, samples.arrays["image_of_text"])
+
+
+def _of_retrieval(samples: Samples) -> tuple[int, dict[str, Statistic]]:
+    by_text, by_image, image_of_text = ranks = _retrieval_ranks(samples)
     unit_of = np.unique(image_of_text, return_inverse=True)[1].reshape(-1)
     units = len(by_image.better)
     each = np.arange(units)
     median_of_texts, median_of_images = median_rank_of(by_text), median_rank_of(by_image)
     found = {
         name: unit_mean_of(values, unit_of if name.startswith("image_") else each, units)
-        for name, values in retrieval_per_sample(RetrievalRanks(by_text, by_image, image_of_text), samples.ks).items()
+        for name, values in retrieval_per_sample(ranks, samples.ks).items()
     }
     for name, values in samples.arrays.items():
         if name.startswith("served_"):

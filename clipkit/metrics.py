@@ -85,7 +85,11 @@ def retrieval_ranks(
 
 
 def guessed_retrieval(images: int, image_of_text: Int[Array, " texts"]) -> RetrievalRanks:
-    """The ranks of a model whose embeddings all coincide; their figures are chance."""
+    """The ranks of a model whose embeddings all coincide; their figures are chance.
+
+    With one caption for each of n images: recall at k is k / n, the mean reciprocal rank H / n, where H is the n-th
+    harmonic number, and the median rank (n + 1) / 2.
+    """
     captions = np.bincount(image_of_text, minlength=images)
     captions = captions[captions > 0]
     one = np.ones(len(image_of_text), np.int64)
@@ -111,8 +115,8 @@ def retrieval_per_sample(ranks: RetrievalRanks, ks: Sequence[int] = (1, 5, 10)) 
 def retrieval_figures(ranks: RetrievalRanks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
     """Recall at k as `retrieval_recall` has it, and where the first relevant item ranks.
 
-    ``…_mrr``: the mean of 1 over the rank of the first relevant item. ``…_median_rank``: the median of that rank, from
-    1 (no fraction), see `clipkit.ranking.median_rank_of`.
+    ``…_mrr``: the mean of 1 over the rank of the first relevant item (Voorhees 1999). ``…_median_rank``: the median of
+    that rank, from 1 (no fraction), see `clipkit.ranking.median_rank_of`.
 
     Args:
         ranks: of a model; or of one who guesses (`guessed_retrieval`), for chance.

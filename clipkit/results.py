@@ -141,7 +141,7 @@ def from_clip_benchmark(path: Path) -> list[Result]:
             figures = {name: metrics[theirs] for name, theirs in THEIR_FIGURES.items() if theirs in metrics}
             figures |= {name: value for name, value in metrics.items() if name not in THEIR_FIGURES.values()}
             result = Evaluation(figures, {}, {}, [])
-        task = ours.get(entry["task"], entry["task"])
+        task = ours.get(str(entry["task"]), str(entry["task"]))
         name, model, fingerprint = (str(entry.get(key, "")) for key in ("dataset", "model", "pretrained"))
         results.append(Result(name, task, model, fingerprint, result))
     return results

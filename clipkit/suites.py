@@ -38,8 +38,8 @@ class DatasetConfig(BaseModel):
     """What results call it; the source when not given."""
     ks: list[int] = Field(default_factory=list)
     """List lengths; the task's usual ones where there are none."""
-    split: str = "test"
-    """Of a dataset in CLIP_benchmark's layout."""
+    split: str | None = None
+    """Of a dataset in CLIP_benchmark's layout; ``test`` when not given."""
     templates: str | None = None
     image_column: str | None = None
     caption_column: str | None = None
@@ -129,7 +129,7 @@ def run_suite(
     for number, dataset in enumerate(suite.datasets, 1):
         name = dataset.name or dataset.source
         note(f"{number}/{len(suite.datasets)} {dataset.task}: {name}")
-        asked: dict[str, Any] = dataset.model_dump(exclude={"task", "source", "name", "ks"})
+        asked: dict[str, Any] = dataset.model_dump(exclude={"task", "source", "name", "ks"}, exclude_none=True)
         try:
             task = open_task(dataset.task, dataset.source, dataset.ks, compat=compat, **asked)
         except ClipkitError as error:

@@ -108,6 +108,12 @@ def open_task(name: str, source: str, ks: Sequence[int] = (), **asked: Any) -> T
         raise ClipkitError(f"--templates is of zeroshot; {name} takes the captions as they are")
     if name == "zeroshot" and any(value is not None for value in wanted.columns().values()):
         raise ClipkitError("--image-column, --caption-column and --image-root are of lists; zeroshot takes a folder")
+    if asked.get("split") is not None and not is_benchmark(Path(source)):
+        raise ClipkitError(f"--split is of a dataset in CLIP_benchmark's layout; {source} is none")
+    if stored and any(value is not None for value in wanted.columns().values()):
+        raise ClipkitError(
+            f"--image-column, --caption-column and --image-root are of lists; {source} is {kind_of(Path(source))}"
+        )
     if wanted.through_index and not (name == "retrieval" and stored and kind_of(Path(source)) == "index"):
         raise ClipkitError(f"--through-index is of retrieval on an index; {source} is none, or the task is another")
     opened = open_stored(source) if stored else None

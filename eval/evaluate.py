@@ -110,6 +110,8 @@ def main(task: str, source: str, models: tuple[str, ...], fmt: str, **asked: Any
     out, baseline = asked["out"], asked["baseline"]
     if out is not None:
         check_name(out)
+    if asked["tolerance"] and baseline is None:
+        raise ClipkitError("--tolerance says how much worse than a baseline is no matter; name one with --baseline")
     told = {name: asked[name] for name in ("split", "templates", "image_column", "caption_column", "image_root")}
     told = {name: value for name, value in told.items() if value is not None}
     if asked["through_index"]:

@@ -220,6 +220,8 @@ def test_baselines(run, refused, captioned, asked, model_dir, tmp_path):
     assert shown[f"difference_{name}"] == pytest.approx(mine[name] - other[name])
     assert model.status == bool(shown["regressions"])
     choice = ["evaluate", "choice", asked[0] / "list.tsv", "--model", model_dir]
+    assert "name one with --baseline" in refused(*first, "--tolerance", 0.1)
+    assert "--split is of a dataset" in refused(*first, "--split", "val")
     assert "the baseline has no choice on" in refused(*choice, "--baseline", file)
     (tmp_path / "no.json").write_text("[1]")
     assert "holds no results" in refused(*first, "--baseline", tmp_path / "no.json")

@@ -40,7 +40,8 @@ from clipkit.cli import Job, cache_options, format_option, list_options
 @click.option(
     "--compat",
     type=click.Choice(["clip_benchmark"]),
-    help="Also give the figures of CLIP_benchmark's definitions, and put those into --out's metrics.",
+    help="Also give the figures of CLIP_benchmark's definitions, in which ties come in the order of the items, and put "
+    "those into --out's metrics.",
 )
 @click.option(
     "--baseline",
@@ -93,8 +94,14 @@ def main(task: str, source: str, models: tuple[str, ...], fmt: str, **asked: Any
     suite, on a YAML file with models and datasets (task, source, and the options of these tasks by name).
 
     Equal scores count with the expected value over random orders, so a model that tells nothing apart scores exactly
-    chance. Intervals are Wilson's for accuracies, else by a bootstrap over images; models are compared on the same
-    draws. Embeddings are kept, so that it goes on where it was interrupted; a result is taken from the last time where
+    chance_…, what guessing would: of n images the recall k / n, the mean reciprocal rank H(n) / n, the median rank
+    (n + 1) / 2. Intervals are Wilson's for shares of independent images, else by a bootstrap over images with their
+    captions; models are compared on the same draws.
+
+    With --baseline a figure is worse where the interval of the difference lies wholly beyond 0 and the tolerance; where
+    the file does not hold what pairs the two, where this result's own interval lies wholly beyond the file's figure.
+
+    Embeddings are kept, so that it goes on where it was interrupted; a result is taken from the last time where
     model, data, prompts and code are the same. Under torchrun the processes divide the work; the figures are the same.
     """
     from clipkit.artifact import kind_of

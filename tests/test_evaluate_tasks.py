@@ -18,6 +18,7 @@ from clipkit.embeddings import table_path, vectors_path
 from clipkit.lazy_model import LazyModel
 from clipkit.metrics import retrieval_figures, retrieval_ranks
 from clipkit.metrics_compat import clip_benchmark_choice
+from clipkit.search import Index
 from clipkit.sources import open_source
 from clipkit.towers import DualEncoder
 from tests.conftest import tiny_model
@@ -352,3 +353,19 @@ def test_memory_does_not_hold_what_is_compared(embeddings, tmp_path):
     grown = (most[1] - most[0]) / 160_000
     assert grown < 256, f"{grown:.0f} bytes for each image more; its vector alone would be 512 in float32"
     assert most[1] < 700 * 2**20
+
+
+def test_what_an_index_does_not_answer_is_not_served(run, index, monkeypatch):
+    whole = Index.search
+
+    def half(self, vectors, k=10, side="image", **how):
+        found = whole(self, vectors, k, side, **how)
+        found.positions[::2] = -1
+        return found
+
+    monkeypatch.setattr(Index, "search", half)
+    shown = json.loads(run("evaluate", "retrieval", index, "--through-index", "-k", 48, "--format", "json").out)
+    assert shown["image_retrieval_recall@48"] == 1
+    for side in ("image", "text"):
+        assert shown[f"served_{side}_retrieval_recall@48"] == shown[f"{side}_retrieval_served_share@48"] == 0.5
+        assert shown[f"served_{side}_retrieval_recall@48_low"] < 0.5 < shown[f"served_{side}_retrieval_recall@48_high"]

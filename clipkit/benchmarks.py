@@ -1,7 +1,8 @@
 """Datasets for evaluation in CLIP_benchmark's layout: webdataset shards by split, class names and templates beside.
 
 ``DIR/SPLIT/*.tar`` hold an image and ``.cls`` (the number of its class), ``.npy`` (0 or 1 for every class: several may
-be there) or ``.txt`` (captions, one a line) per sample. ``DIR/classnames.txt``, ``DIR/dataset_type.txt`` and
+be there) or ``.txt`` (captions, one a line; for choices the right one first) per sample. ``DIR/classnames.txt``,
+``DIR/dataset_type.txt`` and
 ``DIR/zeroshot_classification_templates.txt`` (with ``{c}`` for the class) say the rest.
 """
 
@@ -19,7 +20,7 @@ from clipkit.sources.packed import ShardSource
 __all__ = ["Benchmark", "CaptionLines", "is_benchmark", "open_benchmark"]
 
 CLASSES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
-KINDS = ("classification", "multilabel", "retrieval")
+KINDS = ("classification", "multilabel", "retrieval", "image_caption_selection")
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,11 @@ class Benchmark:
 
     folder: Path
     split: str
-    kind: Literal["classification", "multilabel", "retrieval"]
+    kind: Literal["classification", "multilabel", "retrieval", "choice"]
     source: Source
-    """Images, with their captions where it is for retrieval."""
+    """Images, with their captions where it is for retrieval or choices."""
     classes: list[str]
-    """Empty for retrieval."""
+    """Empty for these two."""
     prompts: list[str]
     """Templates with ``{}``; empty where there are none."""
 
@@ -40,15 +41,15 @@ class Benchmark:
         """What each sample shows, -1 where the shards do not say.
 
         Returns:
-            int64 ``[rows]``, or bool ``[rows, classes]`` where several may be there.
+            int64 ``[rows]``, or int8 ``[rows, classes]`` of 1 and 0 where several may be there.
 
         Raises:
-            ClipkitError: where a number is no class.
+            ClipkitError: where a number is no class, or labels are other numbers than 0 and 1.
         """
         shards = self.source.shards  # type: ignore[attr-defined]
         many = self.kind == "multilabel"
         count = len(self.classes)
-        found = np.zeros((len(shards), count), bool) if many else np.full(len(shards), -1, np.int64)
+        found = np.full((len(shards), count), -1, np.int8) if many else np.full(len(shards), -1, np.int64)
         for row in range(len(shards)):
             data = shards.read(row, ("npy" if many else "cls",)).get("npy" if many else "cls")
             if data is None:
@@ -59,6 +60,8 @@ class Benchmark:
                 raise ClipkitError(f"{self.folder}: the class of {shards.key(row)} cannot be read ({error})") from error
             if many and value.shape != (count,):
                 raise ClipkitError(f"{self.folder}: {shards.key(row)} has {value.shape} labels for {count} classes")
+            if many and not np.isin(value, (0, 1)).all():
+                raise ClipkitError(f"{self.folder}: {shards.key(row)} has labels other than 0 and 1")
             if not many and not 0 <= value < count:
                 raise ClipkitError(f"{self.folder}: {shards.key(row)} is of class {value}, and {CLASSES} has {count}")
             found[row] = value
@@ -128,8 +131,9 @@ def open_benchmark(folder: Path, split: str = "test") -> Benchmark:
         has = f"it has {', '.join(splits)}" if splits else "it has no folder of tar files"
         raise ClipkitError(f"{folder} has no split {split!r}; {has} (--split)")
     source = ShardSource(f"{folder / split}/")
-    if kind == "retrieval":
-        return Benchmark(folder, split, "retrieval", CaptionLines(source), [], [])
+    if kind in ("retrieval", "image_caption_selection"):
+        suits = "retrieval" if kind == "retrieval" else "choice"
+        return Benchmark(folder, split, suits, CaptionLines(source), [], [])
     classes = _lines(folder / CLASSES)
     if len(classes) < 2:
         raise ClipkitError(f"{folder / CLASSES} is missing or names fewer than two classes, one a line")

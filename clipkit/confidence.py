@@ -5,7 +5,7 @@ repetition, again and again. A figure goes into it as a function of how often ea
 many draws are worked out together, and samples are what is drawn for figures that are no means, such as mAP, too.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -19,10 +19,12 @@ __all__ = [
     "Statistic",
     "binomial_tail",
     "bootstrap",
+    "bootstrap_all",
     "class_mean_of",
     "clopper_pearson_interval",
     "mean_of",
     "paired_bootstrap",
+    "unit_mean_of",
     "wilson_interval",
 ]
 
@@ -125,6 +127,22 @@ def mean_of(values: Float[Array, " n"]) -> Statistic:
     return lambda counts: first + counts @ (values - first) / counts.sum(axis=1)
 
 
+def unit_mean_of(values: Float[Array, " n"], unit_of: Int[Array, " n"], units: int) -> Statistic:
+    """The mean of values as a function of how often each unit is drawn, where a unit brings all its values with it.
+
+    It is `mean_of` under `bootstrap`'s ``groups``, and takes memory for the units only: an image with its captions.
+
+    Args:
+        values: such as ``retrieval_per_sample`` gives.
+        unit_of: of each value, from 0.
+        units: how many there are.
+    """
+    first = values[0] if len(values) else 0.0  # as in `clipkit.ranking.mean`
+    sums = np.bincount(unit_of, weights=values - first, minlength=units)
+    sizes = np.bincount(unit_of, minlength=units)
+    return lambda counts: first + counts @ sums / (counts @ sizes)
+
+
 def class_mean_of(values: Float[Array, " n"], labels: Int[Array, " n"]) -> Statistic:
     """The mean over classes of the mean of their samples' values, as a function of the draws.
 
@@ -209,10 +227,33 @@ def paired_bootstrap(
     return _interval(lambda counts: first(counts) - second(counts), n, groups, level, draws, seed)
 
 
+def bootstrap_all(
+    statistics: Mapping[str, Statistic], n: int, *, level: float = 0.95, draws: int = 1000, seed: int = 0
+) -> dict[str, Interval]:
+    """Several figures of the same samples with their intervals, from one set of draws; each as `bootstrap` gives it.
+
+    Args:
+        statistics: the figures by name.
+        n, level, draws, seed: see `bootstrap`.
+
+    Raises:
+        ClipkitError: see `bootstrap`.
+    """
+    _refuse_draws(level, draws)
+    if n < 2:
+        return {name: _interval(statistic, n, None, level, draws, seed) for name, statistic in statistics.items()}
+    once, found = np.ones((1, n), np.int64), {name: [] for name in statistics}
+    for counts in _drawn(n, n, None, draws, seed):
+        for name, statistic in statistics.items():
+            found[name].append(statistic(counts))
+    return {
+        name: _percentiles(float(statistic(once)[0]), np.concatenate(found[name]), level)
+        for name, statistic in statistics.items()
+    }
+
+
 def _interval(statistic: Statistic, n: int, groups: Array | None, level: float, draws: int, seed: int) -> Interval:
-    _refuse_level(level)
-    if draws < 1:
-        raise ClipkitError(f"{draws} draws make no interval; 1000 are usual")
+    _refuse_draws(level, draws)
     if groups is not None and len(groups) != n:
         raise ClipkitError(f"{len(groups):,} groups are named for {n:,} samples; name one for each")
     if not n:
@@ -223,6 +264,16 @@ def _interval(statistic: Statistic, n: int, groups: Array | None, level: float, 
     if units < 2:
         return Interval(value, float("nan"), float("nan"))
     found = np.concatenate([statistic(counts) for counts in _drawn(n, units, group_of, draws, seed)])
+    return _percentiles(value, found, level)
+
+
+def _refuse_draws(level: float, draws: int) -> None:
+    _refuse_level(level)
+    if draws < 1:
+        raise ClipkitError(f"{draws} draws make no interval; 1000 are usual")
+
+
+def _percentiles(value: float, found: Array, level: float) -> Interval:
     found = found[~np.isnan(found)]
     if not len(found):
         return Interval(value, float("nan"), float("nan"))

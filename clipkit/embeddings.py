@@ -283,6 +283,17 @@ class Embeddings:
                 yield table
             before += part["images"]
 
+    def column(self, name: str, side: Side = "image") -> pa.ChunkedArray:
+        """One column of `table`, for which no other is read; a caption's ``image_row`` counts over all parts."""
+        found, before = [], 0
+        for part in self._parts:
+            if part["images" if side == "image" else "captions"]:
+                values = pq.read_table(table_path(self.folder, side, part["name"]), columns=[name])[name]
+                moved = name == "image_row" and side == "text"
+                found.append(pa.chunked_array([pa.array(values.to_numpy() + before)]) if moved else values)
+            before += part["images"]
+        return pa.chunked_array([chunk for values in found for chunk in values.chunks])
+
     def index_tables(self, side: Side) -> Iterator[pa.Table]:
         """The metadata part by part as an index keeps it: each caption's row says what is known of its image, too."""
         if side == "image":

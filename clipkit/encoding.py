@@ -50,7 +50,7 @@ def embed_source(
         batch_size: images at a time, those of so many rows: an image that cannot be used shifts no other into another
             batch. So the same rows give the same bits, whichever part of the source they are embedded with, as long
             as it begins at a multiple of this. Captions go four times as many at a time, short ones first.
-        threads: that decode; when not given, as many as this process's share of the cores.
+        threads: that decode; 0 for none beside this one; when not given, as many as this process's share of the cores.
         workers: processes that decode in place of threads; 0 for none. When not given, none where that share is a few
             cores, or there are few samples, or they are fetched from elsewhere, or a GPU decodes; else one per core
             but two, as in one process Python lets threads compute one at a time between what the decoders do.
@@ -88,7 +88,7 @@ def embed_source(
     if workers and decoding != "gpu":
         loaded = _in_groups(load, rows, workers)
     else:
-        loaded = in_threads(load, rows, threads or own, ahead=4 * batch_size)
+        loaded = in_threads(load, rows, own if threads is None else threads, ahead=4 * batch_size)
     if decoding == "gpu":
         loaded = _decoded(loaded, model, batch_size)
     with torch.inference_mode(), evaluating(model):

@@ -1,19 +1,30 @@
 """Evaluations of a model on a source: one function for training, the command and notebooks, so that figures agree."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from clipkit.artifact import digest
 from clipkit.cache import Cache
 from clipkit.errors import ClipkitError, did_you_mean
+from clipkit.instances import Instances
 from clipkit.labels import plain_name
-from clipkit.log import note
-from clipkit.metrics import retrieval_chance, retrieval_recall, zeroshot_accuracy, zeroshot_chance
-from clipkit.shared_work import Gather, SharedWork, towers_of
+from clipkit.log import meter, note
+from clipkit.measuring import (
+    Evaluation,
+    Further,
+    measure_choice,
+    measure_classes,
+    measure_labels,
+    measure_retrieval,
+)
+from clipkit.served import served_hits
+from clipkit.shared_work import Gather, SharedImages, SharedWork, towers_of
 from clipkit.sources import Source, open_source
 from clipkit.sources.folder import FolderSource
+from clipkit.stored import Stored
 from clipkit.zeroshot import class_vectors, prompt_set
 
 __all__ = [
@@ -21,7 +32,11 @@ __all__ = [
     "ZEROSHOT_KS",
     "Evaluation",
     "class_folders",
+    "classes_of",
+    "evaluate_choice",
     "evaluate_retrieval",
+    "evaluate_stored_classes",
+    "evaluate_stored_retrieval",
     "evaluate_zeroshot",
     "open_classes",
     "tell_clamped",
@@ -30,61 +45,55 @@ __all__ = [
 RETRIEVAL_KS, ZEROSHOT_KS = (1, 5, 10), (1, 5)
 
 
-@dataclass
-class Evaluation:
-    """Figures of an evaluation, and what they were measured on; the same on every rank."""
-
-    figures: dict[str, float]
-    """Fractions, as `clipkit.metrics` names them."""
-    chance: dict[str, float]
-    """What guessing scores, under the same names."""
-    counts: dict[str, int]
-    """How many ``images`` were used, and ``captions`` or ``classes``."""
-    left_out: list[dict[str, Any]]
-    """Ledger lines of what could not be used, with ``key`` and ``reason``."""
-
-
 def evaluate_retrieval(
     model: Any,
     source: Source,
     ks: Sequence[int] = RETRIEVAL_KS,
     *,
     batch_size: int = 64,
+    threads: int | None = None,
     show: str | None = None,
     rank: int = 0,
     world_size: int = 1,
     gather: Gather | None = None,
     cache: Cache | None = None,
+    intervals: bool = False,
+    compat: bool = False,
 ) -> Evaluation:
-    """Recall at k in both directions between a source's images and captions (`clipkit.metrics.retrieval_recall`).
+    """Recall, reciprocal and median ranks both ways between images and captions (`clipkit.metrics.retrieval_figures`).
 
     Args:
         model: see `towers_of`, in the precision that is wanted; scores are float32. The same on all ranks.
         source: with captions.
         ks: list lengths.
         batch_size: images at a time; captions go four times as many at a time.
+        threads: that decode images, see `clipkit.encoding.embed_source`.
         show: title of a progress bar.
         rank, world_size: whose part of the work to do.
         gather: brings the ranks' parts together; `gather_objects` where not given and there are several.
         cache: of what was embedded before, see `towers_of`.
+        intervals: also say how far each figure may be off, and keep what pairs this model with another.
+        compat: also give the figures of CLIP_benchmark's definitions.
 
     Raises:
         ClipkitError: where no sample can be used, on all ranks also where one of them fails.
     """
-    ranks = SharedWork(towers_of(model, cache), rank, world_size, gather)
+    ranks = SharedWork(towers_of(model, cache, threads), rank, world_size, gather)
     images = ranks.images(source, batch_size, show)
     captions = [caption for of_image in images.captions for caption in of_image]
     if not captions:
         raise _nothing(source, images.left_out, "no sample has a caption")
     text = ranks.texts(captions, 4 * batch_size)
     image_of_text = np.repeat(np.arange(len(images.rows)), [len(of_image) for of_image in images.captions])
-    figures = ranks.by_the_first(lambda: retrieval_recall(images.vectors, text, image_of_text, ks))
-    return Evaluation(
-        figures,
-        retrieval_chance(len(images.rows), image_of_text, ks),
-        {"images": len(images.rows), "captions": len(captions)},
-        images.left_out,
-    )
+    further = Further(_of(source, images, captions, image_of_text) if intervals else None, compat)
+    found = ranks.by_the_first(lambda: measure_retrieval(images.vectors, text, image_of_text, ks, further))
+    return replace(found, left_out=images.left_out)
+
+
+def _of(source: Source, images: SharedImages, *more: Any) -> str:
+    """A hash of which samples were used, by their keys; not of where they are, so that results can be carried about."""
+    plain = [value.tolist() if isinstance(value, np.ndarray) else value for value in more]
+    return digest([[source.key(row) for row in images.rows], plain])
 
 
 def evaluate_zeroshot(
@@ -96,42 +105,148 @@ def evaluate_zeroshot(
     *,
     truth: np.ndarray | None = None,
     batch_size: int = 64,
+    threads: int | None = None,
     show: str | None = None,
     rank: int = 0,
     world_size: int = 1,
     gather: Gather | None = None,
     cache: Cache | None = None,
+    intervals: bool = False,
+    compat: bool = False,
 ) -> Evaluation:
     """Zero-shot accuracy on images whose classes are known (`clipkit.metrics.zeroshot_accuracy`).
+
+    Of images that may be of several classes each it is the mean average precision
+    (`clipkit.average_precision.mean_average_precision`).
 
     Args:
         model: see `towers_of`, in the precision that is wanted; scores are float32. The same on all ranks.
         source: see `open_classes`; any other where the truth is given.
         classes: the names to choose among; those of the sub-folders when not given.
         templates: with ``{}``, or the name of a set (see `clipkit.zeroshot.prompt_set`); used as in `class_vectors`.
-        ks: list lengths.
-        truth: int64 ``[rows]``, places in `classes`, -1 where it is not known; by the sub-folders when not given.
-        batch_size, show, rank, world_size, gather, cache: see `evaluate_retrieval`.
+        ks: list lengths; of no use for several classes.
+        truth: int64 ``[rows]``, places in `classes`, -1 where it is not known; by the sub-folders when not given. Or
+            ``[rows, classes]``: 1 for each class that an image is of, 0 for the others, -1 where it is not known.
+        batch_size, threads, show, rank, world_size, gather, cache, intervals, compat: see `evaluate_retrieval`.
 
     Raises:
         ClipkitError: where there are no two classes, or no image can be used, on all ranks also where one fails.
     """
     prompts = prompt_set(templates) if isinstance(templates, str) else templates
     names, labels = class_folders(source, classes) if truth is None or classes is None else (list(classes), truth)
-    ranks = SharedWork(towers_of(model, cache), rank, world_size, gather)
+    ranks = SharedWork(towers_of(model, cache, threads), rank, world_size, gather)
     vectors = class_vectors(names, prompts, lambda texts: ranks.texts(texts, 4 * batch_size))
     images = ranks.images(source, batch_size, show)
     label = labels[images.rows]
-    known = label >= 0
+    known = label >= 0 if label.ndim == 1 else (label >= 0).all(axis=1)
+    reason = "stands in no class's folder" if truth is None else "its class is not told"
     left_out = images.left_out + [
-        {"row": row, "key": source.key(row), "reason": "stands in no class's folder"}
-        for row in np.array(images.rows)[~known].tolist()
+        {"row": row, "key": source.key(row), "reason": reason} for row in np.array(images.rows)[~known].tolist()
     ]
     if not known.any():
-        raise _nothing(source, left_out, "no image stands in a class's folder")
-    figures = ranks.by_the_first(lambda: zeroshot_accuracy(images.vectors[known], vectors, label[known], ks))
-    counts = {"images": int(known.sum()), "classes": len(names)}
-    return Evaluation(figures, zeroshot_chance(len(names), ks), counts, left_out)
+        raise _nothing(source, left_out, f"no image {'stands in a class folder' if truth is None else 'has a class'}")
+    further = Further(_of(source, images, names, label) if intervals else None, compat)
+    if label.ndim == 2:
+        several = label[known] == 1
+        if not several.any():
+            raise ClipkitError(f"no image of {source.spec} is of any class, so there is no precision to be measured")
+        found = ranks.by_the_first(lambda: measure_labels(images.vectors[known], vectors, several, further))
+    else:
+        of = images.vectors[known], vectors, label[known], ks, names, further
+        found = ranks.by_the_first(lambda: measure_classes(*of))
+    return replace(found, left_out=left_out)
+
+
+def evaluate_choice(
+    model: Any,
+    instances: Instances,
+    *,
+    batch_size: int = 64,
+    threads: int | None = None,
+    show: str | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    gather: Gather | None = None,
+    cache: Cache | None = None,
+    intervals: bool = False,
+    compat: bool = False,
+) -> Evaluation:
+    """Whether a model tells a true caption from a false one (`clipkit.choice`).
+
+    Args:
+        model: see `towers_of`, in the precision that is wanted. The same on all ranks.
+        instances: images with captions to choose among; one whose image cannot be used is left out.
+        batch_size, threads, show, rank, world_size, gather, cache, intervals, compat: see `evaluate_retrieval`.
+
+    Raises:
+        ClipkitError: where no instance can be used, on all ranks also where one fails.
+    """
+    ranks = SharedWork(towers_of(model, cache, threads), rank, world_size, gather)
+    images = ranks.images(instances.source, batch_size, show)
+    place = np.full(len(instances.source), -1)
+    place[images.rows] = np.arange(len(images.rows))
+    at = place[instances.images]
+    usable = (at >= 0).all(axis=1)
+    left_out = [*images.left_out, *instances.problems]
+    if not usable.any():
+        raise _nothing(instances.source, left_out, "no instance has its images")
+    captions = [instances.captions[row] for row in np.flatnonzero(usable)]
+    text = ranks.texts([caption for of_instance in captions for caption in of_instance], 4 * batch_size)
+    of = _of(instances.source, images, captions, at[usable]) if intervals else None
+    both = images.vectors[at[usable]], text.reshape(len(captions), -1, text.shape[1])
+    found = ranks.by_the_first(lambda: measure_choice(*both, Further(of, compat)))
+    return replace(found, left_out=left_out)
+
+
+def evaluate_stored_retrieval(
+    stored: Stored,
+    ks: Sequence[int] = RETRIEVAL_KS,
+    *,
+    through_index: bool = False,
+    show: str | None = None,
+    compat: bool = False,
+) -> Evaluation:
+    """As `evaluate_retrieval`, of embeddings on the disk, which are read in blocks: memory does not grow with them.
+
+    Args:
+        stored: with both sides.
+        ks: list lengths.
+        through_index: of an index; also what it answers, see `clipkit.served`.
+        show: title of a progress bar.
+        compat: see `evaluate_retrieval`.
+    """
+    served = served_hits(stored.both(), ks) if through_index else None
+    both, further = stored.both(), Further(stored.of(), compat)
+    with meter(show or "", len(stored.image_of_text), "captions") as advance:
+        told = advance if show else None
+        found = measure_retrieval(both.image, both.text, both.image_of_text, ks, further, served=served, advance=told)
+    return replace(found, left_out=stored.left_out)
+
+
+def evaluate_stored_classes(
+    stored: Stored, classes: Sequence[str], labels: np.ndarray, vectors: np.ndarray, ks: Sequence[int], compat: bool
+) -> Evaluation:
+    """As `evaluate_zeroshot`, of embeddings on the disk.
+
+    Args:
+        stored: with images.
+        classes, labels: see `classes_of`; an image of none is left out.
+        vectors: of the classes.
+        ks: list lengths.
+        compat: see `evaluate_retrieval`.
+    """
+    images, known = stored.image, labels >= 0
+    if not known.all():
+        ends = np.cumsum([len(part) for part in images])[:-1]
+        images = [part[own] for part, own in zip(images, np.split(known, ends), strict=True) if own.any()]
+    further = Further(digest([stored.of(), list(classes), labels.tolist()]), compat)
+    found = measure_classes(images, vectors, labels[known], ks, classes, further)
+    strays = [{"key": key, "reason": "stands in no class's folder"} for key in _keys(stored, ~known)]
+    return replace(found, left_out=[*(line for line in stored.left_out if "row" in line), *strays])
+
+
+def _keys(stored: Stored, wanted: np.ndarray) -> list[str]:
+    return [path for path, own in zip(stored.paths(), wanted, strict=True) if own] if wanted.any() else []
 
 
 def _nothing(source: Source, left_out: list[dict[str, Any]], reason: str) -> ClipkitError:
@@ -175,18 +290,29 @@ def class_folders(source: Source, classes: Sequence[str] | None = None) -> tuple
     Raises:
         ClipkitError: where there are no two classes, two folders have one name, or a folder is none of `classes`.
     """
-    folders = [source.key(row).rpartition("/")[0].partition("/")[0] for row in range(len(source))]
+    return classes_of(source.spec, [source.key(row) for row in range(len(source))], classes)
+
+
+def classes_of(spec: str, keys: Sequence[str], classes: Sequence[str] | None = None) -> tuple[list[str], np.ndarray]:
+    """As `class_folders`, from the keys of a source's samples.
+
+    Args:
+        spec: how messages call the source.
+        keys: of its samples, as they were relative to it.
+        classes: see `class_folders`.
+    """
+    folders = [key.rpartition("/")[0].partition("/")[0] for key in keys]
     name_of = {folder: plain_name(folder) for folder in sorted(set(folders)) if folder}
     folder_of = {name: folder for folder, name in name_of.items()}
     for folder, name in name_of.items():
         if folder_of[name] != folder:
-            raise ClipkitError(f"{source.spec}: folders {folder!r} and {folder_of[name]!r} are both called {name!r}")
+            raise ClipkitError(f"{spec}: folders {folder!r} and {folder_of[name]!r} are both called {name!r}")
     names = list(folder_of) if classes is None else [plain_name(name) for name in classes]
     for name in name_of.values():
         if name not in names:
-            raise ClipkitError(f"{source.spec}: folder {name!r} is none of the classes{did_you_mean(name, names)}")
+            raise ClipkitError(f"{spec}: folder {name!r} is none of the classes{did_you_mean(name, names)}")
     if len(names) < 2:
         held = f"one sub-folder of images, {names[0]!r}" if names else "no sub-folders of images"
-        raise ClipkitError(f"{source.spec} has {held}; name the folder that holds one per class, and two or more")
+        raise ClipkitError(f"{spec} has {held}; name the folder that holds one per class, and two or more")
     place = {name: at for at, name in enumerate(names)}
     return names, np.array([place[name_of[folder]] if folder else -1 for folder in folders], np.int64)

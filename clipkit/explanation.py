@@ -14,10 +14,11 @@ from torch import Tensor
 from clipkit.decisions import probabilities
 from clipkit.decode import decode, to_rgb
 from clipkit.errors import BadSample, ClipkitError
+from clipkit.figures import heat_figure
 from clipkit.inference import evaluating
 from clipkit.log import progress
 from clipkit.relevance import cell_means, spread, windows
-from clipkit.report import Report, heat_figure
+from clipkit.report import Report
 from clipkit.towers import DualEncoder
 from clipkit.towers.attention import NoAttention, attention_relevance, patch_tokens
 

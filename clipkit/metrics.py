@@ -36,6 +36,7 @@ __all__ = [
     "retrieval_recall",
     "zeroshot_accuracy",
     "zeroshot_chance",
+    "zeroshot_figures",
     "zeroshot_per_sample",
 ]
 
@@ -84,7 +85,11 @@ def retrieval_ranks(
 
 
 def guessed_retrieval(images: int, image_of_text: Int[Array, " texts"]) -> RetrievalRanks:
-    """The ranks of a model whose embeddings all coincide; their figures are chance."""
+    """The ranks of a model whose embeddings all coincide; their figures are chance.
+
+    With one caption for each of n images: recall at k is k / n, the mean reciprocal rank H / n, where H is the n-th
+    harmonic number, and the median rank (n + 1) / 2.
+    """
     captions = np.bincount(image_of_text, minlength=images)
     captions = captions[captions > 0]
     one = np.ones(len(image_of_text), np.int64)
@@ -110,8 +115,8 @@ def retrieval_per_sample(ranks: RetrievalRanks, ks: Sequence[int] = (1, 5, 10)) 
 def retrieval_figures(ranks: RetrievalRanks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
     """Recall at k as `retrieval_recall` has it, and where the first relevant item ranks.
 
-    ``…_mrr``: the mean of 1 over the rank of the first relevant item. ``…_median_rank``: the median of that rank, from
-    1 (no fraction), see `clipkit.ranking.median_rank_of`.
+    ``…_mrr``: the mean of 1 over the rank of the first relevant item (Voorhees 1999). ``…_median_rank``: the median of
+    that rank, from 1 (no fraction), see `clipkit.ranking.median_rank_of`.
 
     Args:
         ranks: of a model; or of one who guesses (`guessed_retrieval`), for chance.
@@ -208,11 +213,16 @@ def zeroshot_accuracy(
     Raises:
         ClipkitError: see `retrieval_ranks`.
     """
-    values = zeroshot_per_sample(image, classes, labels, (*ks, 1))
+    ranks, _ = rank_pairs(image, classes, labels, names=("image", "class"))
+    return zeroshot_figures(ranks, labels, ks)
+
+
+def zeroshot_figures(ranks: Ranks, labels: Int[Array, " n"], ks: Sequence[int] = (1, 5)) -> dict[str, float]:
+    """The figures of `zeroshot_accuracy` from how each image's class ranks among all; empty where there are none."""
     if not len(labels):
         return {}
-    figures = {f"zeroshot_acc@{k}": mean(values[f"zeroshot_acc@{k}"]) for k in ks}
-    sizes, first = np.bincount(labels), values["zeroshot_acc@1"]
+    figures = {f"zeroshot_acc@{k}": mean(recall_at_k(*ranks, k)) for k in ks}
+    sizes, first = np.bincount(labels), recall_at_k(*ranks, 1)
     right = np.bincount(labels, weights=first - first[0])  # as in `mean`
     figures["zeroshot_mean_per_class_recall"] = mean(first[0] + right[sizes > 0] / sizes[sizes > 0])
     return figures

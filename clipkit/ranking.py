@@ -86,10 +86,11 @@ class _Rows:
             ClipkitError: where one is not finite; every comparison would get it wrong without a word.
         """
         found = []
-        for part, end in zip(self._parts, self._ends.tolist(), strict=True):
-            first = end - len(part)
-            if first < stop and start < end:
-                found.append(part[max(start - first, 0) : stop - first].astype(np.float32))
+        # An index of which much was taken away has a part for each stretch that is left: not to be walked through.
+        at = int(np.searchsorted(self._ends, start, side="right"))
+        while at < len(self._parts) and (first := int(self._ends[at]) - len(self._parts[at])) < stop:
+            found.append(self._parts[at][max(start - first, 0) : stop - first].astype(np.float32))
+            at += 1
         block = found[0] if len(found) == 1 else np.concatenate(found)
         # The sum is finite wherever all numbers are, but for huge ones, and costs no array of booleans.
         with np.errstate(over="ignore", invalid="ignore"):
@@ -276,17 +277,29 @@ def median_rank_of(ranks: Ranks) -> Callable[[Int[Array, "draws n"]], Float[Arra
     the median is where recall at k passes one half, and half-way where that is one half for a while.
     """
     longest = int((ranks.better + ranks.tied).max(initial=1))
+    # Queries that rank alike go together: there are no more kinds of them than there are items, but for ties.
+    distinct, kind_of = np.unique(np.stack(ranks), axis=1, return_inverse=True)
+    kinds = Ranks(*distinct)
+    order = np.argsort(kind_of.ravel(), kind="stable")
+    starts = np.flatnonzero(np.diff(kind_of.ravel()[order], prepend=-1))
 
-    def least(counts: Array, share: float) -> Array:
-        wanted = share * counts.sum(axis=1)
-        low, high = np.ones(len(counts), np.int64), np.full(len(counts), longest)
+    def least(drawn: Array, share: float, low: Array) -> Array:
+        wanted, high = share * drawn.sum(axis=1), np.full(len(drawn), longest)
         while (low < high).any():
             middle = (low + high) // 2
-            found = (counts * recall_at_k(*ranks, middle[:, None])).sum(axis=1)
+            found = (drawn * recall_at_k(*kinds, middle[:, None])).sum(axis=1)
             low, high = np.where(found < wanted, middle + 1, low), np.where(found < wanted, high, middle)
         return low
 
-    return lambda counts: (least(counts, 0.5 - HALF) + least(counts, 0.5 + HALF)) / 2
+    def statistic(counts: Array) -> Array:
+        drawn = np.add.reduceat(counts[:, order], starts, axis=1)
+        first = least(drawn, 0.5 - HALF, np.ones(len(counts), np.int64))
+        last, open_ = first.copy(), (drawn * recall_at_k(*kinds, first[:, None])).sum(axis=1)
+        more = np.flatnonzero(open_ < (0.5 + HALF) * drawn.sum(axis=1))
+        last[more] = least(drawn[more], 0.5 + HALF, first[more])
+        return (first + last) / 2
+
+    return statistic
 
 
 def median_rank(ranks: Ranks) -> float:

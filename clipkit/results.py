@@ -3,16 +3,34 @@
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import clipkit
+from clipkit.artifact import read_json
 from clipkit.cache import Cache, entry_key
-from clipkit.evaluation import Evaluation
+from clipkit.comparison import differences, unpacked
+from clipkit.confidence import Interval
+from clipkit.errors import ClipkitError
+from clipkit.measuring import COMPAT, Evaluation
 from clipkit.shared_work import SharedWork
 
-__all__ = ["Result", "as_clip_benchmark", "code_version", "known_or_new", "markdown", "side_by_side"]
+__all__ = [
+    "Differences",
+    "Result",
+    "as_clip_benchmark",
+    "code_version",
+    "differences_from_first",
+    "from_clip_benchmark",
+    "known_or_new",
+    "markdown",
+    "readable",
+    "side_by_side",
+]
+
+Differences = dict[tuple[str, str, str], dict[str, Interval]]
+"""By dataset, task and model: of each figure the difference from another model's, with its interval."""
 
 # CLIP_benchmark's names for what we call by names that are unique among all tasks.
 THEIR_TASKS = {
@@ -25,6 +43,10 @@ THEIR_FIGURES = {
     "zeroshot_acc@5": "acc5",
     "zeroshot_mean_per_class_recall": "mean_per_class_recall",
     "zeroshot_mean_average_precision": "mean_average_precision",
+    "choice_acc": "text_acc",
+    "winoground_text": "text_acc",
+    "winoground_image": "image_acc",
+    "winoground_group": "acc",
 }
 
 
@@ -73,36 +95,142 @@ def known_or_new(
 
 
 def as_clip_benchmark(result: Result) -> dict[str, Any]:
-    """A result in the form of CLIP_benchmark's JSON files, under its names where it has any."""
+    """A result in the form of CLIP_benchmark's JSON files, under its names where it has any.
+
+    Where its own definitions were asked for, ``metrics`` are those; and each interval stands there as ``…_low`` and
+    ``…_high``. What it knows nothing of is beside, under ``clipkit``: our own figures, chance, counts, and what the
+    model made of each sample, so that a later model can be paired with this one.
+    """
+    found = result.found
+    metrics: dict[str, Any] = {THEIR_FIGURES.get(name, name): value for name, value in found.figures.items()}
+    for name, (low, high) in found.intervals.items():
+        metrics |= {f"{THEIR_FIGURES.get(name, name)}_low": low, f"{THEIR_FIGURES.get(name, name)}_high": high}
+    about = asdict(found) | {"left_out": len(found.left_out)}
     return {
         "dataset": result.name,
         "model": result.model,
         "pretrained": result.fingerprint,
         "task": THEIR_TASKS.get(result.task, result.task),
-        "metrics": {THEIR_FIGURES.get(name, name): value for name, value in result.found.figures.items()},
+        "metrics": metrics | found.compat,
         "language": "en",
+        "clipkit": about,
     }
 
 
-def side_by_side(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """A row per dataset and figure, a column per model, and what guessing scores."""
-    models = list(dict.fromkeys(result.model for result in results))
+def from_clip_benchmark(path: Path) -> list[Result]:
+    """The results of a file that `as_clip_benchmark` made, or CLIP_benchmark itself, of which we know less.
+
+    Raises:
+        ClipkitError: where it is no such file.
+    """
+    found = read_json(path)
+    ours = {theirs: name for name, theirs in THEIR_TASKS.items()}
+    results = []
+    for entry in found if isinstance(found, list) else [found]:
+        if not isinstance(entry, dict) or not isinstance(entry.get("metrics"), dict) or "task" not in entry:
+            raise ClipkitError(f"{path} holds no results; give what --out wrote (.json), or CLIP_benchmark's file")
+        metrics = entry["metrics"]
+        known = entry.get("clipkit")
+        if isinstance(known, dict):
+            names = {field.name for field in fields(Evaluation)} - {"left_out"}
+            try:
+                result = Evaluation(**{name: known[name] for name in names & known.keys()}, left_out=[])
+            except TypeError as error:
+                raise ClipkitError(f"{path} is no result of this version ({error}); evaluate it again") from error
+        else:
+            figures = {name: metrics[theirs] for name, theirs in THEIR_FIGURES.items() if theirs in metrics}
+            figures |= {name: value for name, value in metrics.items() if name not in THEIR_FIGURES.values()}
+            result = Evaluation(figures, {}, {}, [])
+        task = ours.get(str(entry["task"]), str(entry["task"]))
+        name, model, fingerprint = (str(entry.get(key, "")) for key in ("dataset", "model", "pretrained"))
+        results.append(Result(name, task, model, fingerprint, result))
+    return results
+
+
+def differences_from_first(results: Sequence[Result]) -> Differences:
+    """For every model but the first of each dataset, how much larger each figure is than the first model's."""
+    first: dict[tuple[str, str], Result] = {}
+    found: Differences = {}
+    for result in results:
+        base = first.setdefault((result.name, result.task), result)
+        if base is not result and base.found.samples and result.found.samples:
+            told = differences(unpacked(result.found.samples), unpacked(base.found.samples))
+            if told is not None:
+                found[result.name, result.task, result.model] = told
+    return found
+
+
+def side_by_side(results: Sequence[Result], apart: Differences | None = None) -> list[dict[str, Any]]:
+    """A row per dataset and figure, columns per model, and what guessing scores.
+
+    Args:
+        results: of any models on any datasets.
+        apart: see `differences_from_first`.
+
+    Returns:
+        Rows with ``dataset``, ``figure``, each model's value under its name, its interval under the name with ``_low``
+        and ``_high``, the difference from the first model under ``_difference``, ``_difference_low`` and
+        ``_difference_high``, CLIP_benchmark's definition under ``_clip_benchmark``, and ``chance``. Columns that would
+        be empty throughout are left out.
+    """
+    apart = apart or {}
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for result in results:
+        told = apart.get((result.name, result.task, result.model), {})
         for name, value in result.found.figures.items():
             row = rows.setdefault((result.name, name), {"dataset": result.name, "figure": name})
             row[result.model] = value
+            if name in result.found.intervals:
+                row[f"{result.model}_low"], row[f"{result.model}_high"] = result.found.intervals[name]
+            if name in told:
+                row |= {f"{result.model}_difference{end}": number for end, number in _ends(told[name])}
+            theirs = THEIR_FIGURES.get(name, name)
+            if theirs in result.found.compat:
+                row[f"{result.model}_{COMPAT}"] = result.found.compat[theirs]
             row["chance"] = result.found.chance.get(name)
-    order = ("dataset", "figure", *models, "chance")
-    return [{column: row.get(column) for column in order} for row in rows.values()]
+    models = list(dict.fromkeys(result.model for result in results))
+    ends = ("", "_low", "_high", "_difference", "_difference_low", "_difference_high", f"_{COMPAT}")
+    order = ["dataset", "figure", *(f"{model}{end}" for model in models for end in ends), "chance"]
+    there = [column for column in order if any(column in row for row in rows.values())]
+    return [{column: row.get(column) for column in there} for row in rows.values()]
 
 
-def markdown(results: Sequence[Result]) -> str:
+def _ends(interval: Interval) -> list[tuple[str, float | None]]:
+    low, high = (None if value != value else value for value in (interval.low, interval.high))
+    return [("", interval.value), ("_low", low), ("_high", high)]
+
+
+def readable(results: Sequence[Result], apart: Differences | None = None) -> list[dict[str, str]]:
+    """As `side_by_side`, with each interval in the cell of its figure, for people."""
+    models = list(dict.fromkeys(result.model for result in results))
+    found = []
+    for row in side_by_side(results, apart):
+        shown = {"dataset": str(row["dataset"]), "figure": str(row["figure"])}
+        for model in models:
+            shown[model] = _cell(row, model)
+            if f"{model}_difference" in row:
+                shown[f"{model}, difference"] = _cell(row, f"{model}_difference", "+")
+            if f"{model}_{COMPAT}" in row:
+                shown[f"{model}, {COMPAT}"] = _cell(row, f"{model}_{COMPAT}")
+        found.append(shown | {"chance": _cell(row, "chance")})
+    return found
+
+
+def _cell(row: dict[str, Any], column: str, sign: str = "") -> str:
+    value, low, high = (row.get(f"{column}{end}") for end in ("", "_low", "_high"))
+    if value is None:
+        return ""
+    return f"{value:{sign}.4f}" + (f" [{low:{sign}.4f}, {high:{sign}.4f}]" if low is not None else "")
+
+
+def markdown(results: Sequence[Result], apart: Differences | None = None) -> str:
     """The same as a table in Markdown."""
-    rows = side_by_side(results)
+    rows = readable(results, apart)
     heads = list(rows[0]) if rows else []
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * 2}{'---:|' * (len(heads) - 2)}"]
-    for row in rows:
-        cells = ["" if v is None else f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()]
-        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    lines = [f"| {' | '.join(_escaped(head) for head in heads)} |", f"|{'---|' * 2}{'---:|' * (len(heads) - 2)}"]
+    lines += [f"| {' | '.join(_escaped(cell) for cell in row.values())} |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|")

@@ -36,18 +36,19 @@ class Towers:
     """Texts, so many at a time; float32 ``[n, dim]``, unit norm."""
 
 
-def towers_of(model: Any, cache: Cache | None = None) -> Towers:
+def towers_of(model: Any, cache: Cache | None = None, threads: int | None = None) -> Towers:
     """How a model embeds.
 
     Args:
         model: a `DualEncoder`, which is used as it is, or a `LazyModel`.
         cache: of what was embedded before, for a `LazyModel`.
+        threads: that decode images, see `clipkit.encoding.embed_source`.
     """
     if isinstance(model, LazyModel):
         lazy, kept = model, cache or Cache(None)
 
         def cached(source: Source, rows: range, batch_size: int, show: str | None) -> Embedded:
-            how = {"rows": rows, "batch_size": batch_size, "show": show}
+            how = {"rows": rows, "batch_size": batch_size, "threads": threads, "show": show}
             return cached_images(source, lazy, kept, decoding="exact", **how)
 
         return Towers(cached, lambda texts, batch_size: cached_texts(texts, lazy, kept, batch_size))
@@ -56,7 +57,8 @@ def towers_of(model: Any, cache: Cache | None = None) -> Towers:
     from clipkit.inference import evaluating
 
     def images(source: Source, rows: range, batch_size: int, show: str | None) -> Embedded:
-        return embed_source(source, model, sides=["image"], rows=rows, batch_size=batch_size, show=show)
+        how: dict[str, Any] = {"rows": rows, "batch_size": batch_size, "threads": threads, "show": show}
+        return embed_source(source, model, sides=["image"], **how)
 
     def texts(some: Sequence[str], batch_size: int) -> np.ndarray:
         with evaluating(model):

@@ -1,32 +1,67 @@
-"""Tasks of `clipkit evaluate`: a dataset opened for one of them, and a model's result on it."""
+"""Tasks of `clipkit evaluate`: data opened for one of them, and a model's result on it.
 
-from collections.abc import Sequence
+A task is a function that opens data for it (`OPENERS`) and gives a `Task`: what a result depends on, and how to come by
+one. Everything else (the cache, models side by side, intervals, baselines, reports) takes any task.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from clipkit.benchmarks import is_benchmark, open_benchmark
+from clipkit.artifact import kind_of
+from clipkit.benchmarks import Benchmark, is_benchmark, open_benchmark
 from clipkit.cache import Cache
+from clipkit.cached import cached_texts
 from clipkit.errors import ClipkitError
 from clipkit.evaluation import (
     RETRIEVAL_KS,
     ZEROSHOT_KS,
     Evaluation,
     class_folders,
+    classes_of,
+    evaluate_choice,
     evaluate_retrieval,
+    evaluate_stored_classes,
+    evaluate_stored_retrieval,
     evaluate_zeroshot,
     open_classes,
     tell_clamped,
 )
+from clipkit.instances import open_instances
 from clipkit.lazy_model import LazyModel
+from clipkit.log import note
+from clipkit.metrics import clamped
+from clipkit.model_specs import refuse_another, spec_of
 from clipkit.results import known_or_new
 from clipkit.shared_work import Gather, SharedWork, towers_of
-from clipkit.sources import Source, open_source
-from clipkit.zeroshot import prompt_set
+from clipkit.sources import open_source
+from clipkit.stored import Stored, open_stored
+from clipkit.zeroshot import class_vectors, prompt_set
 
-__all__ = ["Task", "evaluate", "open_task"]
+__all__ = ["OPENERS", "Asked", "Task", "evaluate", "measure", "open_task"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a user asks of a task; None where nothing is said."""
+
+    ks: tuple[int, ...] = ()
+    split: str = "test"
+    """Of a dataset in CLIP_benchmark's layout."""
+    templates: str | None = None
+    """See `prompt_set`."""
+    image_column: str | None = None
+    caption_column: str | None = None
+    image_root: str | None = None
+    compat: bool = False
+    """Also the figures of CLIP_benchmark's definitions."""
+    through_index: bool = False
+    """Of an index: also what it answers."""
+
+    def columns(self) -> dict[str, Any]:
+        """What is said of a list."""
+        return {name: getattr(self, name) for name in ("image_column", "caption_column", "image_root")}
 
 
 @dataclass(frozen=True)
@@ -34,69 +69,144 @@ class Task:
     """What is to be measured on what."""
 
     name: str
-    source: Source
-    ks: tuple[int, ...]
-    classes: list[str]
-    """Empty for retrieval."""
-    prompts: list[str]
-    truth: np.ndarray | None
-    """See `evaluate_zeroshot`."""
+    about: list[object]
+    """All that a result depends on, beside the model and the code."""
+    work: Callable[[LazyModel, dict[str, Any]], Evaluation]
+    """Measures a model, given the arguments that the functions of `clipkit.evaluation` have in common."""
+    stored: Stored | None = None
+    """Embeddings on the disk, which know their model."""
 
-    def identity(self) -> list[object]:
-        """All that a result depends on, beside the model and the code."""
-        truth = None if self.truth is None else self.truth.tolist()
-        return [self.name, self.source.identity(), self.ks, self.classes, self.prompts, truth]
+    def own_model(self) -> str | None:
+        """The name of the model that made the embeddings; None where images are embedded now."""
+        if self.stored is None:
+            return None
+        try:
+            return spec_of(self.stored.manifest, self.stored.folder)
+        except ClipkitError:
+            if self.name != "retrieval":  # which asks the model nothing
+                raise
+            return self.stored.manifest["model"]["fingerprint"][:12]
 
 
-def open_task(
-    name: str, source: str, ks: Sequence[int] = (), *, split: str = "test", templates: str | None = None, **columns: Any
-) -> Task:
-    """Open a source for a task.
+def open_task(name: str, source: str, ks: Sequence[int] = (), **asked: Any) -> Task:
+    """Open data for a task.
 
     Args:
-        name: ``retrieval`` or ``zeroshot``.
-        source: for retrieval images with captions; for zeroshot a folder with a sub-folder of images per class; or a
-            dataset in CLIP_benchmark's layout for either.
+        name: ``retrieval``, ``zeroshot`` or ``choice``.
+        source: for retrieval images with captions; for zeroshot a folder with a sub-folder of images per class; for
+            choice see `clipkit.instances`; a dataset in CLIP_benchmark's layout for each; embeddings or an index for
+            retrieval and zeroshot.
         ks: list lengths; the task's usual ones where there are none.
-        split: of such a dataset.
-        templates: see `prompt_set`; those of the dataset where it has any, else bare names, when not given.
-        columns: of a list, see `open_source`.
+        asked: see `Asked`.
 
     Raises:
-        ClipkitError: where the source does not suit the task, or an option does not.
+        ClipkitError: where the data do not suit the task, or an option does not.
     """
-    retrieval = name == "retrieval"
-    lengths = tuple(sorted(set(ks))) or (RETRIEVAL_KS if retrieval else ZEROSHOT_KS)
-    if retrieval and templates is not None:
-        raise ClipkitError("--templates is of zeroshot; retrieval takes the captions as they are")
-    if not retrieval and any(value is not None for value in columns.values()):
+    wanted = Asked(tuple(sorted(set(ks))), **asked)
+    stored = kind_of(Path(source)) in ("embeddings", "index") if Path(source).is_dir() else False
+    if name != "zeroshot" and wanted.templates is not None:
+        raise ClipkitError(f"--templates is of zeroshot; {name} takes the captions as they are")
+    if name == "zeroshot" and any(value is not None for value in wanted.columns().values()):
         raise ClipkitError("--image-column, --caption-column and --image-root are of lists; zeroshot takes a folder")
-    prompts = prompt_set(templates or "plain")
-    if is_benchmark(Path(source)):
-        found = open_benchmark(Path(source), split)
-        if (found.kind == "retrieval") != retrieval:
-            suits = "retrieval" if found.kind == "retrieval" else "zeroshot"
-            raise ClipkitError(f"{source} is a dataset for {suits}, not for {name}")
-        if retrieval:
-            return Task(name, found.source, lengths, [], [], None)
-        if found.kind == "multilabel":
-            raise ClipkitError(f"{source} has several labels for an image; zeroshot takes one")
-        tell_clamped(source, len(found.classes), lengths)
-        prompts = found.prompts if templates is None and found.prompts else prompts
-        return Task(name, found.source, lengths, found.classes, prompts, found.truth())
-    if retrieval:
-        return Task(name, open_source(source, **columns, captions_required=True), lengths, [], [], None)
-    opened = open_classes(source, lengths)
-    names, truth = class_folders(opened)
-    return Task(name, opened, lengths, names, prompts, truth)
+    if asked.get("split") is not None and not is_benchmark(Path(source)):
+        raise ClipkitError(f"--split is of a dataset in CLIP_benchmark's layout; {source} is none")
+    if stored and any(value is not None for value in wanted.columns().values()):
+        raise ClipkitError(
+            f"--image-column, --caption-column and --image-root are of lists; {source} is {kind_of(Path(source))}"
+        )
+    if wanted.through_index and not (name == "retrieval" and stored and kind_of(Path(source)) == "index"):
+        raise ClipkitError(f"--through-index is of retrieval on an index; {source} is none, or the task is another")
+    opened = open_stored(source) if stored else None
+    return OPENERS[name](source, wanted, opened)
+
+
+def _benchmark(source: str, asked: Asked, suits: Sequence[str], name: str) -> Benchmark | None:
+    """A dataset in CLIP_benchmark's layout, where it is one."""
+    if not is_benchmark(Path(source)):
+        return None
+    found = open_benchmark(Path(source), asked.split)
+    if found.kind not in suits:
+        what = found.kind if found.kind in ("retrieval", "choice") else "zeroshot"
+        raise ClipkitError(f"{source} is a dataset for {what}, not for {name}")
+    return found
+
+
+def _open_retrieval(source: str, asked: Asked, stored: Stored | None) -> Task:
+    ks = asked.ks or RETRIEVAL_KS
+    if stored is not None:
+        more = {"through_index": asked.through_index, "compat": asked.compat}
+        about = ["stored retrieval", stored.both().identity(), ks, more]
+        return Task(
+            "retrieval", about, lambda _, how: evaluate_stored_retrieval(stored, ks, show=how["show"], **more), stored
+        )
+    found = _benchmark(source, asked, ["retrieval"], "retrieval")
+    opened = found.source if found else open_source(source, **asked.columns(), captions_required=True)
+    about = ["retrieval", opened.identity(), ks, asked.compat]
+
+    def work(model: LazyModel, how: dict[str, Any]) -> Evaluation:
+        return evaluate_retrieval(model, opened, ks, compat=asked.compat, **how)
+
+    return Task("retrieval", about, work)
+
+
+def _open_zeroshot(source: str, asked: Asked, stored: Stored | None) -> Task:
+    ks, prompts = asked.ks or ZEROSHOT_KS, prompt_set(asked.templates or "plain")
+    if stored is not None:
+        return _stored_zeroshot(source, stored, prompts, ks, asked.compat)
+    found = _benchmark(source, asked, ["classification", "multilabel"], "zeroshot")
+    if found is not None:
+        names, opened, truth = found.classes, found.source, found.truth()
+        prompts = found.prompts if asked.templates is None and found.prompts else prompts
+        if found.kind == "multilabel" and asked.ks:
+            raise ClipkitError(f"{source} has several labels for an image, whose figure is mAP; leave -k out")
+        if found.kind == "classification":
+            tell_clamped(source, len(names), ks)
+    else:
+        opened = open_classes(source, ks)
+        names, truth = class_folders(opened)
+
+    def work(model: LazyModel, how: dict[str, Any]) -> Evaluation:
+        return evaluate_zeroshot(model, opened, names, prompts, ks, truth=truth, compat=asked.compat, **how)
+
+    return Task("zeroshot", ["zeroshot", opened.identity(), ks, names, prompts, truth.tolist(), asked.compat], work)
+
+
+def _stored_zeroshot(source: str, stored: Stored, prompts: list[str], ks: Sequence[int], compat: bool) -> Task:
+    names, truth = classes_of(source, stored.paths())
+    tell_clamped(source, len(names), ks)
+
+    def work(model: LazyModel, how: dict[str, Any]) -> Evaluation:
+        kept = how["cache"] or Cache(None)
+        vectors = class_vectors(names, prompts, lambda texts: cached_texts(texts, model, kept, 4 * how["batch_size"]))
+        return evaluate_stored_classes(stored, names, truth, vectors, ks, compat)
+
+    return Task("zeroshot", ["stored zeroshot", stored.identity(), ks, names, prompts, compat], work, stored)
+
+
+def _open_choice(source: str, asked: Asked, stored: Stored | None) -> Task:
+    if asked.ks:
+        raise ClipkitError("-k is of retrieval and zeroshot; a choice is between two")
+    if stored is not None:
+        raise ClipkitError(f"{source} poses no choices; name the list of them, or a dataset in CLIP_benchmark's layout")
+    opened = open_instances(source, split=asked.split, **asked.columns())
+    about = ["choice", opened.identity(), asked.compat]
+    return Task("choice", about, lambda model, how: evaluate_choice(model, opened, compat=asked.compat, **how))
+
+
+OPENERS: dict[str, Callable[[str, Asked, Stored | None], Task]] = {
+    "retrieval": _open_retrieval,
+    "zeroshot": _open_zeroshot,
+    "choice": _open_choice,
+}
 
 
 def evaluate(
     task: Task,
-    model: LazyModel,
+    model: LazyModel | None,
     cache: Cache,
     *,
     batch_size: int = 64,
+    threads: int | None = None,
     show: str | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -106,17 +216,65 @@ def evaluate(
 
     Args:
         task: what to measure on what.
-        model: the same on all ranks.
+        model: the same on all ranks. None for the one that embeddings were made with, where nothing is asked of it.
         cache: of results and embeddings; where ranks do not share it, it must hold the same for each.
-        batch_size, show, rank, world_size, gather: see `evaluate_retrieval`.
+        batch_size, threads, show, rank, world_size, gather: see `evaluate_retrieval`.
+
+    Raises:
+        ClipkitError: where it cannot be measured, or embeddings were made with another model.
     """
-    how: dict[str, Any] = {"batch_size": batch_size, "show": show, "rank": rank, "world_size": world_size}
-    how |= {"gather": gather, "cache": cache}
+    how: dict[str, Any] = {"batch_size": batch_size, "threads": threads, "show": show, "cache": cache}
+    how |= {"rank": rank, "world_size": world_size, "gather": gather, "intervals": True}
+    towers: Any = None if model is None else towers_of(model, cache)  # which imports torch for what is no `LazyModel`
+    ranks = SharedWork(towers, rank, world_size, gather)
+    if task.stored is not None and model is not None:
+        refuse_another(task.stored.manifest, task.stored.folder, model.spec, model.facts.fingerprint)
 
     def work() -> Evaluation:
-        if task.name == "retrieval":
-            return evaluate_retrieval(model, task.source, task.ks, **how)
-        return evaluate_zeroshot(model, task.source, task.classes, task.prompts, task.ks, truth=task.truth, **how)
+        if task.stored is None:
+            return task.work(model, how)  # type: ignore[arg-type]
+        # Nothing is to be embedded but some prompts; the first does it for all.
+        return ranks.by_the_first(lambda: task.work(model, how))  # type: ignore[arg-type]
 
-    about = [model.facts.fingerprint, model.facts.precision, batch_size, *task.identity()]
-    return known_or_new(cache, about, work, SharedWork(towers_of(model, cache), rank, world_size, gather))
+    facts = [] if model is None else [model.facts.fingerprint, model.facts.precision, batch_size]
+    found = known_or_new(cache, [*facts, *task.about], work, ranks)
+    if task.name == "retrieval":
+        for k in clamped(_lengths(found), min(found.counts["images"], found.counts["captions"])):
+            note(
+                f"there are {found.counts['images']:,} images and {found.counts['captions']:,} captions; recall@{k} "
+                "counts all of the side that is shorter"
+            )
+    return found
+
+
+def _lengths(found: Evaluation) -> list[int]:
+    return sorted({int(name.rpartition("@")[2]) for name in found.figures if "recall@" in name})
+
+
+def measure(
+    task: Task, spec: str | None, cache: Cache, *, device: str | None = None, precision: str = "fp32", **how: Any
+) -> tuple[str, str, Evaluation]:
+    """A model's result by its name.
+
+    Args:
+        task: what to measure on what.
+        spec: see `clipkit.towers.load_model`; None for the model that embeddings were made with, which is not loaded
+            where nothing is asked of it.
+        cache: see `evaluate`.
+        device, precision: of the model, see `LazyModel`.
+        how: see `evaluate`.
+
+    Returns:
+        What the model is called, its fingerprint, and the result.
+
+    Raises:
+        ClipkitError: see `evaluate`; or where no model is named and the data know none.
+    """
+    if spec is None and task.stored is not None and task.name == "retrieval":
+        return task.own_model() or "", task.stored.manifest["model"]["fingerprint"], evaluate(task, None, cache, **how)
+    named = spec or task.own_model()
+    if named is None:
+        raise ClipkitError("name the model to evaluate: --model RUN (or open_clip:NAME/TAG, or hf:ORG/NAME)")
+    lazy = LazyModel(named, cache, device=device, precision=precision)
+    found = evaluate(task, lazy, cache, **how)
+    return named, lazy.facts.fingerprint, found

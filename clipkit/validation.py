@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from clipkit.comparison import lower_is_better
 from clipkit.errors import ClipkitError, did_you_mean
 from clipkit.evaluation import (
     RETRIEVAL_KS,
@@ -20,7 +21,7 @@ from clipkit.evaluation import (
 )
 from clipkit.inference import cast_for_inference, evaluating
 from clipkit.log import warn
-from clipkit.metrics import retrieval_chance, zeroshot_chance
+from clipkit.metrics import guessed_retrieval, retrieval_figures, zeroshot_chance
 from clipkit.settings import ValidationConfig
 from clipkit.shared_work import Gather
 from clipkit.sources import Source, open_source
@@ -82,7 +83,9 @@ def open_validation(config: ValidationConfig) -> Validation | None:
     Raises:
         ClipkitError: where something cannot be opened, or `best` is none of the figures.
     """
-    names = [*retrieval_chance(1, np.zeros(1, np.int64), RETRIEVAL_KS)] if config.retrieval is not None else []
+    guessed = retrieval_figures(guessed_retrieval(1, np.zeros(1, np.int64)), RETRIEVAL_KS)
+    # The best checkpoint is the one with the highest figure.
+    names = [name for name in guessed if not lower_is_better(name)] if config.retrieval is not None else []
     names += zeroshot_chance(1, ZEROSHOT_KS) if config.zeroshot is not None else []
     if config.best is not None and config.best not in names:
         known = f"there are {', '.join(names)}" if names else "set validation.retrieval or validation.zeroshot too"

@@ -156,8 +156,9 @@ def write_report(
     import numpy as np
 
     from clipkit.artifact import write_json
+    from clipkit.figures import confusion_figure, curve_figure
     from clipkit.metrics import confusion_matrix
-    from clipkit.report import Report, confusion_figure, curve_figure
+    from clipkit.report import Report
     from clipkit.scenes import COLOURS, SHAPES
 
     def names_in(row: dict[str, Any]) -> list[str]:

@@ -64,8 +64,8 @@ def main(image: Path, texts: tuple[str, ...], model: str | None, out: Path | Non
     if model is None:
         raise ClipkitError("name the model to explain with: --model RUN (or open_clip:NAME/TAG, or hf:ORG/NAME)")
     from clipkit.explanation import check_texts, explain
+    from clipkit.figures import save_figure
     from clipkit.log import emit, note
-    from clipkit.report import save_figure
     from clipkit.towers import load_model, pick_device
 
     check_texts(texts, contrast=asked["contrast"])

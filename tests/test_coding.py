@@ -187,7 +187,7 @@ def test_a_build_of_a_million_stays_within_a_third_of_its_data(tmp_path, kind):
     make_embeddings(tmp_path / "emb", [0], dim=dim)
     grow(tmp_path / "emb", rows, dim)
     memory = rows * dim * 2 // 3
-    idle = peak([sys.executable, "-c", "import clipkit.search, clipkit.report, faiss, matplotlib.pyplot"])
+    idle = peak([sys.executable, "-c", "import clipkit.search, clipkit.figures, faiss, matplotlib.pyplot"])
     flags = ["--memory", str(memory), "--kind", kind, "--out", str(tmp_path / "index")]
     used = peak([sys.executable, "-c", BUILD, str(tmp_path / "emb"), *flags])
     assert used - idle < memory, (used, idle, memory)

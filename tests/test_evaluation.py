@@ -23,7 +23,7 @@ from clipkit.evaluation import (
     open_classes,
 )
 from clipkit.inference import cast_for_inference, evaluating
-from clipkit.metrics import retrieval_recall
+from clipkit.metrics import retrieval_figures, retrieval_ranks
 from clipkit.settings import ValidationConfig
 from clipkit.shared_work import gather_objects
 from clipkit.sources import open_source
@@ -117,7 +117,7 @@ def test_retrieval_is_the_same_on_any_number_of_ranks(holed, batch_size, precisi
 
 def test_retrieval_is_what_the_embeddings_of_one_process_say(holed, model):
     found = embed_source(open_source(holed), model, show=None)
-    wanted = retrieval_recall(found.image, found.text, found.image_of_text)
+    wanted = retrieval_figures(retrieval_ranks(found.image, found.text, found.image_of_text))
     assert evaluate_retrieval(model, open_source(holed)).figures == wanted
 
 
@@ -261,7 +261,7 @@ def test_two_processes_find_what_the_command_prints(run, holed, classes, model_d
     assert (retrieval.status, zeroshot.status) == (1, 1)
     printed = json.loads(retrieval.out) | json.loads(zeroshot.out)
     assert figures == {name: printed[name] for name in figures}
-    assert len(figures) == 9
+    assert len(figures) == 13
     assert few == {name: printed[name] for name in few}
     assert len(left_out) == 6
 

@@ -5,7 +5,8 @@ import re
 import numpy as np
 from PIL import Image
 
-from clipkit.report import Report, confusion_figure, curve_figure
+from clipkit.figures import confusion_figure, curve_figure
+from clipkit.report import Report
 
 
 def assert_refers_to_nothing_outside(text):

@@ -74,7 +74,7 @@ def test_models_side_by_side(run, captioned, model_dir, tmp_path):
     ]
     call = ["evaluate", "retrieval", captioned, "--model", model_dir, "--model", tmp_path / "other"]
     rows = json.loads(run(*call, "--format", "json", "--out", tmp_path / "r.json").out)
-    assert len(rows) == 6
+    assert len(rows) == 10
     for row in rows:
         assert row[str(model_dir)] == alone[0][row["figure"]]
         assert row[str(tmp_path / "other")] == alone[1][row["figure"]]
@@ -84,7 +84,7 @@ def test_models_side_by_side(run, captioned, model_dir, tmp_path):
     assert written[1]["metrics"]["image_retrieval_recall@5"] == alone[1]["image_retrieval_recall@5"]
     assert run(*call, "--out", tmp_path / "r.md").status == 0
     lines = (tmp_path / "r.md").read_text().splitlines()
-    assert len(lines) == 8
+    assert len(lines) == 12
     assert lines[0].startswith("| dataset | figure |")
     assert f"{alone[1]['image_retrieval_recall@1']:.4f}" in lines[2]
 
@@ -93,7 +93,7 @@ def test_results_in_the_names_of_clip_benchmark():
     found = Evaluation({"zeroshot_acc@1": 0.5, "zeroshot_mean_per_class_recall": 0.25}, {"zeroshot_acc@1": 0.1}, {}, [])
     told = as_clip_benchmark(Result("a|b", "zeroshot", "run/", "f" * 32, found))
     assert told["metrics"] == {"acc1": 0.5, "mean_per_class_recall": 0.25}
-    assert set(told) == {"dataset", "model", "pretrained", "task", "metrics", "language"}
+    assert set(told) == {"dataset", "model", "pretrained", "task", "metrics", "language", "clipkit"}
     assert side_by_side([Result("a", "zeroshot", "x", "f", found)])[0] == {
         "dataset": "a",
         "figure": "zeroshot_acc@1",
@@ -123,4 +123,4 @@ def test_a_dataset_in_clip_benchmarks_layout(run, refused, model_dir, tmp_path):
 def test_names_of_results(refused, model_dir, tmp_path):
     make_pictures(tmp_path, 3)
     call = ["evaluate", "retrieval", tmp_path / "list.tsv", "--model", model_dir]
-    assert "ends in .json or .md" in refused(*call, "--out", tmp_path / "r.txt")
+    assert "ends in .json, .md or .html" in refused(*call, "--out", tmp_path / "r.txt")

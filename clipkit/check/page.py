@@ -11,7 +11,8 @@ from clipkit.check.findings import FIGURES, Verdict
 from clipkit.check.scan import KINDS, Finding, Scan
 from clipkit.decode import decode
 from clipkit.errors import BadSample
-from clipkit.report import Report, histogram_figure, sizes_figure
+from clipkit.figures import histogram_figure, sizes_figure
+from clipkit.report import Report
 
 __all__ = ["page_paths", "summary", "write_page"]
 

@@ -14,9 +14,9 @@ import pyarrow.compute as pc
 from clipkit.artifact import Stage, atomic_write, read_manifest
 from clipkit.embeddings import Embeddings, Side, in_schema, joined_schema
 from clipkit.errors import ClipkitError
+from clipkit.figures import save_figure, tradeoff_figure
 from clipkit.heap import give_back_freed_memory
 from clipkit.log import note
-from clipkit.report import save_figure, tradeoff_figure
 from clipkit.search.choose import Choice, choose
 from clipkit.search.coding import Coding, encode, lies_on_disk, read_codes, sample_rows, train_coding
 from clipkit.search.generations import Generation, SegmentState, commit

@@ -1,0 +1,147 @@
+"""Suites: many datasets and models measured in one go, from a YAML file.
+
+    models: [run/, open_clip:ViT-B-32/laion2b_s34b_b79k]
+    datasets:
+      - {task: retrieval, source: heldout.tsv}
+      - {task: zeroshot, source: animals/, templates: photo, name: animals}
+      - {task: choice, source: swap_obj.json, image_root: val2017/}
+
+Paths start at the folder in which the command runs. What fails is told at the end, and stops nothing else.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from clipkit.config import explain_validation, load_yaml
+from clipkit.errors import ClipkitError, did_you_mean
+from clipkit.log import note
+from clipkit.measuring import Evaluation
+from clipkit.results import Result
+from clipkit.tasks import OPENERS, Task, open_task
+
+__all__ = ["DatasetConfig", "SuiteConfig", "load_suite", "run_suite"]
+
+
+class DatasetConfig(BaseModel):
+    """One task on some data."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    task: str
+    """``retrieval``, ``zeroshot`` or ``choice``."""
+    source: str
+    """As the command takes it."""
+    name: str | None = None
+    """What results call it; the source when not given."""
+    ks: list[int] = Field(default_factory=list)
+    """List lengths; the task's usual ones where there are none."""
+    split: str | None = None
+    """Of a dataset in CLIP_benchmark's layout; ``test`` when not given."""
+    templates: str | None = None
+    image_column: str | None = None
+    caption_column: str | None = None
+    image_root: str | None = None
+    through_index: bool = False
+
+    @field_validator("task")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in OPENERS:
+            raise ValueError(f"no such task{did_you_mean(value, OPENERS)}; there are {', '.join(OPENERS)}")
+        return value
+
+    @field_validator("ks")
+    @classmethod
+    def _positive(cls, value: list[int]) -> list[int]:
+        if any(k < 1 for k in value):
+            raise ValueError("a list has a length of at least 1")
+        return value
+
+
+class SuiteConfig(BaseModel):
+    """Models and what they are measured on."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    models: list[str] = Field(default_factory=list)
+    """As ``--model`` takes them."""
+    datasets: list[DatasetConfig] = Field(min_length=1)
+
+
+def load_suite(path: Path, models: Sequence[str] = ()) -> SuiteConfig:
+    """Read a suite.
+
+    Args:
+        path: of the YAML file.
+        models: in place of those that it names.
+
+    Raises:
+        ClipkitError: for a file that cannot be read, an unknown key (naming the nearest), a wrong value, two datasets
+            of one name and task, or no model.
+    """
+    try:
+        values = load_yaml(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise ClipkitError(f"cannot read the suite {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ClipkitError(f"the suite {path} is not UTF-8 text: {error}") from error
+    if not isinstance(values, dict):
+        raise ClipkitError(f"{path} is no suite: it has no keys; it needs models and datasets")
+    try:
+        suite = SuiteConfig.model_validate(values)
+    except ValidationError as error:
+        raise ClipkitError(f"{path}: {explain_validation(error, SuiteConfig)}") from error
+    suite.models = list(models) or suite.models
+    stored = [each for each in suite.datasets if not suite.models]
+    if stored and not all(Path(each.source, "manifest.json").is_file() for each in stored):
+        raise ClipkitError(f"{path} names no models; add models: [RUN], or say --model")
+    named = [(each.name or each.source, each.task) for each in suite.datasets]
+    for each in named:
+        if named.count(each) > 1:
+            raise ClipkitError(f"{path}: two datasets of {each[1]} are called {each[0]!r}; give them a name each")
+    return suite
+
+
+def run_suite(
+    suite: SuiteConfig,
+    measure: Callable[[Task, str | None], tuple[str, str, Evaluation]],
+    *,
+    compat: bool = False,
+) -> tuple[list[Result], list[str]]:
+    """Measure all models on all datasets.
+
+    Args:
+        suite: what on what.
+        measure: a model, by name, or the one that embeddings were made with (None), in a task: gives what it is called,
+            its fingerprint, and the result; of the last time where nothing changed.
+        compat: also the figures of CLIP_benchmark's definitions, where the task has any.
+
+    Returns:
+        Results in the order of the datasets, and a line for each that failed.
+
+    Raises:
+        ClipkitError: where all failed.
+    """
+    results, failures = [], []
+    for number, dataset in enumerate(suite.datasets, 1):
+        name = dataset.name or dataset.source
+        note(f"{number}/{len(suite.datasets)} {dataset.task}: {name}")
+        asked: dict[str, Any] = dataset.model_dump(exclude={"task", "source", "name", "ks"}, exclude_none=True)
+        try:
+            task = open_task(dataset.task, dataset.source, dataset.ks, compat=compat, **asked)
+        except ClipkitError as error:
+            failures.append(f"{dataset.task} on {name}: {error}")
+            continue
+        for model in suite.models if task.stored is None else [None]:
+            try:
+                called, fingerprint, found = measure(task, model)
+            except ClipkitError as error:
+                failures.append(f"{dataset.task} on {name}, {model or 'its own model'}: {error}")
+                continue
+            results.append(Result(name, dataset.task, called, fingerprint, found))
+    if not results:
+        raise ClipkitError(f"nothing of the suite could be measured; the first: {failures[0]}")
+    return results, failures

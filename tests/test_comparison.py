@@ -1,0 +1,159 @@
+"""What is kept of each sample: intervals and differences against the bootstrap over samples really repeated."""
+
+import json
+
+import numpy as np
+import pytest
+
+from clipkit.average_precision import mean_average_precision
+from clipkit.baselines import changes
+from clipkit.choice import choice_per_sample
+from clipkit.comparison import Samples, differences, intervals_of, lower_is_better, packed, unpacked
+from clipkit.confidence import bootstrap, bootstrap_all, mean_of, paired_bootstrap, wilson_interval
+from clipkit.errors import ClipkitError
+from clipkit.measuring import Evaluation, Further, measure_classes, measure_labels, measure_retrieval
+from clipkit.metrics import retrieval_per_sample, retrieval_ranks
+from clipkit.ranking import median_rank_of, rank_pairs
+from clipkit.results import Result
+
+
+def unit(rng, rows, dim=8):
+    found = rng.normal(size=(rows, dim)).astype(np.float32)
+    return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+
+def retrieval(seed, images=23, noise=0.8, of="x"):
+    rng = np.random.default_rng(9)
+    image = unit(rng, images)
+    # Some images have no caption, others several, in no order.
+    image_of_text = np.random.default_rng(1).permutation(np.repeat(np.arange(2, images), np.arange(2, images) % 3 + 1))
+    text = image[image_of_text] + noise * np.random.default_rng(seed).normal(size=(len(image_of_text), 8))
+    text = (text / np.linalg.norm(text, axis=1, keepdims=True)).astype(np.float32)
+    return retrieval_ranks(image, text, image_of_text)
+
+
+def test_intervals_of_retrieval_are_over_images_with_all_their_captions():
+    ranks = retrieval(0)
+    found = intervals_of(Samples.of_retrieval(ranks, [1, 5], "x"))
+    values = retrieval_per_sample(ranks, [1, 5])
+    for name, of_name in values.items():
+        groups = ranks.image_of_text if name.startswith("image_") else None
+        if name.startswith("text_retrieval_recall"):  # a share of independent images
+            assert found[name] == wilson_interval(of_name.sum(), len(of_name))
+            continue
+        assert found[name] == pytest.approx(bootstrap(mean_of(of_name), len(of_name), groups=groups)), name
+    median = bootstrap(median_rank_of(ranks.by_text), len(ranks.image_of_text), groups=ranks.image_of_text)
+    assert found["image_retrieval_median_rank"] == median
+    assert len(found) == 8
+
+
+def test_differences_are_on_the_same_draws():
+    one, two = (Samples.of_retrieval(retrieval(seed, noise=noise), [1], "x") for seed, noise in ((0, 0.2), (1, 1.5)))
+    found = differences(one, two)
+    values = [retrieval_per_sample(retrieval(seed, noise=noise), [1]) for seed, noise in ((0, 0.2), (1, 1.5))]
+    groups = one.arrays["image_of_text"]
+    for name in ("image_retrieval_recall@1", "image_retrieval_mrr"):
+        first, second = (mean_of(each[name]) for each in values)
+        assert found[name] == pytest.approx(paired_bootstrap(first, second, len(groups), groups=groups))
+    assert found["image_retrieval_mrr"].low > 0  # so much noise is worse
+    assert all(interval == (0, 0, 0) for interval in differences(one, one).values())
+    other = Samples.of_retrieval(retrieval(0), [1], "of other data")
+    assert differences(one, other) is None
+
+
+def test_shares_have_wilsons_interval_and_classes_the_bootstraps():
+    rng = np.random.default_rng(0)
+    image, vectors, labels = unit(rng, 40), unit(rng, 5), rng.integers(5, size=40)
+    found = measure_classes(image, vectors, labels, [1, 2], list("abcde"), Further("x", True))
+    right = (image @ vectors.T).argmax(axis=1) == labels
+    assert found.intervals["zeroshot_acc@1"] == list(wilson_interval(int(right.sum()), 40)[1:])
+    assert set(found.intervals) == set(found.figures)
+    said = (image @ vectors.T).argmax(axis=1)
+    wanted = {(a, b): int(((labels == a) & (said == b)).sum()) for a in range(5) for b in range(5) if a != b}
+    told = {("abcde".index(row["shown"]), "abcde".index(row["said"])): row["images"] for row in found.confused}
+    assert told == {pair: count for pair, count in wanted.items() if count}
+    assert found.compat["acc1"] == pytest.approx(found.figures["zeroshot_acc@1"])
+
+
+def test_what_is_kept_comes_back_from_json():
+    rng = np.random.default_rng(0)
+    ranks, _ = rank_pairs(unit(rng, 30), unit(rng, 400), rng.integers(400, size=30))
+    values = choice_per_sample(rng.integers(3, size=(30, 2)) / 4)
+    for samples in (
+        Samples.of_retrieval(retrieval(0), [1, 10], "a"),
+        Samples.of_classes(ranks, rng.integers(400, size=30), [1], "b"),
+        Samples.of_labels(rng.random((30, 3)).astype(np.float32), rng.random((30, 3)) < 0.5, "c"),
+        Samples.of_values({"choice_acc": values}, "d"),
+    ):
+        told = packed(samples)
+        assert told == packed(samples)
+        back = unpacked(json.loads(json.dumps(told)))
+        assert intervals_of(back) == intervals_of(samples)
+        assert set(differences(back, samples).values()) == {(0, 0, 0)}
+    with pytest.raises(ClipkitError, match="cannot be read"):
+        unpacked({**told, "form": "other"})
+    with pytest.raises(ClipkitError, match="evaluate it again"):
+        unpacked({**told, "arrays": {"x": {"dtype": "<f8", "shape": [9], "data": "AAAA"}}})
+
+
+def test_mean_average_precision_is_drawn_by_images():
+    rng = np.random.default_rng(0)
+    image, vectors, labels = unit(rng, 25), unit(rng, 4), rng.random((25, 4)) < 0.4
+    found = measure_labels(image, vectors, labels, Further("x"))
+    name = "zeroshot_mean_average_precision"
+    draws = []
+    drawing = np.random.default_rng(0)
+    for _ in range(1000):
+        rows = drawing.integers(25, size=25)
+        draws.append(mean_average_precision((image @ vectors.T)[rows], labels[rows]))
+    low, high = np.quantile(draws, [0.025, 0.975])
+    assert found.intervals[name] == pytest.approx([low, high], abs=2e-3)  # a repeated image ties with itself there
+
+
+def test_all_at_once_is_each_alone():
+    rng = np.random.default_rng(0)
+    statistics = {"a": mean_of(rng.random(30)), "b": mean_of(rng.random(30))}
+    assert bootstrap_all(statistics, 30) == {name: bootstrap(each, 30) for name, each in statistics.items()}
+    assert np.isnan(bootstrap_all({"a": mean_of(np.ones(1))}, 1)["a"].low)
+    with pytest.raises(ClipkitError, match="draws make no interval"):
+        bootstrap_all(statistics, 30, draws=0)
+
+
+def result(figures, samples=None, intervals=None):
+    found = Evaluation(figures, {}, {}, [], intervals or {}, samples)
+    return Result("d", "retrieval", "m", "f", found)
+
+
+def test_a_regression_is_more_than_chance_and_tolerance():
+    values = np.random.default_rng(0).random(200) < 0.6
+    good, bad = (
+        packed(Samples.of_values({"choice_acc": v * 1.0}, "x")) for v in (values, values & (np.arange(200) % 9 > 0))
+    )
+    means = [values.mean(), (values & (np.arange(200) % 9 > 0)).mean()]
+    base, now = result({"choice_acc": means[0]}, good), result({"choice_acc": means[1]}, bad)
+    (change,) = changes(now, base)
+    assert change.worse
+    assert change.paired
+    assert change.difference.high < 0
+    assert "paired" in change.line()
+    assert not changes(now, base, tolerance=0.2)[0].worse
+    assert not changes(base, now)[0].worse  # better is none
+    # Without samples the figure's own interval has to lie below.
+    for high, worse in ((0.55, True), (0.65, False)):
+        one = result({"choice_acc": 0.5}, None, {"choice_acc": [0.45, high]})
+        assert changes(one, result({"choice_acc": 0.6}))[0].worse is worse
+    assert changes(result({"x": 0.5}), result({"x": 0.6}))[0].worse
+    assert not changes(result({"x": 0.5}), result({"x": 0.6}), tolerance=0.11)[0].worse
+    # Of ranks the larger one is worse, and the tolerance is a share.
+    name = "image_retrieval_median_rank"
+    assert lower_is_better(name)
+    ranked = result({name: 30.0}, None, {name: [25, 35]})
+    assert changes(ranked, result({name: 20.0}))[0].worse
+    assert not changes(ranked, result({name: 20.0}), tolerance=0.3)[0].worse
+    assert not changes(ranked, result({name: 28.0}))[0].worse
+
+
+def test_nothing_more_is_worked_out_than_is_wanted():
+    rng = np.random.default_rng(0)
+    found = measure_retrieval(unit(rng, 5), unit(rng, 5), np.arange(5), [1])
+    assert (found.intervals, found.samples, found.compat) == ({}, None, {})

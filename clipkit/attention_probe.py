@@ -1,8 +1,10 @@
 """A probe that learns, sample by sample, how much an image and a text are each to be listened to.
 
 Gated attention pooling (Ilse, Tomczak & Welling 2018, equation 9) over two tokens whose values are the logits of a
-linear head each. With one token left its share is 1, so what remains is the head of that side. Training leaves sides
-out at random (Neverova et al. 2016, "ModDrop", section 4.2), so that the heads stay good alone.
+linear head each. Training starts at the heads of late fusion and leaves sides out at random (Neverova et al. 2016,
+"ModDrop", section 4.2), so that neither value comes to lean on the other. With one token left its share is 1; as there
+is nothing to share then, the answer is that of the head as it was fitted, so that a missing side costs nothing more
+than what it knew.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from clipkit.fusion_probe import IMAGE, TEXT, Heads, Samples
+from clipkit.fusion_probe import IMAGE, TEXT, Heads, Samples, late_fusion
 from clipkit.linear_probe import Linear, fit_linear, folds_of
 
 __all__ = ["Attention", "Fitted", "Training", "attend", "attention_fusion", "begin", "fit_attention"]
@@ -92,8 +94,8 @@ class Fitted(NamedTuple):
     parameters: Attention
     steps: int
     """That it was trained for; 0 where training gained nothing on the held-out samples."""
-    prior: Float[Array, " classes"]
-    """What is said of a sample with no side."""
+    heads: Heads
+    """Where training began, and what is said of samples that lack a side."""
 
 
 def begin(heads: Sequence[Linear], how: Training) -> Attention:
@@ -141,7 +143,8 @@ def fit_attention(
     held = folds_of(labels[rows], FOLDS, groups=None if groups is None else groups[rows], seed=how.seed) == 0
     learn, judge = rows[~held], rows[held]
     steps = 0
-    if samples.there[learn].any(axis=0).all():
+    judge = judge[samples.there[judge].all(axis=1)]
+    if len(judge) and samples.there[learn].any(axis=0).all():
         partial = []
         for side, head in enumerate(pair):
             own = learn[samples.there[learn, side]]
@@ -151,16 +154,14 @@ def fit_attention(
     parameters = begin([head.linear for head in pair], how)
     for _ in _trained(parameters, _tensors(samples, rows), torch.from_numpy(labels[rows]), how, steps):
         pass
-    return Fitted(parameters, steps, heads.prior)
+    return Fitted(parameters, steps, heads)
 
 
 def _best_steps(
     heads: Sequence[Linear], samples: Samples, labels: Array, learn: Array, judge: Array, how: Training
 ) -> int:
-    """After how many steps the loss on the held-out samples is least, the mean over both sides and each alone."""
+    """After how many steps the loss on the held-out samples, which have both sides, is least."""
     sides, there = _tensors(samples, judge)
-    looks = [there, *(there & torch.eye(2, dtype=torch.bool)[side] for side in (IMAGE, TEXT))]
-    looks = [(mask.any(1), mask) for mask in looks if mask.any()]
     truth = torch.from_numpy(labels[judge])
     parameters = begin(heads, how)
     best, least = 0, float("inf")
@@ -168,10 +169,7 @@ def _best_steps(
         if done % EVERY:
             continue
         with torch.no_grad():
-            loss = 0.0
-            for some, mask in looks:
-                logits = attend(parameters, [side[some] for side in sides], mask[some])
-                loss += F.cross_entropy(logits, truth[some]).item() / len(looks)
+            loss = F.cross_entropy(attend(parameters, sides, there), truth).item()
         if loss < least:
             best, least = done, loss
         if done - best >= how.patience * EVERY:
@@ -210,9 +208,9 @@ def _tensors(samples: Samples, rows: Array) -> tuple[list[Tensor], Tensor]:
 
 
 def attention_fusion(fitted: Fitted, samples: Samples) -> Float[Array, "n classes"]:
-    """What the probe says of samples: logarithms of probabilities, the prior where both sides are missing."""
-    found = np.tile(fitted.prior, (len(samples.there), 1))
-    rows = np.flatnonzero(samples.there.any(axis=1))
+    """What the probe says of samples, logarithms of probabilities; what `late_fusion` says where a side is missing."""
+    found = late_fusion(fitted.heads, samples)
+    rows = np.flatnonzero(samples.there.all(axis=1))
     for start in range(0, len(rows), BLOCK):
         some = rows[start : start + BLOCK]
         with torch.no_grad():

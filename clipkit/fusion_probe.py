@@ -39,7 +39,9 @@ __all__ = [
 Array = np.ndarray
 IMAGE, TEXT = 0, 1
 FIRST = (0.1, 1.0, 10.0)  # strengths; for unit vectors the best is most often one of them, and strong ones cost most
-SWEPT = 2_000_000  # logits that a sweep may hold for each strength: 16 MB
+FOLDS = 3
+JUDGES, PER_CLASS = 2000, 20  # samples that choose a strength: so many, or so many of each class where that is more
+SWEPT = 20_000_000  # logits that these may have: 160 MB for each strength
 WEIGHTS = np.linspace(0, 1, 41)  # of the image in late fusion
 
 
@@ -123,9 +125,9 @@ def fit_head(
 ) -> Head:
     """Fit a linear head at the strength that cross-validation finds best (Radford et al. 2021, appendix A.3).
 
-    As there, the range of strengths is searched step by step, and the last fit is to all samples. Where so many samples
-    of so many classes would take too much memory, a part of them chooses the strength; where none can be held out, as
-    of one sample per class, it is 1.
+    As there, the range of strengths is searched step by step, and the last fit is to all samples. Of many samples a
+    part chooses the strength, which hardly depends on their number; where none can be held out, as of one sample per
+    class, it is 1.
 
     Args:
         features: of the samples; those of others than `rows` are not used.
@@ -141,7 +143,7 @@ def fit_head(
     rows = np.arange(len(labels)) if rows is None else rows
     if not len(rows):
         raise ClipkitError("no training sample has what the probe is to be fitted to")
-    most = max(classes, SWEPT // classes)
+    most = max(JUDGES, min(PER_CLASS * classes, SWEPT // classes))
     some = rows if len(rows) <= most else np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
     strength, judged, logits = 1.0, some[:0], np.zeros((0, classes))
     try:
@@ -157,7 +159,8 @@ def _swept(features: Array, labels: Array, classes: int, groups: Array | None, s
     """The best of the strengths, from the middle ones on towards where it gets better."""
 
     def among(strengths: Sequence[float]) -> Sweep:
-        return choose_strength(features, labels, classes, strengths=strengths, groups=groups, seed=seed)
+        how = {"strengths": strengths, "folds": FOLDS, "groups": groups, "seed": seed}
+        return choose_strength(features, labels, classes, **how)
 
     best = among(FIRST)
     least = float(best.losses.min())

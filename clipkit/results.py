@@ -19,12 +19,16 @@ THEIR_TASKS = {
     "zeroshot": "zeroshot_classification",
     "retrieval": "zeroshot_retrieval",
     "choice": "image_caption_selection",
+    "probe": "linear_probe",
 }
 THEIR_FIGURES = {
     "zeroshot_acc@1": "acc1",
     "zeroshot_acc@5": "acc5",
     "zeroshot_mean_per_class_recall": "mean_per_class_recall",
     "zeroshot_mean_average_precision": "mean_average_precision",
+    "linear_probe_acc@1": "lp_acc1",
+    "linear_probe_acc@5": "lp_acc5",
+    "linear_probe_mean_per_class_recall": "lp_mean_per_class_recall",
 }
 
 

@@ -102,9 +102,11 @@ def main(source: str, models: tuple[str, ...], ks: tuple[int, ...], fmt: str, **
     if rank == 0:
         if len(results) > 1:
             emit(side_by_side(results), fmt)
-        elif fmt in ("human", "csv", "jsonl"):
+        elif fmt == "human":
             told = ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in found.counts.items())
-            emit(probe_rows(found), fmt, told)
+            emit([_shown(row) for row in probe_rows(found)], fmt, told)
+        elif fmt in ("csv", "jsonl"):
+            emit(probe_rows(found), fmt)
         else:
             guesses = {f"chance_{name}": value for name, value in found.chance.items()}
             last = {"left_out": len(found.left_out), "model": results[0].fingerprint}
@@ -121,6 +123,17 @@ def main(source: str, models: tuple[str, ...], ks: tuple[int, ...], fmt: str, **
         warn(f"{len(found.left_out)} could not be used; the first: {first['key']}: {first['reason']}")
         return 1
     return 0
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with its intervals in the cells of their figures."""
+
+    def within(value: float | None, low: float, high: float, sign: str = "") -> str:
+        return "" if value is None else f"{value:{sign}.4f} [{low:{sign}.4f}, {high:{sign}.4f}]"
+
+    cells = {name: value for name, value in row.items() if name not in ("low", "high", "gain_low", "gain_high")}
+    first = within(row["acc@1"], row["low"], row["high"])
+    return cells | {"acc@1": first, "gain": within(row["gain"], row["gain_low"], row["gain_high"], "+")}
 
 
 if __name__ == "__main__":

@@ -71,6 +71,9 @@ def test_every_readme_command_runs(run, tmp_path, monkeypatch):
     text = (tmp_path / "captions.tsv").read_text().replace("images/", "photos/")
     (tmp_path / "captions.tsv").write_text(text)
     (tmp_path / "captions.tsv").with_name("heldout.tsv").write_text(text)
+    header, *rows = text.splitlines()
+    kinds = [f"{row}\t{'ab'[number % 2]}" for number, row in enumerate(rows)]
+    (tmp_path / "labelled.tsv").write_text("\n".join([f"{header}\tkind", *kinds]) + "\n")
     for name in ("cat", "sea_lion"):
         (tmp_path / "animals" / name).mkdir(parents=True)
         (tmp_path / "animals" / name / "1.png").write_bytes((tmp_path / "photos" / "001.png").read_bytes())

@@ -76,35 +76,18 @@ def test_only_both_know_all_and_a_lone_side_is_no_worse_for_the_other(learned, f
     test, labels = halves(400, 2)
     alone = {side: side_alone(heads, test, side) for side in (IMAGE, TEXT)}
     best = max(accuracy(said, labels) for said in alone.values())
-    assert best < 1 / 3 + 0.08
-    error = math.sqrt(0.25 / len(labels))
+    assert best < 1 / 3 + 0.08, "the other half can only be guessed"
     for name, probe in probes(heads, fitted).items():
-        assert accuracy(probe(test), labels) > 0.75 > 2 * best - error, name
+        assert accuracy(probe(test), labels) > 0.8, name
         for side, said in alone.items():
             left = probe(test.only(side))
             assert np.allclose(np.exp(left).sum(axis=1), 1)
-            if name == "attention":  # whose heads were trained on
-                assert accuracy(left, labels) >= accuracy(said, labels) - error
-            else:
-                assert np.array_equal(left, said)
-
-
-def test_the_attention_alone_is_no_worse_over_seeds(learned):
-    """Within one standard error of the mean over seeds, on samples that are the same for all."""
-    samples, labels, heads = learned
-    test, truth = halves(400, 3)
-    for side in (IMAGE, TEXT):
-        alone = accuracy(side_alone(heads, test, side), truth)
-        found = [
-            accuracy(attention_fusion(fit_attention(samples, labels, heads, how=how), test.only(side)), truth)
-            for how in (Training(steps=60, seed=seed) for seed in range(3))
-        ]
-        assert np.mean(found) >= alone - max(np.std(found, ddof=1) / 3**0.5, 1 / len(truth))
+            assert np.array_equal(left, said), "exactly what the side alone says"
 
 
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30, -7.0])
 def test_what_stands_where_a_side_is_missing_changes_nothing(learned, fitted, garbage):
-    samples, labels, heads = learned
+    _, labels, heads = learned
     test, _ = halves(40, 4, missing=0.6)
     test = test._replace(there=test.there.copy())
     test.there[:3] = False
@@ -116,10 +99,13 @@ def test_what_stands_where_a_side_is_missing_changes_nothing(learned, fitted, ga
         assert np.array_equal(said, probe(test)), name
         assert np.isfinite(said).all()
         assert np.array_equal(said[:3], np.tile(prior_of(labels, CLASSES), (3, 1))), "of no side, the prior"
-    # Nor where it is fitted.
+
+
+def test_nor_where_it_is_fitted(learned):
+    samples, labels, heads = learned
     spoilt = samples._replace(image=samples.image.copy(), text=samples.text.copy())
-    spoilt.image[~samples.there[:, IMAGE]] = garbage
-    spoilt.text[~samples.there[:, TEXT]] = garbage
+    spoilt.image[~samples.there[:, IMAGE]] = np.nan
+    spoilt.text[~samples.there[:, TEXT]] = 1e30
     again = fit_heads(spoilt, labels, CLASSES)
     for one, other in zip((heads.image, heads.text, heads.joint), (again.image, again.text, again.joint), strict=True):
         assert np.array_equal(one.linear.weights, other.linear.weights)
@@ -154,7 +140,8 @@ def test_the_weight_is_that_of_who_knows():
     rng = np.random.default_rng(0)
     labels = rng.integers(4, size=300)
     sure = np.log(np.full((300, 4), 0.02))
-    sure[np.arange(300), labels] = np.log(0.94)
+    said = np.where(rng.random(300) < 0.9, labels, rng.integers(4, size=300))
+    sure[np.arange(300), said] = np.log(0.94)
     noise = np.log(rng.dirichlet(np.ones(4), size=300))
     assert choose_weight(sure, noise, labels) > 0.9
     assert choose_weight(noise, sure, labels) < 0.1
@@ -168,10 +155,12 @@ def test_the_strength_is_the_best_of_all_by_cross_validation():
     for scale in (1.0, 0.02, 40.0):  # so that weak and strong ones are best
         samples, labels = halves(90, 5)
         features = scale * np.concatenate([samples.image, samples.text], axis=1)
-        wanted = choose_strength(features, labels, CLASSES, strengths=STRENGTHS)
+        wanted = choose_strength(features, labels, CLASSES, strengths=STRENGTHS, folds=3)
         found = fit_head(features, labels, CLASSES)
         assert found.strength == wanted.strength
-        assert np.allclose(found.linear.weights, fit_linear(features, labels, CLASSES, strength=wanted.strength).weights)
+        assert np.allclose(
+            found.linear.weights, fit_linear(features, labels, CLASSES, strength=wanted.strength).weights
+        )
         assert np.allclose(found.logits, wanted.logits[wanted.judged], atol=1e-3 * max(1, np.abs(found.logits).max()))
 
 
@@ -242,9 +231,7 @@ def looped(p: Attention, sides, there) -> list[list[float]]:
             ]
         total = sum(scores.values())
         factor = math.exp(float(p.gain)) if len(scores) == 2 else 1.0
-        found.append(
-            [factor * sum(scores[s] / total * values[s][c] for s in scores) for c in range(len(p.bias[0]))]
-        )
+        found.append([factor * sum(scores[s] / total * values[s][c] for s in scores) for c in range(len(p.bias[0]))])
     return found
 
 
@@ -282,9 +269,12 @@ def test_training_begins_as_the_mean_of_the_heads_and_repeats_itself(learned):
     pair = [side_alone(heads, samples, side) for side in (IMAGE, TEXT)]
     both = samples.there.all(axis=1)
     assert np.allclose(attention_fusion(start, samples)[both], pooled(*pair, 0.5)[both], atol=1e-4)
+    sides = [torch.from_numpy(samples.side(side)) * samples.side(side).shape[1] ** 0.5 for side in (IMAGE, TEXT)]
     for side in (IMAGE, TEXT):
-        has = samples.there[:, side]
-        assert np.allclose(attention_fusion(start, samples.only(side))[has], pair[side][has], atol=1e-4)
+        has = torch.from_numpy(samples.there[:, side])
+        only = has[:, None] & (torch.arange(2) == side)
+        said = attend(start.parameters, [each[has] for each in sides], only[has]).log_softmax(1).numpy()
+        assert np.allclose(said, pair[side][has.numpy()], atol=1e-4), "with one token its share is 1"
     one, two, other = (fit_attention(samples, labels, heads, how=Training(steps=30, seed=seed)) for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters.tensors(), two.parameters.tensors(), strict=True))
     assert one.steps > 0

@@ -36,8 +36,8 @@ FLOORS = [
         "sheet",
     },
     {"tar_index", "lists", "model_specs", "calibration", "linear_probe", "metrics_compat"},
-    {"spool", "shard_specs"},
-    {"shards"},
+    {"spool", "shard_specs", "fusion_probe"},
+    {"shards", "attention_probe"},
     {"sources", "towers"},
     {"pack", "embeddings", "trainset", "checkpoint", "phases"},
     {"streams", "check", "gpu_decode", "teacher", "reuse", "inference"},
@@ -48,8 +48,8 @@ FLOORS = [
     {"cached"},
     {"shared_work"},
     {"evaluation", "classification", "learner", "pace"},
-    {"validation", "classify_report", "results", "plan"},
-    {"tasks"},
+    {"validation", "classify_report", "results", "plan", "probe_data"},
+    {"tasks", "probes"},
 ]
 SAME_FLOOR = {
     ("renewal", "errors"),

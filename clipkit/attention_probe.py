@@ -75,9 +75,9 @@ class Training(NamedTuple):
 
     hidden: int = 32
     """Length of the query."""
-    steps: int = 400
+    steps: int = 300
     """At the most."""
-    patience: int = 10
+    patience: int = 6
     """How many looks at the held-out samples may pass without a gain."""
     batch_size: int = 512
     lr: float = 3e-3
@@ -138,6 +138,16 @@ def fit_attention(
         how: it is trained.
     """
     how = how or Training()
+    threads = torch.get_num_threads()
+    # Products so small take longer on several threads, and on one the sums are the same on every machine of a kind.
+    torch.set_num_threads(1)
+    try:
+        return _fitted(samples, labels, heads, groups, how)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _fitted(samples: Samples, labels: Array, heads: Heads, groups: Array | None, how: Training) -> Fitted:
     pair = (heads.image, heads.text)
     rows = np.flatnonzero(samples.there.any(axis=1))
     held = folds_of(labels[rows], FOLDS, groups=None if groups is None else groups[rows], seed=how.seed) == 0

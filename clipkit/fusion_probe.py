@@ -58,7 +58,7 @@ class Samples(NamedTuple):
         return self._replace(there=self.there & (np.arange(2) == side))
 
     def take(self, rows: Array) -> "Samples":
-        """Some of them, by their places or a mask."""
+        """Some of them, by their places."""
         return Samples(self.image[rows], self.text[rows], self.there[rows])
 
     def side(self, number: int) -> Array:
@@ -72,7 +72,7 @@ class Head(NamedTuple):
     linear: Linear
     strength: float
     """That was chosen; see `clipkit.linear_probe.fit_linear`."""
-    count: int
+    fitted: int
     """Of the samples that it was fitted to."""
     judged: Int[Array, " judged"]
     """The samples that the strength was chosen by; none where nothing could be held out."""
@@ -84,7 +84,7 @@ class Head(NamedTuple):
         which would overrule whatever the other side says."""
         with np.errstate(invalid="ignore"):
             shares = _log_shares(logits)
-        return _log_shares(np.where(np.isneginf(shares), -np.log(self.count + 1), shares))
+        return _log_shares(np.where(np.isneginf(shares), -np.log(self.fitted + 1), shares))
 
     def __call__(self, features: Float[Array, "n dim"]) -> Float[Array, "n classes"]:
         """Logarithms of the probabilities of samples."""
@@ -227,7 +227,7 @@ def side_alone(heads: Heads, samples: Samples, side: int) -> Float[Array, "n cla
 def early_fusion(heads: Heads, samples: Samples) -> Float[Array, "n classes"]:
     """What the head on both embeddings says where both are there, else what the side says that is left."""
     found = np.where(samples.there[:, [IMAGE]], side_alone(heads, samples, IMAGE), side_alone(heads, samples, TEXT))
-    both = samples.there.all(axis=1)
+    both = np.flatnonzero(samples.there.all(axis=1))
     found[both] = heads.joint(_joined(samples.take(both)))
     return found
 

@@ -157,7 +157,7 @@ def open_probe(
         raise ClipkitError(f"--test-share {test_share:g} leaves nothing to train on, or to test; 0.25 is usual")
     names = (label_column, text_column, group_column)
     test = _open(source, split, names, columns)
-    left_out = test.left_out
+    left_out, told = test.left_out, []
     if train is None and is_benchmark(Path(source)) and test_share is None:
         train, split = source, train_split
     elif train is not None and is_benchmark(Path(train)):
@@ -168,7 +168,9 @@ def open_probe(
         other = _Opened(test.source, [r for r, t in zip(test.rows, of_test, strict=True) if not t], test.classes, [])
         test.rows = [row for row, tested in zip(test.rows, of_test, strict=True) if tested]
         by = "group" if group_column else "key"
-        note(f"{source}: {len(test.rows):,} samples, by a hash of the {by}, are the test; {len(other.rows):,} train")
+        told.append(
+            f"{source}: {len(test.rows):,} samples, by a hash of the {by}, are the test; {len(other.rows):,} train"
+        )
     else:
         other = _open(train, split, names, columns)
         left_out = other.left_out + left_out
@@ -176,7 +178,7 @@ def open_probe(
     shared = len(other.rows) - len(learned)
     if shared:
         same = "image or group" if group_column else "image"
-        note(f"{shared:,} training samples are left out: the test has their {same}")
+        told.append(f"{shared:,} training samples are left out: the test has their {same}")
     if shots is not None:
         learned = _few(learned, shots, seed)
     met = {row.label for row in learned}
@@ -187,8 +189,12 @@ def open_probe(
         raise ClipkitError(f"the test on {test.source.spec} has no labelled sample; give another, or --test-share")
     unmet = {row.label for row in test.rows} - met
     if unmet:
-        note(f"{len(unmet)} classes of the test have no training sample, such as {min(unmet)!r}; they count as wrong")
-    classes = other.classes or sorted(met | unmet)
+        told.append(
+            f"{len(unmet)} classes of the test have no training sample, such as {min(unmet)!r}; they count as wrong"
+        )
+    for line in told:
+        note(line)
+    classes = list(other.classes) or sorted(met | unmet)
     classes += sorted(unmet - set(classes))
     number = {group: at for at, group in enumerate(dict.fromkeys(row.group for row in [*learned, *test.rows]))}
     return ProbeTask(

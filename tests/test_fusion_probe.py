@@ -197,7 +197,7 @@ def parameters_of(seed: int, dims=(5, 3), hidden=4, classes=3) -> Attention:
     rng = torch.Generator().manual_seed(seed)
 
     def some(*shape):
-        return torch.randn(*shape, generator=rng, dtype=torch.float64)
+        return torch.randn(shape, generator=rng, dtype=torch.float64)
 
     return Attention(
         tuple(some(classes, dim) for dim in dims),

@@ -104,7 +104,8 @@ def main(source: str, models: tuple[str, ...], ks: tuple[int, ...], fmt: str, **
             emit(side_by_side(results), fmt)
         elif fmt == "human":
             told = ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in found.counts.items())
-            emit([_shown(row) for row in probe_rows(found)], fmt, told)
+            chance = found.chance["linear_probe_acc@1"]
+            emit([_shown(row) for row in probe_rows(found)], fmt, f"{told}; chance {chance:.3f}")
         elif fmt in ("csv", "jsonl"):
             emit(probe_rows(found), fmt)
         else:
@@ -129,11 +130,12 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
     """A row with its intervals in the cells of their figures."""
 
     def within(value: float | None, low: float, high: float, sign: str = "") -> str:
-        return "" if value is None else f"{value:{sign}.4f} [{low:{sign}.4f}, {high:{sign}.4f}]"
+        return "" if value is None else f"{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
-    cells = {name: value for name, value in row.items() if name not in ("low", "high", "gain_low", "gain_high")}
-    first = within(row["acc@1"], row["low"], row["high"])
-    return cells | {"acc@1": first, "gain": within(row["gain"], row["gain_low"], row["gain_high"], "+")}
+    cells = {name: value for name, value in row.items() if name.startswith(("probe", "inputs", "acc@"))}
+    cells["acc@1"] = within(row["acc@1"], row["low"], row["high"])
+    cells["class recall"] = row["mean_per_class_recall"]
+    return cells | {"gain": within(row["gain"], row["gain_low"], row["gain_high"], "+")}
 
 
 if __name__ == "__main__":

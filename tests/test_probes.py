@@ -274,3 +274,24 @@ def test_a_part_of_many_samples_chooses_the_strength(monkeypatch):
     assert len(head.judged) == 50
     assert head.fitted == 200
     assert np.array_equal(head.linear.weights, fit_linear(features, labels, 3, strength=head.strength).weights)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"the real data ({DATA}) is not here")
+def test_an_emojis_group_by_its_drawing_and_its_keywords(run, model_dir):
+    """Even by towers that have learned nothing; no emoji is in both parts, as vendors draw the same ones."""
+    asked = flags(label_column="group", text_column="keywords", group_column="caption")
+    result = run("probe", DATA / "emoji.tsv", "--model", model_dir, *asked, "--format", "json")
+    assert result.status == 1, "eight of them have no group"
+    found = json.loads(result.out)
+    assert found["left_out"] == 8
+    assert found["images"] + found["training_images"] + found["shared"] == 5374
+    best = max(found["linear_probe_acc@1"], found["text_linear_probe_acc@1"])
+    assert (
+        min(found["linear_probe_acc@1_low"], found["text_linear_probe_acc@1_low"]) > found["chance_linear_probe_acc@1"]
+    )
+    for probe in ("early_fusion", "late_mean_fusion", "late_weighted_fusion", "attention_fusion"):
+        assert found[f"{probe}_acc@1"] > best + 0.02
+        assert found[f"{probe}_gain_low"] > 0
+        assert found[f"{probe}_image_only_acc@1"] == found["linear_probe_acc@1"]
+        assert found[f"{probe}_text_only_acc@1"] == found["text_linear_probe_acc@1"]

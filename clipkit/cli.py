@@ -35,6 +35,7 @@ __all__ = [
     "main",
     "model_option",
     "out_options",
+    "probe_options",
     "recipes",
     "run_job",
     "sort_options",
@@ -206,6 +207,22 @@ memory_option = click.option(
     "--memory",
     type=Bytes(),
     help="Memory that may be used beyond what the program takes [default: half of what is free].",
+)
+
+
+probe_options = _together(
+    click.option("--train", metavar="SOURCE", help="Of probe: what to train on [default: a part of the source]."),
+    click.option("--train-split", help="Of probe on a dataset in CLIP_benchmark's layout [default: train]."),
+    click.option(
+        "--test-share",
+        type=click.FloatRange(0, 1, min_open=True, max_open=True),
+        help="Of probe: of the source, where it is divided, by a hash of each sample's group or key [default: 0.25].",
+    ),
+    click.option("--label-column", help="Of probe: the classes' names [default: the sub-folders]."),
+    click.option("--text-column", help="Of probe: texts to fuse with the images, such as caption [default: none]."),
+    click.option("--group-column", help="Of probe: samples of one value go together, into the training or the test."),
+    click.option("--shots", type=click.IntRange(1), help="Of probe: so many training samples a class [default: all]."),
+    click.option("--seed", type=click.IntRange(0), help="Of probe: of shots, folds and attention [default: 0]."),
 )
 
 

@@ -37,6 +37,7 @@ THEIR_TASKS = {
     "zeroshot": "zeroshot_classification",
     "retrieval": "zeroshot_retrieval",
     "choice": "image_caption_selection",
+    "probe": "linear_probe",
 }
 THEIR_FIGURES = {
     "zeroshot_acc@1": "acc1",
@@ -47,6 +48,9 @@ THEIR_FIGURES = {
     "winoground_text": "text_acc",
     "winoground_image": "image_acc",
     "winoground_group": "acc",
+    "linear_probe_acc@1": "lp_acc1",
+    "linear_probe_acc@5": "lp_acc5",
+    "linear_probe_mean_per_class_recall": "lp_mean_per_class_recall",
 }
 
 

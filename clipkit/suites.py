@@ -5,6 +5,7 @@
       - {task: retrieval, source: heldout.tsv}
       - {task: zeroshot, source: animals/, templates: photo, name: animals}
       - {task: choice, source: swap_obj.json, image_root: val2017/}
+      - {task: probe, source: labelled.tsv, label_column: kind, shots: 16}
 
 Paths start at the folder in which the command runs. What fails is told at the end, and stops nothing else.
 """
@@ -31,7 +32,7 @@ class DatasetConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     task: str
-    """``retrieval``, ``zeroshot`` or ``choice``."""
+    """``retrieval``, ``zeroshot``, ``choice`` or ``probe``."""
     source: str
     """As the command takes it."""
     name: str | None = None
@@ -45,6 +46,14 @@ class DatasetConfig(BaseModel):
     caption_column: str | None = None
     image_root: str | None = None
     through_index: bool = False
+    train: str | None = None
+    train_split: str | None = None
+    test_share: float | None = Field(default=None, gt=0, lt=1)
+    label_column: str | None = None
+    text_column: str | None = None
+    group_column: str | None = None
+    shots: int | None = Field(default=None, ge=1)
+    seed: int | None = Field(default=None, ge=0)
 
     @field_validator("task")
     @classmethod

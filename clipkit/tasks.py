@@ -33,6 +33,8 @@ from clipkit.lazy_model import LazyModel
 from clipkit.log import note
 from clipkit.metrics import clamped
 from clipkit.model_specs import refuse_another, spec_of
+from clipkit.probe_data import open_probe
+from clipkit.probes import PROBE_KS, evaluate_probe
 from clipkit.results import known_or_new
 from clipkit.shared_work import Gather, SharedWork, towers_of
 from clipkit.sources import open_source
@@ -40,6 +42,9 @@ from clipkit.stored import Stored, open_stored
 from clipkit.zeroshot import class_vectors, prompt_set
 
 __all__ = ["OPENERS", "Asked", "Task", "evaluate", "measure", "open_task"]
+
+
+PROBE = ("train", "train_split", "test_share", "label_column", "text_column", "group_column", "shots", "seed")
 
 
 @dataclass(frozen=True)
@@ -58,10 +63,23 @@ class Asked:
     """Also the figures of CLIP_benchmark's definitions."""
     through_index: bool = False
     """Of an index: also what it answers."""
+    train: str | None = None
+    train_split: str | None = None
+    test_share: float | None = None
+    label_column: str | None = None
+    text_column: str | None = None
+    group_column: str | None = None
+    shots: int | None = None
+    seed: int | None = None
+    """This and those above: of a probe, see `clipkit.probe_data.open_probe`."""
 
     def columns(self) -> dict[str, Any]:
         """What is said of a list."""
         return {name: getattr(self, name) for name in ("image_column", "caption_column", "image_root")}
+
+    def probe(self) -> dict[str, Any]:
+        """What is said of a probe."""
+        return {name: value for name in PROBE if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -92,10 +110,10 @@ def open_task(name: str, source: str, ks: Sequence[int] = (), **asked: Any) -> T
     """Open data for a task.
 
     Args:
-        name: ``retrieval``, ``zeroshot`` or ``choice``.
+        name: ``retrieval``, ``zeroshot``, ``choice`` or ``probe``.
         source: for retrieval images with captions; for zeroshot a folder with a sub-folder of images per class; for
-            choice see `clipkit.instances`; a dataset in CLIP_benchmark's layout for each; embeddings or an index for
-            retrieval and zeroshot.
+            choice see `clipkit.instances`, for a probe `clipkit.probe_data`; a dataset in CLIP_benchmark's layout for
+            each; embeddings or an index for retrieval and zeroshot.
         ks: list lengths; the task's usual ones where there are none.
         asked: see `Asked`.
 
@@ -108,6 +126,9 @@ def open_task(name: str, source: str, ks: Sequence[int] = (), **asked: Any) -> T
         raise ClipkitError(f"--templates is of zeroshot; {name} takes the captions as they are")
     if name == "zeroshot" and any(value is not None for value in wanted.columns().values()):
         raise ClipkitError("--image-column, --caption-column and --image-root are of lists; zeroshot takes a folder")
+    if name != "probe" and wanted.probe():
+        given = ", ".join(f"--{each.replace('_', '-')}" for each in wanted.probe())
+        raise ClipkitError(f"{given}: of probe, which learns from examples; {name} does not")
     if asked.get("split") is not None and not is_benchmark(Path(source)):
         raise ClipkitError(f"--split is of a dataset in CLIP_benchmark's layout; {source} is none")
     if stored and any(value is not None for value in wanted.columns().values()):
@@ -193,10 +214,23 @@ def _open_choice(source: str, asked: Asked, stored: Stored | None) -> Task:
     return Task("choice", about, lambda model, how: evaluate_choice(model, opened, compat=asked.compat, **how))
 
 
+def _open_probe(source: str, asked: Asked, stored: Stored | None) -> Task:
+    if stored is not None:
+        raise ClipkitError(f"{source} holds embeddings; a probe needs the images: name what they were made from")
+    opened = open_probe(source, split=asked.split, **asked.probe(), **asked.columns())
+    for k in asked.ks:
+        if k > len(opened.classes):
+            note(f"{source} has {len(opened.classes)} classes; acc@{k} counts all of them")
+    ks, seed = asked.ks or PROBE_KS, asked.seed or 0
+    about = ["probe", ks, seed, *opened.identity()]
+    return Task("probe", about, lambda model, how: evaluate_probe(model, opened, ks, seed=seed, **how))
+
+
 OPENERS: dict[str, Callable[[str, Asked, Stored | None], Task]] = {
     "retrieval": _open_retrieval,
     "zeroshot": _open_zeroshot,
     "choice": _open_choice,
+    "probe": _open_probe,
 }
 
 

@@ -1,6 +1,6 @@
 """Evaluate models on captioned images, images of known classes, or choices between captions.
 
-`retrieval`, `zeroshot` and `choice` measure one kind of thing each; a `suite` measures many models on many data.
+`retrieval`, `zeroshot`, `choice` and `probe` measure one kind of thing each; a `suite` many models on many data.
 """
 
 from pathlib import Path
@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from clipkit.cli import Job, cache_options, format_option, list_options
+from clipkit.cli import Job, cache_options, format_option, list_options, probe_options
 
 
 @click.command(cls=Job)
-@click.argument("task", type=click.Choice(["retrieval", "zeroshot", "choice", "suite"]))
+@click.argument("task", type=click.Choice(["retrieval", "zeroshot", "choice", "probe", "suite"]))
 @click.argument("source")
 @click.option(
     "--model",
@@ -72,6 +72,7 @@ from clipkit.cli import Job, cache_options, format_option, list_options
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write the results: .json (in CLIP_benchmark's form), .md, or .html (a page that refers to nothing else).",
 )
+@probe_options
 @cache_options
 @format_option
 def main(task: str, source: str, models: tuple[str, ...], fmt: str, **asked: Any) -> int:
@@ -90,6 +91,13 @@ def main(task: str, source: str, models: tuple[str, ...], fmt: str, **asked: Any
     choice, on a list or JSON with image, caption and negative (as SugarCrepe has it), or image_0, caption_0, image_1,
     caption_1 (Winoground), or shards in that layout with the right caption in the first line: choice_acc is the share
     of images closer to the right caption; winoground_text, _image and _group as Winoground's paper defines them.
+
+    probe, on a folder with a sub-folder of images per class, a list or shards with --label-column, or a dataset in that
+    layout: multinomial logistic regression on the embeddings of images, its strength by cross-validation
+    (linear_probe_acc@k); with --text-column also early fusion (one on both embeddings), late fusion (one on each, the
+    mean of their log probabilities, plain or weighted) and attention fusion (learned, per sample), each with both sides
+    and with one withheld; …_gain is how far it lies above the better side alone. A training sample whose image is in
+    the test too, byte by byte, or whose group is, is left out. Chance is the most frequent class.
 
     suite, on a YAML file with models and datasets (task, source, and the options of these tasks by name).
 
@@ -110,17 +118,18 @@ def main(task: str, source: str, models: tuple[str, ...], fmt: str, **asked: Any
     from clipkit.errors import ClipkitError
     from clipkit.evaluation_report import check_name, write_results
     from clipkit.log import emit, note, warn
+    from clipkit.probes import probe_rows, readable_rows
     from clipkit.results import Result, differences_from_first, from_clip_benchmark, readable, side_by_side
     from clipkit.shared_work import process_group
-    from clipkit.tasks import measure, open_task
+    from clipkit.tasks import PROBE, measure, open_task
 
     out, baseline = asked["out"], asked["baseline"]
     if out is not None:
         check_name(out)
     if asked["tolerance"] and baseline is None:
         raise ClipkitError("--tolerance says how much worse than a baseline is no matter; name one with --baseline")
-    told = {name: asked[name] for name in ("split", "templates", "image_column", "caption_column", "image_root")}
-    told = {name: value for name, value in told.items() if value is not None}
+    given = ("split", "templates", "image_column", "caption_column", "image_root", *PROBE)
+    told = {name: asked[name] for name in given if asked[name] is not None}
     if asked["through_index"]:
         told["through_index"] = True
     cache = Cache(None if asked["no_cache"] else asked["cache"] or cache_folder(), asked["cache_size"])
@@ -132,12 +141,14 @@ def main(task: str, source: str, models: tuple[str, ...], fmt: str, **asked: Any
         from clipkit.suites import load_suite, run_suite
 
         if told or asked["ks"]:
-            given = [*(f"--{name.replace('_', '-')}" for name in told), *(["-k"] if asked["ks"] else [])]
-            raise ClipkitError(f"{', '.join(given)}: a suite says so for each of its datasets; write it into {source}")
+            flags = [*(f"--{name.replace('_', '-')}" for name in told), *(["-k"] if asked["ks"] else [])]
+            raise ClipkitError(f"{', '.join(flags)}: a suite says so for each of its datasets; write it into {source}")
         suite = load_suite(Path(source), models)
     else:
         if not models and kind_of(Path(source)) not in ("embeddings", "index"):
             raise ClipkitError("name the model to evaluate: --model RUN (or open_clip:NAME/TAG, or hf:ORG/NAME)")
+        if task == "probe" and compat:
+            raise ClipkitError("--compat: a linear probe is the same in CLIP_benchmark; leave it out")
         opened = open_task(task, source, asked["ks"], compat=compat, **told)
     with process_group() as (rank, world_size):
         among = {"rank": rank, "world_size": world_size, "show": f"evaluate {task}"}
@@ -167,9 +178,11 @@ def main(task: str, source: str, models: tuple[str, ...], fmt: str, **asked: Any
         first = results[0].found
         if fmt == "human":
             title = ", ".join(f"{count:,} {what}" for what, count in first.counts.items()) if not several else ""
-            emit(readable(results, apart), fmt, title)
+            emit(readable_rows(first) if task == "probe" and not several else readable(results, apart), fmt, title)
             if changed:
                 emit([change.row() for change in changed], fmt, f"beside {baseline}")
+        elif task == "probe" and not several and fmt != "json":
+            emit(probe_rows(first), fmt)
         elif several:
             emit(beside(side_by_side(results, apart), changed), fmt)
         else:

@@ -13,7 +13,8 @@ from jaxtyping import install_import_hook
 
 # Shapes and dtypes in signatures are checked while testing and cost nothing otherwise.
 HOOKED = ["loss", "metrics", "metrics_compat", "ranking", "average_precision", "choice", "confidence", "calibration"]
-HOOKED += ["linear_probe", "few_shot", "zeroshot", "decisions", "relevance", "towers.dual_encoder"]
+HOOKED += ["linear_probe", "few_shot", "fusion_probe", "attention_probe", "zeroshot", "decisions", "relevance"]
+HOOKED += ["towers.dual_encoder"]
 HOOKED = [f"clipkit.{name}" for name in HOOKED]
 hook = install_import_hook(HOOKED, "beartype.beartype")
 

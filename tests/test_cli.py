@@ -72,9 +72,18 @@ def test_every_readme_command_runs(run, tmp_path, monkeypatch):
     text = (tmp_path / "captions.tsv").read_text().replace("images/", "photos/")
     (tmp_path / "captions.tsv").write_text(text)
     (tmp_path / "captions.tsv").with_name("heldout.tsv").write_text(text)
-    for name in ("cat", "sea_lion"):
+    header, *rows = text.splitlines()
+    kinds = [f"{row}\t{'ab'[number % 2]}" for number, row in enumerate(rows)]
+    (tmp_path / "labelled.tsv").write_text("\n".join([f"{header}\tkind", *kinds]) + "\n")
+    for kind, name in enumerate(("cat", "sea_lion")):
         (tmp_path / "animals" / name).mkdir(parents=True)
-        (tmp_path / "animals" / name / "1.png").write_bytes((tmp_path / "photos" / "001.png").read_bytes())
+        for number in range(kind, 12, 2):
+            (tmp_path / "animals" / name / f"{number}.png").write_bytes(
+                (tmp_path / "photos" / f"{number:03d}.png").read_bytes()
+            )
+    (tmp_path / "suite.yaml").write_text(
+        "models: [run/]\ndatasets: [{task: retrieval, source: heldout.tsv}, {task: zeroshot, source: animals/}]\n"
+    )
     (tmp_path / "photos" / "heart.jpg").write_bytes((tmp_path / "photos" / "000.png").read_bytes())
     (tmp_path / "labels.yaml").write_text("labels: {cat: {aliases: [kitten]}, dog: }\nbackground: [a blank page]\n")
     short = ["--set", "steps=2", "--set", "batch_size=8", "--set", "data.workers=0"]

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from clipkit.artifact import digest
 from clipkit.errors import ClipkitError
@@ -91,17 +92,18 @@ class _Pattern:
 
 
 class Selected:
-    """Some samples of a source, in its order.
+    """Some samples of a source, in the order that is named.
 
     Args:
         source: of which.
         rows: which.
+        problems: in place of the source's.
     """
 
-    def __init__(self, source: Source, rows: Iterable[int]):
+    def __init__(self, source: Source, rows: Iterable[int], problems: Iterable[dict[str, Any]] | None = None):
         self._source, self._rows = source, list(rows)
         self.spec, self.has_captions, self.remote = source.spec, source.has_captions, source.remote
-        self.problems = source.problems
+        self.problems = source.problems if problems is None else list(problems)
 
     @classmethod
     def by(cls, source: Source, globs: Globs) -> "Selected":

@@ -1,7 +1,9 @@
 """From samples to embeddings in memory: images decoded while the towers work, in batches that are stated."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +25,8 @@ from clipkit.towers import DualEncoder
 __all__ = ["embed_source"]
 
 GROUP, AHEAD = 16, 2  # rows that a process hands over at once, and groups ahead: 2.4 MB each at 224 px
-MOST_WORKERS = 14  # 34 MB of groups each way: Docker gives 64 MB of shared memory when it is not asked
+MOST_WORKERS = 14
+SHARED_MEMORY = Path("/dev/shm")  # through which groups come on Linux
 WORTH_PROCESSES = 2000  # samples; starting processes takes as long as some hundred
 
 
@@ -53,7 +56,8 @@ def embed_source(
         threads: that decode; 0 for none beside this one; when not given, as many as this process's share of the cores.
         workers: processes that decode in place of threads; 0 for none. When not given, none where that share is a few
             cores, or there are few samples, or they are fetched from elsewhere, or a GPU decodes; else one per core
-            but two, as in one process Python lets threads compute one at a time between what the decoders do.
+            but two, as in one process Python lets threads compute one at a time between what the decoders do. Fewer
+            where shared memory has no room for what they hand over.
         show: title of the progress bar; None for no bar.
         kept: what is known of rows from before, see `clipkit.reuse`: their images are not read, nor are they encoded,
             nor captions that there were before. The others of the rows go into batches together.
@@ -85,7 +89,8 @@ def embed_source(
     if workers is None:
         suits = threads is None and own > FEW_CORES and len(rows) >= WORTH_PROCESSES and not source.remote
         workers = min(own - 2, MOST_WORKERS) if suits and decoding != "gpu" else 0
-    if workers and decoding != "gpu":
+    workers = min(workers, _most_workers(model, batch_size)) if decoding != "gpu" else 0
+    if workers:
         loaded = _in_groups(load, rows, workers)
     else:
         loaded = in_threads(load, rows, own if threads is None else threads, ahead=4 * batch_size)
@@ -152,6 +157,22 @@ class _Groups(Dataset[Any]):
         together = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0)  # type: ignore[arg-type]
         place = iter(range(len(pixels)))
         return [each if each.pixels is None else each._replace(pixels=next(place)) for each in loaded], together  # type: ignore[arg-type]
+
+
+def _most_workers(model: DualEncoder, batch_size: int) -> int:
+    """How many processes' groups have room in shared memory, of which Docker gives 64 MB when it is not asked.
+
+    A group that has none is lost without a word, and would be waited for without end.
+    """
+    try:
+        about = os.statvfs(SHARED_MEMORY)
+    except OSError:  # other systems have no such bound
+        return MOST_WORKERS
+    height, width = model.preprocess.size
+    group = GROUP * 3 * height * width
+    waiting = (batch_size // GROUP + 2) * group  # in the batch that is being gathered
+    room = 0.9 * about.f_bavail * about.f_frsize / processes_here() - waiting
+    return max(0, int(room // (AHEAD * group)))
 
 
 def _in_groups(load: Callable[[int], _Loaded], rows: range, workers: int) -> Iterator[_Loaded]:

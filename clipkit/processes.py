@@ -58,8 +58,12 @@ def in_loader_processes(
     try:
         yield from given
     except (RuntimeError, OSError, EOFError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
+        # What was raised within a process comes as it was, with its traceback in its words.
+        if str(error).startswith("Caught ") or (isinstance(error, RuntimeError) and "DataLoader" not in str(error)):
             raise
         # Killed from outside, mostly for memory. torch's own message runs over several lines; a process that is killed
         # while it hands something over is a broken connection.
         raise ClipkitError(f"a loader process is gone or stuck: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        # An error's traceback refers to them as long as it is kept, and at exit they would be waited for: they `stay`.
+        given._shutdown_workers()

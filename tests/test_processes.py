@@ -3,12 +3,13 @@
 import os
 import shutil
 import signal
+import types
 
 import numpy as np
 import pytest
 from torch.utils.data import Dataset
 
-from clipkit import encoding as room
+from clipkit import encoding as room_of
 from clipkit.encoding import embed_source
 from clipkit.errors import ClipkitError
 from clipkit.processes import in_loader_processes
@@ -26,7 +27,7 @@ def broken(captioned, tmp_path):
 
 @pytest.mark.parametrize("group", [1, 5, 16])
 def test_processes_give_what_threads_give(broken, model, monkeypatch, group):
-    monkeypatch.setattr(room, "GROUP", group)
+    monkeypatch.setattr(room_of, "GROUP", group)
     source = open_source(broken)
     wanted, found = (embed_source(source, model, batch_size=4, show=None, workers=workers) for workers in (0, 2))
     for side in ("image", "text", "image_of_text"):
@@ -54,10 +55,10 @@ def test_processes_are_taken_where_there_are_cores_for_them(
     captioned, model, monkeypatch, machine, asked, remote, used
 ):
     taken = []
-    monkeypatch.setattr(room, "cores", lambda: machine)
-    monkeypatch.setattr(room, "WORTH_PROCESSES", 12)
-    monkeypatch.setattr(room, "in_threads", lambda load, rows, threads, ahead: taken.append(0) or map(load, rows))
-    monkeypatch.setattr(room, "_in_groups", lambda load, rows, workers: taken.append(workers) or map(load, rows))
+    monkeypatch.setattr(room_of, "cores", lambda: machine)
+    monkeypatch.setattr(room_of, "WORTH_PROCESSES", 12)
+    monkeypatch.setattr(room_of, "in_threads", lambda load, rows, threads, ahead: taken.append(0) or map(load, rows))
+    monkeypatch.setattr(room_of, "_in_groups", lambda load, rows, workers: taken.append(workers) or map(load, rows))
     source = open_source(captioned)
     monkeypatch.setattr(source, "remote", remote)
     embed_source(source, model, show=None, **asked)
@@ -65,6 +66,36 @@ def test_processes_are_taken_where_there_are_cores_for_them(
     if not asked:  # a few samples are not worth it
         embed_source(source, model, show=None, rows=range(11))
         assert taken[1:] == [0]
+
+
+@pytest.mark.parametrize(("room", "used"), [(64_000_000, 10), (10_000_000, 0), (None, 14)])
+def test_there_are_no_more_than_shared_memory_has_room_for(captioned, model, monkeypatch, room, used):
+    """At 224 px a group is 2.4 MB; each process may have two on their way, and a batch holds some."""
+    taken = []
+    monkeypatch.setattr(room_of, "cores", lambda: 32)
+    monkeypatch.setattr(room_of, "WORTH_PROCESSES", 12)
+    monkeypatch.setattr(room_of, "in_threads", lambda load, rows, threads, ahead: taken.append(0) or map(load, rows))
+    monkeypatch.setattr(room_of, "_in_groups", lambda load, rows, workers: taken.append(workers) or map(load, rows))
+    monkeypatch.setattr(room_of, "GROUP", 16 * 224 * 224 // (32 * 32))  # as many bytes with this model's small pictures
+
+    def statvfs(path):
+        if room is None:
+            raise FileNotFoundError
+        return types.SimpleNamespace(f_frsize=1, f_bavail=room)
+
+    monkeypatch.setattr(room_of.os, "statvfs", statvfs)
+    embed_source(open_source(captioned), model, show=None, batch_size=2)
+    assert taken == [used]
+
+
+class Faulty(Dataset):
+    def __getitem__(self, item):
+        raise RuntimeError("sizes do not match")
+
+
+def test_a_defect_within_a_process_is_no_process_that_is_gone():
+    with pytest.raises(RuntimeError, match="sizes do not match"):
+        list(in_loader_processes(Faulty(), range(2), 1, ahead=1))
 
 
 def test_the_command_decodes_in_processes(run, refused, broken, model_dir, tmp_path):

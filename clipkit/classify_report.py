@@ -22,6 +22,7 @@ from clipkit.report import Report
 __all__ = ["accuracy", "pictures", "write_report"]
 
 SHOWN = 24  # pictures of a class; more would not be looked at, and each takes some kilobytes
+SIDE = 256  # pixels of a picture that is kept for the sheet, which shows half of it
 NAMED = 30  # classes in the confusion matrix; with more of them nothing could be read, and a table lists the pairs
 
 
@@ -191,6 +192,7 @@ def _sheet(
         if found is None:
             away.append({"image": images.paths[at], "probability": f"{decisions.probabilities[at, 0]:.0%}"})
         else:
+            found.thumbnail((SIDE, SIDE))  # photos take 70 MB each, and the sheet holds all that it shows at once
             shown.append((found, said, right))
     if shown:
         page.sheet(shown)

@@ -14,9 +14,10 @@ from clipkit.errors import ClipkitError
 from clipkit.labels import LabelSet
 from clipkit.log import meter, note, warn
 from clipkit.placing import Refused, carry_out, settle, undo
-from clipkit.sort_journal import JOURNAL, Journal
+from clipkit.sort_journal import Journal, is_begun
 from clipkit.sorting import BACKGROUND, UNSURE, How, Item, Step, folders_of, plan
-from clipkit.sources import Selected, Source, open_source
+from clipkit.sources import Globs, Selected, Source, open_source
+from clipkit.sources.base import readable
 from clipkit.storage import is_remote
 
 __all__ = ["Sorted", "Sorter", "undo_sort"]
@@ -67,7 +68,7 @@ class Sorter:
         self._done: dict[tuple[str, str], str] = {}  # path and folder to target
         self._moved: dict[str, str] = {}  # path to target
         self._refused: list[Refused] = []
-        if (self.into / JOURNAL).is_file():
+        if is_begun(self.into):
             with Journal.open(self.into, create=False) as journal:
                 self._look(journal)
 
@@ -93,8 +94,7 @@ class Sorter:
         try:
             source = open_source(spec, **about)
         except ClipkitError:
-            here = Path(spec).resolve()
-            if not any(Path(path).is_relative_to(here) for path in self._moved):
+            if not self._has_moved(Path(spec).resolve(), about.get("globs") or Globs()):
                 raise
             return None
         apart = {str(self.into / target) for target in self._done.values()} | self._moved.keys()
@@ -107,6 +107,11 @@ class Sorter:
             if self._real(place) not in apart:
                 rows.append(row)
         return source if len(rows) == len(source) else Selected(source, rows) if rows else None
+
+    def _has_moved(self, folder: Path, globs: Globs) -> bool:
+        """Whether files were moved out of a folder that would be looked at."""
+        inside = (Path(path).relative_to(folder) for path in self._moved if Path(path).is_relative_to(folder))
+        return folder.is_dir() and any(globs.passes(path.as_posix()) for path in inside)
 
     def refuse_without_files(self, spec: str, root: str | None) -> None:
         """Refuse vectors of which it is not said where the images are."""
@@ -134,9 +139,8 @@ class Sorter:
             with Journal.open(self.into, create=True) as journal:
                 self._look(journal)
                 items, steps = self._planned(places, labels, decisions)
-                journal.name(self._folders)
                 with meter("sort", len(steps), "files") as advance:
-                    self._refused = carry_out(journal, steps, self.how, advance)
+                    self._refused = carry_out(journal, steps, self.how, advance, labels=self._folders)
             self._tell_done(steps)
         else:
             items, steps = self._planned(places, labels, decisions)
@@ -158,15 +162,15 @@ class Sorter:
         """
         each = iter(found)
         for row in rows:
-            to, reason = ([], row["reason"]) if row["status"] == "unreadable" else next(each)
+            names, reason = ([], row["reason"]) if row["status"] == "unreadable" else next(each)
+            to = [readable(name) for name in names]
             yield {**row, "reason": reason, "to": to if "labels" in row else to[0] if to else None}
 
     def _look(self, journal: Journal) -> None:
         self._done = settle(journal, act=self.yes)
         self._folders, self._written = dict(journal.labels), list(journal.records)
-        for record in journal.records.values():
-            if record.how == "move" and self._done.get((record.path, record.folder)) == record.target:
-                self._moved[record.path] = record.target
+        moved = (record for record in journal.records.values() if record.how == "move")
+        self._moved = {r.path: r.target for r in moved if self._done.get((r.path, r.folder)) == r.target}
 
     def _planned(self, places: Sequence[str], labels: LabelSet, decisions: Decisions) -> tuple[list[Item], list[Step]]:
         names = [label.name for label in labels.labels if not label.background]
@@ -231,7 +235,8 @@ def undo_sort(into: Path) -> list[dict[str, Any]]:
     if refused:
         first = refused[0]
         warn(f"{len(refused):,} files were not touched; the first: {first.path}: {first.reason}")
-    return [{"path": each.path, "target": each.target, "reason": each.reason} for each in refused]
+    told = ({"path": each.path, "target": each.target, "reason": each.reason} for each in refused)
+    return [{key: readable(value) for key, value in row.items()} for row in told]
 
 
 def _counted(steps: Sequence[Step]) -> str:

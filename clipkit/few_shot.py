@@ -10,7 +10,7 @@ What the methods leave open is chosen by the examples themselves, each classifie
 of the examples that are as good as those of other images, to which a temperature or a threshold can be fitted.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -86,18 +86,16 @@ def prototypes(
     known, judged = _known_to(labels, groups, has)
     by_mean[np.arange(len(labels)), labels] = (features * _unit(rest)).sum(axis=1)
 
-    def mixed(names: Array, mean: Array, known: Array, weight: float) -> Array:
-        return lifted(scale * names, scale * weight * (mean - names), known)
-
-    held = {weight: mixed(by_name, by_mean, known, weight) for weight in weights}
-    unmet = {weight: mixed(by_name, by_mean, _without_own(known, labels), weight) for weight in weights}
-    best = _best(held, unmet, labels, judged, has, USUAL["weight"])
+    base, away = scale * by_name, scale * (by_mean - by_name)
+    tried = ((weight, weight * away) for weight in weights)
+    best = _best(base, tried, known, labels, judged, has, USUAL["weight"])
 
     def logits(some: Array) -> Array:
         some = some.astype(np.float64)
-        return mixed(some @ text.T, some @ means.T, has[None], best)
+        names = some @ text.T
+        return lifted(scale * names, scale * best * (some @ means.T - names), has[None])
 
-    return FewShot(logits, held.get(best, mixed(by_name, by_mean, known, best)), judged, {"weight": best})
+    return FewShot(logits, lifted(base, best * away, known), judged, {"weight": best})
 
 
 def tip_adapter(
@@ -147,20 +145,19 @@ def tip_adapter(
             parts.append(near @ hot * (usual / np.maximum(counts, 1)))
         return np.concatenate(parts) if parts else np.zeros((0, classes))
 
-    held, unmet = {}, {}
-    for beta in betas if judged.any() else ():
-        told = cache(features, beta, groups)
-        held |= {(alpha, beta): lifted(base, alpha * told, known) for alpha in alphas}
-        unmet |= {(alpha, beta): lifted(base, alpha * told, _without_own(known, labels)) for alpha in alphas}
-    best = _best(held, unmet, labels, judged, has, (USUAL["alpha"], USUAL["beta"]))
-    alpha, beta = best
-    out = held[best] if best in held else lifted(base, alpha * cache(features, beta, groups), known)
+    def tried() -> Iterator[tuple[tuple[float, float], Array]]:
+        for beta in betas:
+            told = cache(features, beta, groups)
+            yield from (((alpha, beta), alpha * told) for alpha in alphas)
+
+    alpha, beta = _best(base, tried(), known, labels, judged, has, (USUAL["alpha"], USUAL["beta"]))
+    held = lifted(base, alpha * cache(features, beta, groups), known)  # again: kept, they would be 88 of these
 
     def logits(some: Array) -> Array:
         some = some.astype(np.float64)
         return lifted(scale * (some @ text.T), alpha * cache(some, beta), has[None])
 
-    return FewShot(logits, out, judged, {"alpha": alpha, "beta": beta})
+    return FewShot(logits, held, judged, {"alpha": alpha, "beta": beta})
 
 
 def linear(
@@ -243,8 +240,9 @@ def _without_own(known: Array, labels: Array) -> Array:
 
 
 def _best(
-    held: Mapping[Choice, Array],
-    unmet: Mapping[Choice, Array],
+    base: Array,
+    tried: Iterable[tuple[Choice, Array]],
+    known: Array,
     labels: Array,
     judged: Array,
     has: Array,
@@ -252,24 +250,28 @@ def _best(
 ) -> Choice:
     """The choice under which what was held out is likeliest; the usual one where nothing is judged.
 
-    As many classes have no examples, so much counts how examples fare whose class is held out with them.
+    As many classes have no examples, so much counts how examples fare whose class is held out with them. Of each choice
+    there is what it changes of the logits by the names, see `lifted`; one at a time, as each takes as much as those.
     """
     if not judged.any():
         return usual
     missing = 1 - has.mean()
 
-    def loss(choice: Choice) -> float:
+    unknown = _without_own(known, labels) if missing else known
+
+    def loss(change: Array) -> float:
         some = labels[judged]
-        logits = held[choice][judged]
+        logits = lifted(base, change, known)[judged]
         # Softened where they are too sure, so that examples are not chosen only to make up for a model that is. Made
         # surer, those that are all right would be equally good.
         heat = max(1.0, fit_temperature(logits, some))
         met = log_loss(logits, some, heat)
-        return met if not missing else met + missing * (log_loss(unmet[choice], labels, heat) - met)
+        return met if not missing else met + missing * (log_loss(lifted(base, change, unknown), labels, heat) - met)
 
-    losses = {choice: loss(choice) for choice in held}
+    losses = {choice: loss(change) for choice, change in tried}
     # The gentlest of those that are about as good: they change the names least where the examples do not tell.
-    return min(choice for choice in held if losses[choice] <= min(losses.values()) + CLOSE)
+    least = min(losses.values()) + CLOSE
+    return min(choice for choice, loss in losses.items() if loss <= least)
 
 
 def _unit(vectors: Array) -> Array:

@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import islice
@@ -20,7 +20,7 @@ from pathlib import Path
 from clipkit.errors import ClipkitError
 from clipkit.renewal import sync_folder
 from clipkit.sort_journal import JOURNAL, Journal, Record
-from clipkit.sorting import How, Step
+from clipkit.sorting import How, Step, plain_form
 
 __all__ = ["Refused", "carry_out", "settle", "undo"]
 
@@ -41,7 +41,12 @@ class Refused:
 
 
 def carry_out(
-    journal: Journal, steps: Sequence[Step], how: How, advance: Callable[[int], None] = lambda count: None
+    journal: Journal,
+    steps: Sequence[Step],
+    how: How,
+    advance: Callable[[int], None] = lambda count: None,
+    *,
+    labels: Mapping[str, str] | None = None,
 ) -> list[Refused]:
     """Copy, link or move files. A link is symbolic, to the file's absolute path; a symbolic link that is moved is made
     anew, so that it leads to where it led.
@@ -51,6 +56,7 @@ def carry_out(
         steps: from `clipkit.sorting.plan`.
         how: what is done.
         advance: is told how many were done.
+        labels: the folder of each label, which the journal keeps.
 
     Returns:
         The steps that could not be taken.
@@ -61,6 +67,8 @@ def carry_out(
     refused = []
     todo = iter(steps)
     taken = []
+    with _full_disk_told(journal, taken, len(steps)):
+        journal.name(labels or {})
     while block := list(islice(todo, BLOCK)):
         records = []
         for step in block:
@@ -156,7 +164,7 @@ def undo(root: Path, advance: Callable[[int], None] = lambda count: None) -> tup
         _clean(journal)
         for record in reversed(list(journal.records.values())):
             try:
-                if record.hash is not None:  # it may have been on its way to another disk
+                if record.how == "move" and record.hash is not None:  # it may have been on its way to another disk
                     Path(record.path).with_name(journal.scratch).unlink(missing_ok=True)
                 back += _take_back(journal, record)
                 homes.add(Path(record.path).parent)
@@ -195,6 +203,8 @@ def _take_back(journal: Journal, record: Record) -> bool:
         if record.how == "move" and not _is_there(path):
             raise _Changed(f"it is gone from {target}, and not back in its place")
         return False
+    if record.how != "link" and _is_alone(path, target):
+        raise _Changed(f"the place where it was leads to {target} itself by now, which is the only one; it stays")
     if record.points is not None:
         if not _points(target, record.points):
             raise _Changed(f"{target} was changed since")
@@ -207,7 +217,7 @@ def _take_back(journal: Journal, record: Record) -> bool:
             if not _is_half_moved(record, path, target):
                 raise _Changed(f"another file has its place; it stays in {target}")
         else:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make(path.parent)
             if record.link is None:
                 _moved(journal, record, target, path)
                 return True
@@ -249,6 +259,8 @@ def _is_unchanged(target: Path, record: Record) -> bool:
 
 def _is_half_moved(record: Record, path: Path, target: Path) -> bool:
     """Whether both are the file that was moved, which a kill can leave, so that either may go."""
+    if _is_alone(path, target):
+        return False
     if record.link is not None:
         return _points(path, record.link) and _points(target, record.points)
     if path.is_symlink() or target.is_symlink():
@@ -256,6 +268,22 @@ def _is_half_moved(record: Record, path: Path, target: Path) -> bool:
     if os.path.samestat(path.lstat(), target.lstat()):
         return True
     return record.hash is not None and _has_content(path, record) and _has_content(target, record)
+
+
+def _is_alone(path: Path, target: Path) -> bool:
+    """Whether both lead to one file that is gone with either: a folder or a file was renamed, linked or mounted since.
+
+    Links to a file are told from ways to one link by their number, and by the folder that they stand in.
+    """
+    try:
+        about = target.lstat()
+        if os.path.samestat(path.lstat(), about):
+            one_name = plain_form(path.name) == plain_form(target.name)
+            return about.st_nlink < 2 or (one_name and path.parent.samefile(target.parent))
+        one_file = os.path.samestat(path.stat(), about)
+        return one_file and (about.st_nlink < 2 or os.path.realpath(path) == os.path.realpath(target))
+    except OSError:
+        return False
 
 
 def _described(step: Step, how: How, root: Path) -> Record:
@@ -276,7 +304,7 @@ def _described(step: Step, how: How, root: Path) -> Record:
 
 def _take(journal: Journal, record: Record) -> None:
     path, target = Path(record.path), journal.root / record.target
-    target.parent.mkdir(exist_ok=True)
+    _make(target.parent)
     if record.how == "link":
         target.symlink_to(record.points or "")
     elif record.how == "copy":
@@ -287,6 +315,14 @@ def _take(journal: Journal, record: Record) -> None:
         _remove(path, or_else=target)
     else:
         _moved(journal, record, path, target)
+
+
+def _make(folder: Path) -> None:
+    """Make a folder that is on the disk before a file in it is the only one; an fsync for each that is made."""
+    if not folder.is_dir():
+        _make(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
 
 
 def _moved(journal: Journal, record: Record, path: Path, target: Path) -> None:
@@ -340,7 +376,7 @@ def _copied(record: Record, path: Path, target: Path, scratch: str) -> None:
                 digest.update(piece)
                 copy.write(piece)
             copy.flush()
-            shutil.copystat(path, beside)
+            _keep_times(path, beside)
             os.fsync(copy.fileno())
         if digest.hexdigest() != record.hash:
             raise OSError(errno.EBUSY, "it was changed meanwhile; run this again")
@@ -350,8 +386,13 @@ def _copied(record: Record, path: Path, target: Path, scratch: str) -> None:
 
 
 def _keep_times(path: Path, target: Path) -> None:
-    with contextlib.suppress(OSError, NotImplementedError):
-        shutil.copystat(path, target, follow_symlinks=False)
+    """And rights, where the file system lets them be set: vfat, SMB and FUSE may refuse either."""
+    try:
+        with contextlib.suppress(NotImplementedError):
+            shutil.copystat(path, target, follow_symlinks=not target.is_symlink())
+    except OSError as error:
+        if error.errno in FULL:
+            raise
 
 
 def _hash(path: Path) -> str:

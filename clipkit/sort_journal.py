@@ -14,7 +14,7 @@ from clipkit.errors import ClipkitError
 from clipkit.renewal import one_at_a_time, sync_folder
 from clipkit.sorting import How
 
-__all__ = ["JOURNAL", "Journal", "Record"]
+__all__ = ["JOURNAL", "Journal", "Record", "is_begun"]
 
 JOURNAL = ".clipkit-sort.jsonl"
 VERSION = 1
@@ -141,9 +141,10 @@ class Journal:
         if lines:
             os.ftruncate(self._descriptor, self._end)  # of a line that is not whole nothing has begun
             data = "".join(json.dumps(line) + "\n" for line in lines).encode()  # ASCII: names need not be Unicode
+            end = self._end + len(data)
             while data:
-                count = os.write(self._descriptor, data)
-                data, self._end = data[count:], self._end + count
+                data = data[os.write(self._descriptor, data) :]
+            self._end = end  # not before all is written, so that what a full disk cut short is cut away
             os.fsync(self._descriptor)
 
     def _read(self) -> None:
@@ -179,14 +180,27 @@ def _beside(root: Path) -> Path:
 
 
 def _sweep(root: Path) -> None:
-    """Remove what a kill left of a folder that was coming into being, or going."""
+    """Remove what a kill left of a folder or a journal that was coming into being, or going."""
     try:
-        (_beside(root) / JOURNAL).unlink(missing_ok=True)
-        _beside(root).rmdir()
-    except FileNotFoundError:
-        pass
+        # Where there is nothing, nothing is tried: read-only disks refuse even that.
+        if os.path.lexists(_beside(root)):
+            (_beside(root) / JOURNAL).unlink(missing_ok=True)
+            _beside(root).rmdir()
+        if (root / JOURNAL).is_file() and not is_begun(root):
+            (root / JOURNAL).unlink()
     except OSError as error:
-        raise ClipkitError(f"cannot remove {_beside(root)}: {error.strerror}") from error
+        raise ClipkitError(f"cannot remove {error.filename}: {error.strerror}") from error
+
+
+def is_begun(root: Path) -> bool:
+    """Whether a folder has a journal whose first line is whole; of another one nothing was done yet."""
+    try:
+        with (root / JOURNAL).open("rb") as file:
+            return file.readline().endswith(b"\n")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return False
+    except OSError:
+        return True  # to open it says what the matter is
 
 
 def _prepare(root: Path) -> None:
@@ -200,7 +214,7 @@ def _prepare(root: Path) -> None:
             sync_folder(root.parent)
         elif not root.is_dir():
             raise ClipkitError(f"{root} is a file; name a folder to sort into")
-        elif not (root / JOURNAL).is_file() or b"\n" not in (root / JOURNAL).read_bytes():
+        elif not is_begun(root):
             _write(root / JOURNAL, header)
             sync_folder(root)
     except OSError as error:

@@ -3,6 +3,7 @@
 Each name becomes a vector through the text tower, each image takes the nearest; examples move the vectors.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,8 @@ def main(source: str | None, labels: str | None, models: tuple[str, ...], fmt: s
         raise ClipkitError(f"nothing in {source} can be used; the first: {first['key']}: {first['reason']}")
     if asked["ablate_prompts"]:
         emit(ablate_prompts(images, known, templates, lazy, cache), fmt)
-        return 0
+        tell_unreadable(len(images), images.unreadable)
+        return int(bool(images.unreadable))
     decisions = classify_images(images, fit.classifiers, rule, top=asked["top"])
     truth = truth_of(images.paths, known)
     root = Path(asked["image_root"] or "")
@@ -184,6 +186,7 @@ def main(source: str | None, labels: str | None, models: tuple[str, ...], fmt: s
     if examples is not None:
         marks = examples.among(images, opened, root)
         truth = None if truth is None else examples.unseen(truth, marks)
+        truth = None if truth is None or (truth < 0).all() else truth
     if asked["report"] is not None:
         more = {"picture": pictures(images, opened, root), "fit": fit, "threshold": wanted}
         about = f"{source}, by {', '.join(models)}"
@@ -211,14 +214,22 @@ def main(source: str | None, labels: str | None, models: tuple[str, ...], fmt: s
     if examples is not None and examples.left_out:
         first, count = examples.left_out[0], len(examples.left_out)
         warn(f"{count:,} of the examples cannot be used; the first: {first['key']}: {first['reason']}")
-    if images.unreadable:
-        first, count = images.unreadable[0], len(images.unreadable)
-        warn(f"{count:,} of {len(images) + count:,} cannot be read; the first: {first['key']}: {first['reason']}")
-        for line in images.unreadable[1:LISTED]:
-            note(f"  {line['key']}: {line['reason']}")
-        if count > LISTED:
-            note(f"  and {count - LISTED:,} more; the rows of --format jsonl name each")
+    tell_unreadable(len(images), images.unreadable)
     return int(bool(images.unreadable or (sorter and sorter.failed) or (examples is not None and examples.left_out)))
+
+
+def tell_unreadable(read: int, unreadable: Sequence[dict[str, Any]]) -> None:
+    """Name what cannot be read, the first of many."""
+    from clipkit.log import note, warn
+
+    if not unreadable:
+        return
+    first, count = unreadable[0], len(unreadable)
+    warn(f"{count:,} of {read + count:,} cannot be read; the first: {first['key']}: {first['reason']}")
+    for line in unreadable[1:LISTED]:
+        note(f"  {line['key']}: {line['reason']}")
+    if count > LISTED:
+        note(f"  and {count - LISTED:,} more; the rows of --format jsonl name each")
 
 
 if __name__ == "__main__":

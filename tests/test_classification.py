@@ -13,8 +13,9 @@ from PIL import Image
 import clipkit
 from clipkit.cache import Cache
 from clipkit.cached import cached_images, cached_prompts, cached_texts
-from clipkit.classification import classify_images, open_images, zero_shot
-from clipkit.decisions import Rule
+from clipkit.classification import Images, classify_images, open_images, zero_shot
+from clipkit.classify_report import write_report
+from clipkit.decisions import Rule, decide
 from clipkit.errors import ClipkitError
 from clipkit.labels import as_label_set
 from clipkit.lazy_model import LazyModel
@@ -267,6 +268,45 @@ def test_the_page_holds_all_that_it_shows(run, model_dir, tmp_path):
     known = [row["label"] and not row["path"].startswith("other") for row in rows]
     right = sum(in_place)
     assert f"{right / sum(map(bool, known)):.1%}" == f"{told[1]}%"
+
+
+def test_pictures_of_a_page_are_small_as_soon_as_they_are_read(monkeypatch, tmp_path):
+    """Hundreds of large photos on a page must not be held at once, nor two dozen of a class."""
+    sizes = []
+    monkeypatch.setattr("clipkit.report.Report.sheet", lambda self, shown: sizes.extend(each[0].size for each in shown))
+    images = Images([f"{n}.png" for n in range(5)], lambda *_: np.zeros((5, 2)))
+    decisions = decide(np.full((5, 2), 0.5), None, Rule())
+    picture = {0: Image.new("RGB", (3000, 600)), 1: Image.new("L", (20, 30)), 2: Image.new("RGB", (600, 3000))}.get
+    write_report(tmp_path / "a.html", images, as_label_set(LABELS[:2]), decisions, about="", picture=picture)
+    assert sizes == [(256, 51), (20, 30), (51, 256)]
+
+
+def test_where_all_images_are_examples_there_is_no_accuracy(run, model_dir, tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        where = tmp_path / "photos" / ("cat", "dog")[number % 2]
+        where.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (24, 24, 3), np.uint8)).save(where / f"{number}.png")
+    page = tmp_path / "page.html"
+    call = ["classify", tmp_path / "photos", "--labels", "cat,dog", "--model", model_dir, "--report", page]
+    result = run(*call, "--examples", tmp_path / "photos", "--method", "prototypes")
+    assert result.status == 0
+    assert "6 of the images are among the examples" in result.err
+    assert "nan" not in result.err
+    assert "in the folder of their label" not in result.err
+    assert "What was taken for what" not in page.read_text()
+
+
+def test_prompts_are_judged_without_what_cannot_be_read_which_is_told(run, folder, model_dir):
+    (folder / "red heart").mkdir()
+    (folder / "0.png").rename(folder / "red heart" / "0.png")
+    call = ["classify", folder, "--labels", ",".join(LABELS), "--model", model_dir, "--ablate-prompts"]
+    result = run(*call, "--prompts", "{}|a {}", "--format", "jsonl")
+    assert result.status == 1
+    assert len(result.out.splitlines()) == 2
+    assert "1 of 10 cannot be read; the first: 5b.jpg" in result.err
+    (folder / "5b.jpg").unlink()
+    assert run(*call, "--prompts", "{}|a {}").status == 0
 
 
 def test_a_page_of_embeddings_finds_its_pictures_where_it_is_told(run, embeddings, model_dir, pictures, tmp_path):

@@ -13,6 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clipkit.classification import Images
+from clipkit.classify_sort import Sorter
+from clipkit.decisions import Rule, decide
+from clipkit.labels import as_label_set
+from clipkit.placing import carry_out, undo
+from clipkit.sort_journal import Journal
+from clipkit.sorting import Step
+from clipkit.sources import open_source
 from tests.conftest import make_pictures
 from tests.test_sorting import tree
 
@@ -183,6 +191,55 @@ def test_what_cannot_be_taken_back_is_named(run, photos, model_dir, tmp_path):
         assert "changed since" in left["reason"]
         assert "1 files were not touched" in result.err
     assert files(out) == [one["to"]]
+
+
+@pytest.mark.parametrize("fmt", ["jsonl", "csv", "human"])
+def test_names_that_are_not_unicode_are_told_all_the_same(run, model_dir, tmp_path, fmt):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    Image.new("RGB", (9, 9)).save(photos / "a.png")
+    (photos / "a.png").rename(photos / os.fsdecode(b"\xff.png"))
+    before = tree(photos)
+    result = run(*call(photos, model_dir, "--sort-into", out, "--yes", "--how", "move"), "--format", fmt)
+    assert result.status == 0
+    assert "/\\udcff.png" in (json.loads(result.out)["to"] if fmt == "jsonl" else result.out)
+    (name,) = files(out)
+    (out / name).write_text("changed")
+    left = run("classify", "--undo", out, "--format", fmt)
+    assert left.status == 1
+    assert "\\udcff.png" in left.out
+    (out / name).unlink()
+    assert tree(photos) != before
+
+
+def test_that_nothing_is_left_is_said_of_nothing_else(run, refused, photos, model_dir, tmp_path):
+    """What was moved out of a source is no reason to take a mistyped pattern, or a source that is away, for one that is
+    done."""
+    (photos / "bad.png").unlink()
+    (photos / "1.txt").unlink()
+    sort = call(photos, model_dir, "--sort-into", tmp_path / "out", "--yes", "--how", "move")
+    run(*sort)
+    for more in ((), ("--include", "*.png")):
+        again = run(*sort, *more)
+        assert (again.status, again.out) == (0, "")
+        assert "nothing was left to do" in again.err
+    assert "no file in" in refused(*sort, "--include", "*.pngg")
+    photos.rename(tmp_path / "away")
+    assert "nothing was left" not in refused(*sort)
+
+
+def test_what_was_taken_back_meanwhile_is_not_said_to_be_moved(photos, tmp_path):
+    out, path = tmp_path / "out", photos / "0.png"
+    with Journal.open(out, create=True) as journal:
+        carry_out(journal, [Step(str(path), "cat/0.png")], "move")
+    sorter = Sorter(out, "move", yes=True)
+    assert sorter.before == 1
+    undo(out)
+    images = Images(["0.png"], lambda *_: np.zeros((1, 2)), rows=[0])
+    decisions = decide(np.array([[0.1, 0.9]]), None, Rule())
+    (found,) = sorter.sort(images, open_source(photos), None, as_label_set(["cat", "dog"]), decisions)
+    assert found.to == ["dog/0.png"]
+    assert files(out) == ["dog/0.png"]
 
 
 def test_undo_imports_nothing_heavy(tmp_path):

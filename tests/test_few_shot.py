@@ -1,11 +1,15 @@
 """Few-shot classifiers: better than the names alone, each example judged without itself, and no class forgotten."""
 
+import itertools
+import tracemalloc
+
 import numpy as np
 import pytest
 
+from clipkit.calibration import fit_temperature, log_loss
 from clipkit.errors import ClipkitError
 from clipkit.few_shot import FewShot, lifted, linear, prototypes, tip_adapter
-from clipkit.linear_probe import Linear, fit_linear, folds_of
+from clipkit.linear_probe import CLOSE, Linear, fit_linear, folds_of
 
 METHODS = [prototypes, tip_adapter, linear]
 SCALE = 20.0
@@ -120,6 +124,50 @@ def test_a_class_without_examples_is_still_found(method):
     assert np.allclose((logits - base)[:, 2], mean, atol=1e-4)  # it stands to the others on the whole as it did
     assert (logits[truth == 2].argmax(axis=1) == 2).mean() > 0.3  # chance is 0.17
     assert accuracy(logits, truth) > accuracy(base, truth) + 0.1
+
+
+@pytest.mark.parametrize("method", [prototypes, tip_adapter])
+@pytest.mark.parametrize("missing", [0, 4])
+def test_what_is_tried_is_not_kept(method, missing):
+    """Sixteen examples of each of 1,000 classes make logits of 128 MB, for each of 88 choices."""
+    world = World(6, classes=100)
+    features, labels = world.draw(3)
+    some = labels < len(world.text) - missing
+    features, labels = features[some], labels[some]
+    method(features, labels, world.text, SCALE)
+    tracemalloc.start()
+    method(features, labels, world.text, SCALE)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 * len(labels) * len(world.text) * 8
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_of_what_is_tried_the_gentlest_of_the_likeliest_is_taken(missing):
+    """A slow twin for Tip-Adapter, each choice from its beginning, one example at a time."""
+    world = World(7, classes=5)
+    features, labels = world.draw(4)
+    if missing:
+        features, labels = features[labels != 3], labels[labels != 3]
+    alphas, betas = (0.5, 4.0, 32.0), (1.0, 8.0)
+    has = np.isin(np.arange(5), labels)
+    base = SCALE * (features.astype(np.float64) @ world.text.T.astype(np.float64))
+    losses = {}
+    for alpha, beta in itertools.product(alphas, betas):
+        met, unmet = [], []
+        for at, image in enumerate(features.astype(np.float64)):
+            others = np.arange(len(labels)) != at
+            near = np.exp(-beta * (1 - features.astype(np.float64) @ image)) * others
+            told = np.array([near[labels == c].sum() / max((others & (labels == c)).sum(), 1) for c in range(5)])
+            told *= len(labels) / has.sum() * alpha
+            met.append(lifted(base[at : at + 1], told[None], has[None])[0])
+            unmet.append(lifted(base[at : at + 1], told[None], (has & (np.arange(5) != labels[at]))[None])[0])
+        heat = max(1.0, fit_temperature(np.array(met), labels))
+        parts = [log_loss(np.array(each), labels, heat) for each in (met, unmet)]
+        losses[alpha, beta] = parts[0] + (1 - has.mean()) * (parts[1] - parts[0])
+    wanted = min(choice for choice, loss in losses.items() if loss <= min(losses.values()) + CLOSE)
+    found = tip_adapter(features, labels, world.text, SCALE, alphas=alphas, betas=betas)
+    assert (found.chosen["alpha"], found.chosen["beta"]) == wanted
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -72,6 +72,29 @@ def test_patterns(include, exclude, passing):
     assert bool(globs) == bool(include or exclude)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "passing"),
+    [
+        ("Dr.Smith*", ["Dr.Smith.jpg", "Dr.Smith"]),
+        ("Dr.Smith*.JPG", ["Dr.Smith.jpg"]),
+        ("Dr.smith*", ["Dr.smith.jpg", "Dr.Smith"]),  # of the last, it is the ending
+        ("*.J*", ["Dr.Smith.jpg", "Dr.smith.jpg", "v1.B.jPG"]),
+        ("*.B*", ["v1.B.jPG"]),
+        ("v1.b.*", []),
+        ("v1.[!B]*", []),
+        ("*.[!j]*g", ["Dr.Smith.jpg", "Dr.smith.jpg", "X.Y/a.png"]),  # a star is of dots too
+        ("/X.Y/*.PNG", ["X.Y/a.png"]),
+        ("x.y/", []),
+        ("X.Y/", ["X.Y/a.png"]),
+        ("*[.]jpg", ["Dr.Smith.jpg", "Dr.smith.jpg", "v1.B.jPG"]),
+    ],
+)
+def test_a_dot_within_a_name_begins_no_ending(pattern, passing):
+    names = ["Dr.Smith.jpg", "Dr.smith.jpg", "Dr.Smith", "v1.B.jPG", "X.Y/a.png"]
+    assert [name for name in names if Globs([pattern]).passes(name)] == passing
+    assert [name for name in names if not Globs([], [pattern]).passes(name)] == passing
+
+
 def by_expression(pattern):
     """A slow twin: the whole pattern as one regular expression, for patterns of full paths without hidden names."""
     built = ""
@@ -135,6 +158,14 @@ def test_a_folder_by_patterns(folder):
     with pytest.raises(ClipkitError, match=r"no file in .* passes --include \*\.gif --exclude x; patterns are"):
         open_source(folder, globs=Globs(["*.gif"], ["x"]))
     assert open_source(folder, globs=Globs(["a.*", "b.*"])).identity() != open_source(folder).identity()
+
+
+def test_captions_of_images_that_are_left_out_are_left_out(tmp_path):
+    for name in ("a.png", "b.jpg"):
+        Image.new("RGB", (9, 9)).save(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text("a caption")
+    assert keys(open_source(tmp_path, globs=Globs([], ["*.png"]))) == ["b.jpg"]
+    assert keys(open_source(tmp_path, globs=Globs(["*.txt"], ["*.png"]))) == ["a.txt", "b.txt"]
 
 
 def test_lists_and_shards_by_patterns(pictures, shards):

@@ -324,6 +324,106 @@ def test_folders_taken_away_since_are_made_again(photos, tmp_path):
     assert tree(photos) == before
 
 
+def sorted_in_place(folder, out):
+    """The sorted folder takes the place of the source, in which a folder is called as a label."""
+    shutil.rmtree(folder)
+    out.rename(folder)
+    return folder
+
+
+def linked_to(folder, out):
+    """The source's folder is a link to the sorted one by now."""
+    shutil.rmtree(folder / "cat")
+    (folder / "cat").symlink_to(out / "cat")
+    return out
+
+
+def deduplicated(folder, out):
+    """As `rdfind -makesymlinks` leaves it: the originals are links to their copies."""
+    for path in list((out / "cat").iterdir()):
+        (folder / "cat" / path.name).unlink(missing_ok=True)
+        (folder / "cat" / path.name).symlink_to(path)
+    return out
+
+
+def deduplicated_with_a_link_more(folder, out):
+    deduplicated(folder, out)
+    for path in list((out / "cat").iterdir()):
+        path.with_name("own " + path.name).hardlink_to(path)
+    return out
+
+
+@pytest.mark.parametrize("how", ["copy", "move"])
+@pytest.mark.parametrize("change", [sorted_in_place, linked_to, deduplicated, deduplicated_with_a_link_more])
+def test_the_only_copy_is_never_removed(tmp_path, how, change):
+    """Where the place of a file leads to the sorted one itself, it only looks as though there were two."""
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    (folder / "cat").mkdir(parents=True)
+    for name in "ab":
+        (folder / "cat" / name).write_text(name)
+    (folder / "cat" / "l").symlink_to(tmp_path / "none")
+    items = [Item(str(folder / "cat" / name), ("cat",)) for name in ("ab" if how == "copy" else "abl")]
+    sort(items, out, how)
+    out = change(folder, out)
+    before = tree(tmp_path)
+    with Journal.open(out, create=False) as journal:
+        settle(journal)
+    assert tree(tmp_path) == before
+    done, refused = undo(out)
+    assert (done, len(refused)) == (0, len(items))
+    assert tree(tmp_path) == before
+
+
+def test_copies_that_became_hard_links_are_taken_back(tmp_path):
+    """As `rdfind -makehardlinks` leaves it: there are two of each still."""
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+    for name in "ab":
+        (folder / name).write_text(name)
+    sort([Item(str(folder / name), ("cat",)) for name in "ab"], out, "copy")
+    for name in "ab":
+        (out / "cat" / name).unlink()
+        (out / "cat" / name).hardlink_to(folder / name)
+    assert undo(out) == (2, [])
+    assert {name: about[1] for name, about in tree(folder).items()} == {"a": b"a", "b": b"b"}
+
+
+def read_only(monkeypatch, folder):
+    """Let the system refuse every change to what a folder holds, as it does on a disk that must not be written to."""
+    for name in ("unlink", "rmdir", "mkdir", "rename"):
+        whole = getattr(os, name)
+
+        def refuse(path, *about, whole=whole, **more):
+            if Path(path).parent == folder:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+            return whole(path, *about, **more)
+
+        monkeypatch.setattr(os, name, refuse)
+
+
+def test_copies_of_what_must_not_be_written_to_are_taken_back(tmp_path, monkeypatch):
+    photos, out = few(tmp_path / "photos"), tmp_path / "out"
+    before = tree(tmp_path)
+    read_only(monkeypatch, photos)
+    assert sort(items_of(photos), out, "copy") == []
+    assert undo(out) == (4, [])
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_a_disk_in_a_folder_that_must_not_be_written_to(tmp_path, monkeypatch, how):
+    photos, out = few(tmp_path / "photos"), tmp_path / "mount" / "out"
+    out.mkdir(parents=True)
+    before = tree(tmp_path)
+    whole = Path.mkdir
+    read_only(monkeypatch, out.parent)
+    # `mkdir` says of what is there that it is there, on such a disk too.
+    monkeypatch.setattr(Path, "mkdir", lambda path, *about, **more: path.is_dir() or whole(path, *about, **more))
+    assert sort(items_of(photos), out, how) == []
+    assert undo(out) == (4, [])
+    assert tree(tmp_path) == before
+
+
 @pytest.fixture
 def far(tmp_path):
     place = Path("/dev/shm")
@@ -392,6 +492,65 @@ def test_a_full_disk_is_one_line_and_can_be_undone(photos, tmp_path, monkeypatch
     assert not out.exists()
 
 
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP])
+def test_without_times_and_rights_it_goes_all_the_same(photos, tmp_path, monkeypatch, code):
+    def copystat(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    before, out = tree(photos), tmp_path / "out"
+    monkeypatch.setattr(placing.shutil, "copystat", copystat)
+    assert sort(items_of(photos), out, "copy") == []
+    assert undo(out) == (9, [])
+    assert tree(photos) == before
+
+
+def test_a_disk_that_is_full_before_the_first_file(tmp_path, monkeypatch):
+    def write(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    photos = few(tmp_path / "photos")
+    with Journal.open(tmp_path / "out", create=True) as journal:
+        steps = planned(journal, items_of(photos))
+        monkeypatch.setattr("clipkit.sort_journal.os.write", write)
+        with pytest.raises(ClipkitError, match="is full; 0 of 4 files are there"):
+            carry_out(journal, steps, "copy", labels={"cat": "cat"})
+    monkeypatch.undo()
+    assert undo(tmp_path / "out") == (0, [])
+
+
+def test_folders_are_on_the_disk_before_the_only_copy_is_in_them(tmp_path, monkeypatch):
+    """What moves to another disk leaves the first only when even its new folder would outlast a power cut."""
+    photos, out = few(tmp_path / "photos"), tmp_path / "out"
+    whole, seen = {name: getattr(placing, name) for name in ("_rename", "_remove", "sync_folder")}, []
+
+    def rename(path, target):
+        if not path.name.startswith(".clipkit"):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        return whole["_rename"](path, target)
+
+    def sync_folder(folder):
+        seen.append(folder)
+        whole["sync_folder"](folder)
+
+    def remove(path, or_else):
+        if not path.name.startswith(".clipkit"):
+            for folder in [parent for parent in or_else.parents if parent.is_relative_to(made)][:-1]:
+                assert {folder, folder.parent} <= set(seen)
+            checked.append(path)
+        whole["_remove"](path, or_else)
+
+    for name, function in (("_rename", rename), ("_remove", remove), ("sync_folder", sync_folder)):
+        monkeypatch.setattr(placing, name, function)
+    items, checked, made = [item for item in items_of(photos) if not Path(item.path).is_symlink()], [], out
+    assert sort(items, out, "move") == []
+    assert len(checked) == 3
+    seen.clear()
+    shutil.rmtree(photos)
+    made = photos
+    assert undo(out) == (3, [])
+    assert len(checked) == 6
+
+
 def test_a_really_full_disk(photos, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -435,6 +594,42 @@ def test_a_journal_that_is_cut_is_read_to_its_last_whole_line(photos, tmp_path):
     assert all(json.loads(line) for line in (out / JOURNAL).read_text().splitlines())
     undo(out)
     (photos / "new").unlink()
+    assert tree(photos) == before
+
+
+@pytest.mark.parametrize("begun", [b"", b'{"sort": 1, "tok'])
+def test_a_journal_that_was_only_begun_is_none(photos, tmp_path, begun):
+    """A kill between its first two steps; the folder was there before."""
+    out = tmp_path / "out"
+    out.mkdir()
+    before = tree(tmp_path)
+    (out / JOURNAL).write_bytes(begun)
+    with pytest.raises(ClipkitError, match="holds no sort that could be undone"):
+        undo(out)
+    assert tree(tmp_path) == before
+    (out / JOURNAL).write_bytes(begun)
+    assert sort(items_of(photos), out, "move") == []
+    assert undo(out) == (9, [])
+    assert tree(tmp_path) == before
+
+
+def test_what_a_full_disk_cut_short_is_no_line_of_the_journal(photos, tmp_path, monkeypatch):
+    out, whole = tmp_path / "out", os.write
+    before = tree(photos)
+
+    def write(descriptor, data):
+        if len(data) < 40:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return whole(descriptor, data[:-20])
+
+    with Journal.open(out, create=True) as journal:
+        steps = planned(journal, items_of(photos))
+        with monkeypatch.context() as full:
+            full.setattr("clipkit.sort_journal.os.write", write)
+            with pytest.raises(ClipkitError, match="is full"):
+                carry_out(journal, steps, "move")
+        assert carry_out(journal, steps, "move") == []  # there is room again
+    assert undo(out) == (9, [])
     assert tree(photos) == before
 
 

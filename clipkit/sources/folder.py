@@ -38,7 +38,7 @@ class FolderSource:
         self.problems: list[dict[str, Any]] = []
         globs = globs or Globs()
         names = list(self._walk(globs.hidden) if urls is None else _below(root, urls, globs.hidden))
-        stems = {_stem(name) for name in names if _ending(name) in IMAGE_SUFFIXES and globs.passes(name)}
+        stems = {_stem(name) for name in names if _ending(name) in IMAGE_SUFFIXES}
         beside = {name for name in names if _ending(name) in CAPTIONS and _stem(name) in stems}
         if globs:
             self.paths = [n for n in names if globs.passes(n) and (globs.include or n not in beside)]

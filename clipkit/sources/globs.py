@@ -51,15 +51,31 @@ class Globs:
         """Whether this path, or URL, is wanted."""
         if is_remote(path):
             path = path.partition("?")[0].partition("#")[0]
-        forms = [[name for name in form.split("/") if name] for form in dict.fromkeys((path, _lower_ending(path)))]
-        if not any(one.fits(names) for one in self._include for names in forms):
-            return False
-        return not any(one.fits(names) for one in self._exclude for names in forms)
+        names = [name for name in path.split("/") if name]
+        return any(one.fits(names) for one in self._include) and not any(one.fits(names) for one in self._exclude)
 
 
-def _lower_ending(path: str) -> str:
-    stem, dot, ending = path.rpartition(".")
-    return path if not dot or "/" in ending else f"{stem}.{ending.lower()}"
+class _File:
+    """A pattern of a file's name; the case of the ending does not count, be it of the name or of the pattern.
+
+    The last dot of the pattern need not be that of the name (``Dr.Smith*``): what follows it is an ending only where it
+    fits one.
+    """
+
+    def __init__(self, part: str):
+        self._whole = re.compile(fnmatch.translate(part))
+        stem, dot, ending = part.rpartition(".")
+        self._ends = None
+        if dot and "]" not in ending.partition("[")[0]:  # the dot is not one of [._]
+            self._ends = re.compile(fnmatch.translate(stem)), re.compile(fnmatch.translate(ending), re.IGNORECASE)
+
+    def fits(self, name: str) -> bool:
+        if self._whole.match(name):
+            return True
+        stem, dot, ending = name.rpartition(".")
+        if self._ends is None:
+            return bool(dot and self._whole.match(f"{stem}.{ending.lower()}"))
+        return bool(dot and self._ends[0].match(stem) and self._ends[1].match(ending))
 
 
 class _Pattern:
@@ -68,14 +84,14 @@ class _Pattern:
     def __init__(self, pattern: str, hidden: bool):
         if not pattern.strip("/") or ".." in pattern.split("/"):
             raise ClipkitError(f"{pattern!r} is no pattern of paths; write *.jpg, cats/* or cats/**")
-        given = _lower_ending(pattern)
-        anchored = "/" in given.rstrip("/")
-        parts = [part for part in given.split("/") if part not in ("", ".")]
-        parts = [*([] if anchored else ["**"]), *parts, *(["**"] if given.endswith("/") else [])]
+        anchored = "/" in pattern.rstrip("/")
+        parts = [part for part in pattern.split("/") if part not in ("", ".")]
+        parts = [*([] if anchored else ["**"]), *parts, *(["**"] if pattern.endswith("/") else [])]
         self.hidden = hidden
         # Several in a row say what one says, and would take time that grows with the power of their number.
         self.parts = [part for at, part in enumerate(parts) if part != "**" or parts[at - 1 : at] != ["**"]]
-        self.names = [re.compile(fnmatch.translate(part)) for part in self.parts]
+        self.folders = [re.compile(fnmatch.translate(part)) for part in self.parts[:-1]]
+        self.file = _File(self.parts[-1])
 
     def fits(self, names: Sequence[str], at: int = 0) -> bool:
         """Whether the parts from `at` on are of these names."""
@@ -87,8 +103,8 @@ class _Pattern:
             if at == len(self.parts) - 1:  # at the end, whatever is below
                 return self.hidden or not any(name.startswith(".") for name in names)
             return self.fits(names, at + 1) or (plain and self.fits(names[1:], at))
-        fits = self.names[at].match(name) is not None and (plain or part[0] not in "*?[")
-        return fits and self.fits(names[1:], at + 1)
+        fits = self.file.fits(name) if at == len(self.folders) else self.folders[at].match(name) is not None
+        return fits and (plain or part[0] not in "*?[") and self.fits(names[1:], at + 1)
 
 
 class Selected:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from clipkit.embeddings import Side
+from clipkit.hardware import fast_bf16
 from clipkit.log import warn
 from clipkit.towers import DualEncoder
 
@@ -15,7 +16,6 @@ __all__ = [
     "compiled",
     "compiling_pays",
     "evaluating",
-    "fast_bf16",
     "find_batch_size",
     "settled_precision",
 ]
@@ -38,16 +38,6 @@ def cast_for_inference(model: DualEncoder, precision: str) -> DualEncoder:
 def settled_precision(precision: str, device: torch.device) -> str:
     """``bf16`` or ``fp32``: what a precision (see `cast_for_inference`) means on a device."""
     return precision if precision != "auto" else "bf16" if fast_bf16(device) else "fp32"
-
-
-def fast_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16 products."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        found = torch.cpu.get_capabilities()
-        return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("bf16"))
-    return False
 
 
 def find_batch_size(model: DualEncoder, sides: Sequence[Side], samples: int) -> int:

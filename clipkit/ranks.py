@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipkit.config import flat
 from clipkit.errors import ClipkitError
-from clipkit.inference import fast_bf16
+from clipkit.hardware import fast_bf16
 from clipkit.launch import launched
 from clipkit.settings import TrainConfig
 from clipkit.towers import DualEncoder, pick_device

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from clipkit import optim
 from clipkit.optim import Muon, make_optimizers, parameter_groups, set_rate
 from clipkit.settings import ModelConfig, OptimConfig
 from clipkit.towers import create_model
@@ -86,7 +87,8 @@ def test_muon_takes_the_matrices_inside_the_layers():
     assert len(names_of(only, model)) == len(list(model.parameters()))
 
 
-def test_muon_is_torchs_with_queries_keys_and_values_apart():
+def test_muon_is_torchs_with_queries_keys_and_values_apart(monkeypatch):
+    monkeypatch.setattr(optim, "fast_bf16", lambda device: True)
     torch.manual_seed(0)
     fused, wide = nn.Parameter(torch.randn(24, 8)), nn.Parameter(torch.randn(6, 17))
     apart = [nn.Parameter(part.detach().clone()) for part in fused.chunk(3)] + [nn.Parameter(wide.detach().clone())]
@@ -100,6 +102,21 @@ def test_muon_is_torchs_with_queries_keys_and_values_apart():
         theirs.step()
         assert torch.equal(fused, torch.cat(apart[:3]))
         assert torch.equal(wide, apart[3])
+
+
+def test_a_device_that_is_slow_at_bf16_takes_muons_steps_in_fp32(monkeypatch):
+    taken = {}
+    for fast in (True, False):
+        monkeypatch.setattr(optim, "fast_bf16", lambda device, fast=fast: fast)
+        torch.manual_seed(0)
+        matrix = nn.Parameter(torch.zeros(24, 40))
+        matrix.grad = torch.randn(24, 40)
+        Muon([{"params": [matrix], "weight_decay": 0.0}], lr=1.0).step()
+        taken[fast] = matrix.detach() / (0.2 * 40**0.5)
+        values = torch.linalg.svdvals(taken[fast])
+        assert 0.6 < values.min() < values.max() < 1.3
+    assert torch.allclose(taken[True], taken[False], atol=0.05)
+    assert not torch.equal(taken[True], taken[False])
 
 
 def test_muon_takes_the_convolutions_inside_a_resnet_as_matrices():

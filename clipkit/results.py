@@ -152,12 +152,18 @@ def from_clip_benchmark(path: Path) -> list[Result]:
 
 
 def differences_from_first(results: Sequence[Result]) -> Differences:
-    """For every model but the first of each dataset, how much larger each figure is than the first model's."""
+    """For every other model how much larger each figure is than the first result's model has it on the same dataset.
+
+    A dataset on which that model was not measured is passed over: beside another one a difference would say less than
+    it seems to.
+    """
     first: dict[tuple[str, str], Result] = {}
     found: Differences = {}
     for result in results:
         base = first.setdefault((result.name, result.task), result)
-        if base is not result and base.found.samples and result.found.samples:
+        if base is result or base.model != results[0].model:
+            continue
+        if base.found.samples and result.found.samples:
             told = differences(unpacked(result.found.samples), unpacked(base.found.samples))
             if told is not None:
                 found[result.name, result.task, result.model] = told

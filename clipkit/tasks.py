@@ -36,7 +36,7 @@ from clipkit.model_specs import refuse_another, spec_of
 from clipkit.probe_data import open_probe
 from clipkit.probes import PROBE_KS, evaluate_probe
 from clipkit.results import known_or_new
-from clipkit.shared_work import Gather, SharedWork, towers_of
+from clipkit.shared_work import Gather, SharedWork, gathering, on_each, towers_of
 from clipkit.sources import open_source
 from clipkit.stored import Stored, open_stored
 from clipkit.zeroshot import class_vectors, prompt_set
@@ -255,14 +255,27 @@ def evaluate(
         batch_size, threads, show, rank, world_size, gather: see `evaluate_retrieval`.
 
     Raises:
-        ClipkitError: where it cannot be measured, or embeddings were made with another model.
+        ClipkitError: where it cannot be measured, embeddings were made with another model, or the ranks have different
+            models.
     """
     how: dict[str, Any] = {"batch_size": batch_size, "threads": threads, "show": show, "cache": cache}
     how |= {"rank": rank, "world_size": world_size, "gather": gather, "intervals": True}
     towers: Any = None if model is None else towers_of(model, cache)  # which imports torch for what is no `LazyModel`
     ranks = SharedWork(towers, rank, world_size, gather)
-    if task.stored is not None and model is not None:
-        refuse_another(task.stored.manifest, task.stored.folder, model.spec, model.facts.fingerprint)
+
+    def known_of_it() -> list[object]:
+        if model is None:
+            return []
+        if task.stored is not None:
+            refuse_another(task.stored.manifest, task.stored.folder, model.spec, model.facts.fingerprint)
+        return [model.facts.fingerprint, model.facts.precision, batch_size]
+
+    facts = ranks.together(known_of_it)
+    if any(of_rank != facts[0] for of_rank in facts):
+        raise ClipkitError(
+            f"the processes have different models under the name {model.spec if model else ''}, or another precision; "
+            "give all of them the same files"
+        )
 
     def work() -> Evaluation:
         if task.stored is None:
@@ -270,8 +283,7 @@ def evaluate(
         # Nothing is to be embedded but some prompts; the first does it for all.
         return ranks.by_the_first(lambda: task.work(model, how))  # type: ignore[arg-type]
 
-    facts = [] if model is None else [model.facts.fingerprint, model.facts.precision, batch_size]
-    found = known_or_new(cache, [*facts, *task.about], work, ranks)
+    found = known_or_new(cache, [*facts[0], *task.about], work, ranks)
     if task.name == "retrieval":
         for k in clamped(_lengths(found), min(found.counts["images"], found.counts["captions"])):
             note(
@@ -306,9 +318,13 @@ def measure(
     """
     if spec is None and task.stored is not None and task.name == "retrieval":
         return task.own_model() or "", task.stored.manifest["model"]["fingerprint"], evaluate(task, None, cache, **how)
-    named = spec or task.own_model()
-    if named is None:
-        raise ClipkitError("name the model to evaluate: --model RUN (or open_clip:NAME/TAG, or hf:ORG/NAME)")
-    lazy = LazyModel(named, cache, device=device, precision=precision)
+
+    def opened() -> LazyModel:
+        named = spec or task.own_model()
+        if named is None:
+            raise ClipkitError("name the model to evaluate: --model RUN (or open_clip:NAME/TAG, or hf:ORG/NAME)")
+        return LazyModel(named, cache, device=device, precision=precision)
+
+    lazy = on_each(opened, gathering(how.get("world_size", 1), how.get("gather")))
     found = evaluate(task, lazy, cache, **how)
-    return named, lazy.facts.fingerprint, found
+    return lazy.spec, lazy.facts.fingerprint, found

@@ -62,7 +62,7 @@ class Evaluation:
     counts: dict[str, int]
     """How many ``images`` were used, and ``captions``, ``classes`` or ``instances``."""
     left_out: list[dict[str, Any]]
-    """Ledger lines of what could not be used, with ``key`` and ``reason``."""
+    """Ledger lines of what could not be used, with ``key`` and ``reason``; ``unread`` where it may be another time."""
     intervals: dict[str, list[float]] = field(default_factory=dict)
     """The 95 % interval of each figure, low and high; none where there is too little to tell."""
     samples: dict[str, Any] | None = None

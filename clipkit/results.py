@@ -78,7 +78,11 @@ def code_version() -> str:
 
 
 def known_or_new(
-    cache: Cache, about: Sequence[object], work: Callable[[], Evaluation], share: SharedWork
+    cache: Cache,
+    about: Sequence[object],
+    work: Callable[[], Evaluation],
+    share: SharedWork,
+    lasts: Callable[[Evaluation], bool] = lambda _: True,
 ) -> Evaluation:
     """A result that was computed before from the same things by the same code, or a new one.
 
@@ -87,13 +91,14 @@ def known_or_new(
         about: all that it depends on: fingerprint and precision of the model, the data's identity, prompts, lengths.
         work: computes it, on all ranks.
         share: of the ranks; the first one knows.
+        lasts: whether a new one would come out again; one that might not is not kept.
     """
     key = entry_key("result", code_version(), *about)
     known = share.by_the_first(lambda: cache.fact(key))
     if known is not None:
         return Evaluation(**known)
     found = work()
-    if share.rank == 0:
+    if share.rank == 0 and lasts(found):
         cache.keep_fact(key, asdict(found))
     return found
 

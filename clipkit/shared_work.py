@@ -174,7 +174,9 @@ class SharedWork:
 
         def work() -> SharedImages:
             found = self.towers.images(source, self.own(len(source), batch_size), batch_size, show)
-            return SharedImages(found.image, found.rows, [s.captions for s in found.samples], found.left_out)
+            unread = set(found.unread)
+            lines = [line | {"unread": True} if line["row"] in unread else line for line in found.left_out]
+            return SharedImages(found.image, found.rows, [s.captions for s in found.samples], lines)
 
         parts = self.together(work)
         return SharedImages(
@@ -203,4 +205,4 @@ class SharedImages:
     captions: list[tuple[str, ...]]
     """Of each image."""
     left_out: list[dict[str, Any]]
-    """Ledger lines of what could not be used."""
+    """Ledger lines of what could not be used; with ``unread``, true, of what might be read another time."""

@@ -37,7 +37,7 @@ from clipkit.probe_data import open_probe
 from clipkit.probes import PROBE_KS, evaluate_probe
 from clipkit.results import known_or_new
 from clipkit.shared_work import Gather, SharedWork, gathering, on_each, towers_of
-from clipkit.sources import open_source
+from clipkit.sources import Source, open_source
 from clipkit.stored import Stored, open_stored
 from clipkit.zeroshot import class_vectors, prompt_set
 
@@ -93,6 +93,22 @@ class Task:
     """Measures a model, given the arguments that the functions of `clipkit.evaluation` have in common."""
     stored: Stored | None = None
     """Embeddings on the disk, which know their model."""
+    sources: tuple[Source, ...] = ()
+    """Otherwise: where the images come from."""
+
+    def lasts(self, found: Evaluation) -> bool:
+        """Whether the same model would give this result again, as long as what it depends on stays the same.
+
+        Not where something could not be read, which may be there another time, and not where a server tells nothing
+        by which a new content of a file would be known.
+        """
+        if not self.sources:
+            return True
+        if any(line.get("unread") for line in found.left_out):
+            return False
+        # On the disk a file always has a size and a time, or it is missing, and so is unread.
+        remote = [source for source in self.sources if source.remote]
+        return all(None not in source.stamp(row) for source in remote for row in range(len(source)))
 
     def own_model(self) -> str | None:
         """The name of the model that made the embeddings; None where images are embedded now."""
@@ -167,7 +183,7 @@ def _open_retrieval(source: str, asked: Asked, stored: Stored | None) -> Task:
     def work(model: LazyModel, how: dict[str, Any]) -> Evaluation:
         return evaluate_retrieval(model, opened, ks, compat=asked.compat, **how)
 
-    return Task("retrieval", about, work)
+    return Task("retrieval", about, work, sources=(opened,))
 
 
 def _open_zeroshot(source: str, asked: Asked, stored: Stored | None) -> Task:
@@ -189,7 +205,8 @@ def _open_zeroshot(source: str, asked: Asked, stored: Stored | None) -> Task:
     def work(model: LazyModel, how: dict[str, Any]) -> Evaluation:
         return evaluate_zeroshot(model, opened, names, prompts, ks, truth=truth, compat=asked.compat, **how)
 
-    return Task("zeroshot", ["zeroshot", opened.identity(), ks, names, prompts, truth.tolist(), asked.compat], work)
+    about = ["zeroshot", opened.identity(), ks, names, prompts, truth.tolist(), asked.compat]
+    return Task("zeroshot", about, work, sources=(opened,))
 
 
 def _stored_zeroshot(source: str, stored: Stored, prompts: list[str], ks: Sequence[int], compat: bool) -> Task:
@@ -211,7 +228,11 @@ def _open_choice(source: str, asked: Asked, stored: Stored | None) -> Task:
         raise ClipkitError(f"{source} poses no choices; name the list of them, or a dataset in CLIP_benchmark's layout")
     opened = open_instances(source, split=asked.split, **asked.columns())
     about = ["choice", opened.identity(), asked.compat]
-    return Task("choice", about, lambda model, how: evaluate_choice(model, opened, compat=asked.compat, **how))
+
+    def work(model: LazyModel, how: dict[str, Any]) -> Evaluation:
+        return evaluate_choice(model, opened, compat=asked.compat, **how)
+
+    return Task("choice", about, work, sources=(opened.source,))
 
 
 def _open_probe(source: str, asked: Asked, stored: Stored | None) -> Task:
@@ -223,7 +244,11 @@ def _open_probe(source: str, asked: Asked, stored: Stored | None) -> Task:
             note(f"{source} has {len(opened.classes)} classes; acc@{k} counts all of them")
     ks, seed = asked.ks or PROBE_KS, asked.seed or 0
     about = ["probe", ks, seed, *opened.identity()]
-    return Task("probe", about, lambda model, how: evaluate_probe(model, opened, ks, seed=seed, **how))
+
+    def work(model: LazyModel, how: dict[str, Any]) -> Evaluation:
+        return evaluate_probe(model, opened, ks, seed=seed, **how)
+
+    return Task("probe", about, work, sources=(opened.train.source, opened.test.source))
 
 
 OPENERS: dict[str, Callable[[str, Asked, Stored | None], Task]] = {
@@ -283,7 +308,7 @@ def evaluate(
         # Nothing is to be embedded but some prompts; the first does it for all.
         return ranks.by_the_first(lambda: task.work(model, how))  # type: ignore[arg-type]
 
-    found = known_or_new(cache, [*facts[0], *task.about], work, ranks)
+    found = known_or_new(cache, [*facts[0], *task.about], work, ranks, task.lasts)
     if task.name == "retrieval":
         for k in clamped(_lengths(found), min(found.counts["images"], found.counts["captions"])):
             note(

@@ -1,6 +1,6 @@
 """Whether a model has become worse than an earlier result, by more than chance would have it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ from clipkit.confidence import Interval
 from clipkit.errors import ClipkitError
 from clipkit.results import Result
 
-__all__ = ["Change", "beside", "changes", "changes_of_all", "matching"]
+__all__ = ["Change", "beside", "changes", "changes_of_all", "matches", "matching"]
 
 
 @dataclass(frozen=True)
@@ -50,20 +50,38 @@ class Change:
         return named | {"baseline": self.baseline, "difference": self.difference.value} | ends
 
 
-def matching(result: Result, baselines: Sequence[Result]) -> Result | None:
-    """The baseline of a result: of the same task and dataset, or the only one of its task; None where there is none.
+def matching(task: str, name: str, baselines: Sequence[Result], *, alone: bool = False) -> Result | None:
+    """The baseline of a task on a dataset: of the same ones; None where there is none.
+
+    Args:
+        task, name: of the result that is judged.
+        baselines: to choose from.
+        alone: whether nothing else is judged. Then a baseline of one result of the task is meant, whatever its dataset
+            is called; with several datasets there is no telling which of them it would be of.
 
     Raises:
         ClipkitError: where several models' results are meant.
     """
-    of_task = [each for each in baselines if each.task == result.task]
-    same = [each for each in of_task if each.name == result.name] or (of_task if len(baselines) == 1 else [])
+    of_task = [each for each in baselines if each.task == task]
+    same = [each for each in of_task if each.name == name] or (of_task if alone and len(baselines) == 1 else [])
     if len(same) > 1:
         models = ", ".join(each.model for each in same)
-        raise ClipkitError(
-            f"the baseline holds several results of {result.task} on {result.name} ({models}); keep one model's"
-        )
+        raise ClipkitError(f"the baseline holds several results of {task} on {name} ({models}); keep one model's")
     return same[0] if same else None
+
+
+def matches(asked: Sequence[tuple[str, str]], baselines: Sequence[Result]) -> dict[tuple[str, str], Result]:
+    """The baseline of each task and dataset that has one; it can be asked before anything is measured.
+
+    Raises:
+        ClipkitError: where none has; or see `matching`.
+    """
+    once = list(dict.fromkeys(asked))  # those that fail among them: what is left would not be alone
+    found = {each: matching(*each, baselines, alone=len(once) == 1) for each in once}
+    if once and not any(found.values()):
+        held = ", ".join(dict.fromkeys(f"{each.task} on {each.name}" for each in baselines))
+        raise ClipkitError(f"the baseline has no {once[0][0]} on {once[0][1]} to compare with; it holds {held}")
+    return {each: baseline for each, baseline in found.items() if baseline is not None}
 
 
 def changes(result: Result, baseline: Result, tolerance: float = 0.0) -> list[Change]:
@@ -87,31 +105,27 @@ def changes(result: Result, baseline: Result, tolerance: float = 0.0) -> list[Ch
             continue
         held = baseline.found.figures[name]
         apart = paired.get(name)
-        if apart is None or apart.low != apart.low:
+        told = apart is not None and apart.low == apart.low
+        if apart is None or not told:
             low, high = result.found.intervals.get(name, [value, value])
             apart = Interval(value - held, low - held, high - held)
         if lower_is_better(name):
             worse = apart.low > tolerance * held
         else:
             worse = apart.high < -tolerance
-        found.append(Change(result.name, name, result.model, value, held, apart, name in paired, worse))
+        found.append(Change(result.name, name, result.model, value, held, apart, told, worse))
     return found
 
 
-def changes_of_all(results: Sequence[Result], baselines: Sequence[Result], tolerance: float = 0.0) -> list[Change]:
-    """`changes` of every result that has a baseline.
-
-    Raises:
-        ClipkitError: where none has; or see `matching`.
-    """
-    pairs = [(result, matching(result, baselines)) for result in results]
-    if not any(baseline for _, baseline in pairs):
-        held = ", ".join(dict.fromkeys(f"{each.task} on {each.name}" for each in baselines))
-        raise ClipkitError(
-            f"the baseline has no {results[0].task} on {results[0].name} to compare with; it holds {held}"
-        )
+def changes_of_all(
+    results: Sequence[Result], held: Mapping[tuple[str, str], Result], tolerance: float = 0.0
+) -> list[Change]:
+    """`changes` of every result whose task and dataset have a baseline (`matches`)."""
     return [
-        change for result, baseline in pairs if baseline is not None for change in changes(result, baseline, tolerance)
+        change
+        for result in results
+        if (baseline := held.get((result.task, result.name))) is not None
+        for change in changes(result, baseline, tolerance)
     ]
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+import clipkit
 from clipkit.cache import Cache, Entry, entry_key
 from clipkit.embeddings import Embedded
-from clipkit.errors import BadSample
+from clipkit.errors import BadSample, ClipkitError, UnreadSample
 from clipkit.lazy_model import LazyModel
 from clipkit.log import progress
 from clipkit.reuse import Kept
@@ -36,7 +37,7 @@ def cached_images(
 
     The model is not loaded where the cache holds them all. Interrupted, nearly all that was done is kept; batches are
     what they would have been, so the bits are the same. Images that cannot be decoded are kept as such; those that
-    cannot be read are tried again.
+    cannot be read are tried again, as are those whose words are at fault, of which an image's stamp tells nothing.
 
     Args:
         source: see `clipkit.sources.open_source`.
@@ -69,7 +70,11 @@ def cached_images(
             part = embed_source(source, model.towers, show=bar, decoding=decoding, **how)  # type: ignore[arg-type]
             new = {row: Entry(vector) for row, vector in zip(part.rows, part.image, strict=True)}
             unread = set(part.unread)
-            new |= {at["row"]: Entry(None, at["reason"]) for at in part.left_out if at["row"] not in unread}
+            new |= {
+                at["row"]: Entry(None, at["reason"])
+                for at in part.left_out
+                if at["row"] not in unread and _words_are_sound(source, at["row"])
+            }
             cache.keep((keys[row], entry) for row, entry in new.items() if row in keys and row not in known)
         parts.append(part)
     return _joined(parts, model.facts.dim)
@@ -78,7 +83,8 @@ def cached_images(
 def cached_texts(texts: Sequence[str], model: LazyModel, cache: Cache, batch_size: int = 256) -> np.ndarray:
     """Embed texts, or take them from the cache; float32 ``[n, dim]``, unit norm. Each is encoded once."""
     facts = model.facts
-    keys = [entry_key("text", facts.fingerprint, facts.precision, text) for text in texts]
+    of_model = ("text", clipkit.__version__, facts.fingerprint, facts.precision)
+    keys = [entry_key(*of_model, text) for text in texts]
     vectors = {key: entry.vector for key, entry in cache.entries(list(dict.fromkeys(keys))).items()}
     missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in vectors}
     if missing:
@@ -107,9 +113,19 @@ def _keys(source: Source, rows: range, model: LazyModel, decoding: str) -> dict[
     facts = model.facts
     # The stamps of a source are of names within it.
     where = source.spec if "://" in source.spec else str(Path(source.spec).resolve())
-    of_model = ("image", facts.fingerprint, facts.precision, decoding, where)
+    # Another version may decode otherwise. Entries under "image" hold faults of words, too, and are of no use.
+    of_model = ("image alone", clipkit.__version__, facts.fingerprint, facts.precision, decoding, where)
     stamps = {row: source.stamp(row).image for row in rows}
     return {row: entry_key(*of_model, stamp) for row, stamp in stamps.items() if stamp is not None}
+
+
+def _words_are_sound(source: Source, row: int) -> bool:
+    """Whether it is the image's own fault that a sample cannot be used; asked of few, as it reads the words again."""
+    try:
+        source.without_image(row)
+    except ClipkitError:
+        return False
+    return True
 
 
 def _known(source: Source, entries: dict[int, Entry], dim: int) -> Embedded:
@@ -121,6 +137,7 @@ def _known(source: Source, entries: dict[int, Entry], dim: int) -> Embedded:
             sample = source.without_image(row) if vector is not None else None
         except BadSample as error:
             sample, reason = None, str(error)
+            found.unread += [row] if isinstance(error, UnreadSample) else []
         if sample is None or vector is None:
             found.left_out.append({"row": row, "key": source.key(row), "reason": reason})
             continue

@@ -21,16 +21,27 @@ from clipkit.confidence import (
     mean_of,
     paired_bootstrap,
     unit_mean_of,
+    unit_share_of,
     wilson_interval,
 )
 from clipkit.errors import ClipkitError
 from clipkit.metrics import RetrievalRanks, retrieval_per_sample
 from clipkit.ranking import Ranks, median_rank_of, recall_at_k
 
-__all__ = ["MEAN_AVERAGE_PRECISION", "Samples", "differences", "intervals_of", "lower_is_better", "packed", "unpacked"]
+__all__ = [
+    "MEAN_AVERAGE_PRECISION",
+    "Samples",
+    "differences",
+    "intervals_of",
+    "lower_is_better",
+    "packed",
+    "served_share",
+    "unpacked",
+]
 
 Array = np.ndarray
 MEAN_AVERAGE_PRECISION = "zeroshot_mean_average_precision"
+CENTRED = frozenset({MEAN_AVERAGE_PRECISION})  # an image that is drawn twice ties with itself, which lifts precision
 LARGEST = 4_000_000  # scores that are kept with a result: some 16 MB; beyond, it can be compared by its interval only
 DRAWN = 2 * 10**8  # samples in all draws together, some seconds; the draws become fewer where there are more
 
@@ -115,16 +126,26 @@ def _of_retrieval(samples: Samples) -> tuple[int, dict[str, Statistic]]:
     units = len(by_image.better)
     each = np.arange(units)
     median_of_texts, median_of_images = median_rank_of(by_text), median_rank_of(by_image)
+    exactly = retrieval_per_sample(ranks, samples.ks)
     found = {
         name: unit_mean_of(values, unit_of if name.startswith("image_") else each, units)
-        for name, values in retrieval_per_sample(ranks, samples.ks).items()
+        for name, values in exactly.items()
     }
     for name, values in samples.arrays.items():
         if name.startswith("served_"):
-            found[name] = unit_mean_of(values.astype(np.float64), unit_of if "_image_" in name else each, units)
+            hits, unit = values.astype(np.float64), unit_of if "_image_" in name else each
+            found[name] = unit_mean_of(hits, unit, units)
+            share, exact = served_share(name), exactly[name.removeprefix("served_")]
+            found[share] = unit_share_of(hits * exact, exact, unit, units)
     found["image_retrieval_median_rank"] = lambda counts: median_of_texts(counts[:, unit_of])
     found["text_retrieval_median_rank"] = median_of_images
     return units, found
+
+
+def served_share(name: str) -> str:
+    """What the share of an exact recall that an index answers is called, given ``served_…_recall@k``."""
+    side, _, k = name.removeprefix("served_").partition("_recall@")
+    return f"{side}_served_share@{k}"
 
 
 def _of_classes(samples: Samples) -> tuple[int, dict[str, Statistic]]:
@@ -161,14 +182,19 @@ def _draws(samples: Samples) -> int:
 def intervals_of(samples: Samples, level: float = 0.95) -> dict[str, Interval]:
     """Every figure with its interval: Wilson's for shares of independent samples, else by the bootstrap over images.
 
-    The bootstrap draws a thousand times, and down to 200 times where there are very many samples.
+    The bootstrap draws a thousand times, and down to 200 times where there are very many samples. The mean average
+    precision's draws are centred on it, see `clipkit.confidence.bootstrap`.
     """
     units, statistics = samples.statistics()
     shares = {
         name: wilson_interval(float(values.sum()), len(values), level) for name, values in samples.shares().items()
     }
     others = {name: statistic for name, statistic in statistics.items() if name not in shares}
-    return shares | bootstrap_all(others, units, level=level, draws=_draws(samples))
+    drawn = bootstrap_all(others, units, level=level, draws=_draws(samples), centred=CENTRED)
+    for name in drawn.keys() & CENTRED:  # shifted, they may leave the range of a precision
+        value, low, high = drawn[name]
+        drawn[name] = Interval(value, max(low, 0.0), min(high, 1.0))
+    return shares | drawn
 
 
 def differences(first: Samples, second: Samples, level: float = 0.95) -> dict[str, Interval] | None:
@@ -185,7 +211,10 @@ def differences(first: Samples, second: Samples, level: float = 0.95) -> dict[st
         return None
     both = {name: (statistic, two[name]) for name, statistic in one.items() if name in two}
     how: dict[str, Any] = {"level": level, "draws": _draws(first)}
-    return {name: paired_bootstrap(ours, theirs, units, **how) for name, (ours, theirs) in both.items()}
+    return {
+        name: paired_bootstrap(ours, theirs, units, centred=name in CENTRED, **how)
+        for name, (ours, theirs) in both.items()
+    }
 
 
 def lower_is_better(figure: str) -> bool:

@@ -187,7 +187,8 @@ def evaluate_choice(
     place[images.rows] = np.arange(len(images.rows))
     at = place[instances.images]
     usable = (at >= 0).all(axis=1)
-    left_out = [*images.left_out, *instances.problems]
+    told = {line["row"] for line in images.left_out if "row" in line}  # a sample whose words are at fault is no image
+    left_out = [*images.left_out, *(line for line in instances.problems if line.get("row") not in told)]
     if not usable.any():
         raise _nothing(instances.source, left_out, "no instance has its images")
     captions = [instances.captions[row] for row in np.flatnonzero(usable)]

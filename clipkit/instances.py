@@ -129,7 +129,8 @@ def _of_rows(
         found.append([row_of.setdefault(text, len(row_of)) for text in texts[: len(images)]])
         said.append(tuple(texts[len(images) :]))
     if not found:
-        raise ClipkitError(f"nothing in {spec} can be used; the first: {problems[0]['key'] if problems else 'no row'}")
+        first = problems[0] if problems else {"key": spec, "reason": "has no row"}
+        raise ClipkitError(f"nothing in {spec} can be used; the first: {first['key']}: {first['reason']}")
     return Instances(NamedImages(spec, list(row_of), root), np.array(found, np.int64), said, problems)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from clipkit.average_precision import chance_of, mean_average_precision
 from clipkit.choice import WINOGROUND_CHANCE, choice_per_sample, choice_scores, winoground_per_sample
-from clipkit.comparison import MEAN_AVERAGE_PRECISION, Samples, intervals_of, packed
+from clipkit.comparison import MEAN_AVERAGE_PRECISION, Samples, intervals_of, packed, served_share
 from clipkit.errors import ClipkitError
 from clipkit.metrics import (
     clamped,
@@ -62,7 +62,7 @@ class Evaluation:
     counts: dict[str, int]
     """How many ``images`` were used, and ``captions``, ``classes`` or ``instances``."""
     left_out: list[dict[str, Any]]
-    """Ledger lines of what could not be used, with ``key`` and ``reason``."""
+    """Ledger lines of what could not be used, with ``key`` and ``reason``; ``unread`` where it may be another time."""
     intervals: dict[str, list[float]] = field(default_factory=dict)
     """The 95 % interval of each figure, low and high; none where there is too little to tell."""
     samples: dict[str, Any] | None = None
@@ -140,8 +140,7 @@ def measure_retrieval(
         plain = name.removeprefix("served_")
         figures[name], chance[name] = mean(hits.astype(np.float64)), chance[plain]
         # Of what the exact search finds, in the mean over the orders of ties.
-        side, _, k = plain.partition("_recall@")
-        figures[f"{side}_served_share@{k}"] = float((hits * exact[plain]).sum() / max(exact[plain].sum(), 1e-12))
+        figures[served_share(name)] = float((hits * exact[plain]).sum() / max(exact[plain].sum(), 1e-12))
     found = _evaluation(
         figures,
         chance,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipkit.benchmarks import is_benchmark, open_benchmark
-from clipkit.errors import BadSample, ClipkitError, did_you_mean
+from clipkit.errors import BadSample, ClipkitError, UnreadSample, did_you_mean
 from clipkit.evaluation import class_folders
 from clipkit.log import note
 from clipkit.sources import Sample, Selected, Source, open_source, sample_id
@@ -215,7 +215,8 @@ def _open(spec: str, split: str, names: tuple[str | None, ...], columns: dict[st
             try:
                 sample = source.without_image(row)
             except BadSample as error:
-                opened.left_out.append({"row": row, "key": key, "reason": str(error)})
+                unread = {"unread": True} if isinstance(error, UnreadSample) else {}
+                opened.left_out.append({"row": row, "key": key, "reason": str(error), **unread})
                 continue
             seen |= set(sample.columns)
             for name in wanted:

@@ -78,7 +78,11 @@ def code_version() -> str:
 
 
 def known_or_new(
-    cache: Cache, about: Sequence[object], work: Callable[[], Evaluation], share: SharedWork
+    cache: Cache,
+    about: Sequence[object],
+    work: Callable[[], Evaluation],
+    share: SharedWork,
+    lasts: Callable[[Evaluation], bool] = lambda _: True,
 ) -> Evaluation:
     """A result that was computed before from the same things by the same code, or a new one.
 
@@ -87,13 +91,14 @@ def known_or_new(
         about: all that it depends on: fingerprint and precision of the model, the data's identity, prompts, lengths.
         work: computes it, on all ranks.
         share: of the ranks; the first one knows.
+        lasts: whether a new one would come out again; one that might not is not kept.
     """
     key = entry_key("result", code_version(), *about)
     known = share.by_the_first(lambda: cache.fact(key))
     if known is not None:
         return Evaluation(**known)
     found = work()
-    if share.rank == 0:
+    if share.rank == 0 and lasts(found):
         cache.keep_fact(key, asdict(found))
     return found
 
@@ -152,12 +157,18 @@ def from_clip_benchmark(path: Path) -> list[Result]:
 
 
 def differences_from_first(results: Sequence[Result]) -> Differences:
-    """For every model but the first of each dataset, how much larger each figure is than the first model's."""
+    """For every other model how much larger each figure is than the first result's model has it on the same dataset.
+
+    A dataset on which that model was not measured is passed over: beside another one a difference would say less than
+    it seems to.
+    """
     first: dict[tuple[str, str], Result] = {}
     found: Differences = {}
     for result in results:
         base = first.setdefault((result.name, result.task), result)
-        if base is not result and base.found.samples and result.found.samples:
+        if base is result or base.model != results[0].model:
+            continue
+        if base.found.samples and result.found.samples:
             told = differences(unpacked(result.found.samples), unpacked(base.found.samples))
             if told is not None:
                 found[result.name, result.task, result.model] = told

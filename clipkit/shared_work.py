@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,11 +20,23 @@ from clipkit.errors import ClipkitError
 from clipkit.lazy_model import LazyModel
 from clipkit.sources import Source
 
-__all__ = ["Gather", "SharedImages", "SharedWork", "Towers", "gather_objects", "process_group", "towers_of"]
+__all__ = [
+    "Gather",
+    "SharedImages",
+    "SharedWork",
+    "Towers",
+    "gather_objects",
+    "gathering",
+    "on_each",
+    "process_group",
+    "together",
+    "towers_of",
+]
 
 Value = TypeVar("Value")
 Gather = Callable[[Any], list[Any]]
 """Called on every rank with a value of its own, gives all ranks' values in rank order."""
+PATIENCE = timedelta(days=7)  # a rank may wait for what the first does alone; one that dies is told by torchrun
 
 
 @dataclass(frozen=True)
@@ -80,6 +93,36 @@ def gather_objects(value: Any) -> list[Any]:
     return found
 
 
+def gathering(world_size: int, gather: Gather | None = None) -> Gather:
+    """What brings the ranks' parts together: what is given, else `gather_objects` where there are several."""
+    return gather or (gather_objects if world_size > 1 else lambda value: [value])
+
+
+def together(work: Callable[[], Value], gather: Gather) -> list[Value]:
+    """What the work gives on each rank. Where one fails, all raise its error, so that none waits in vain."""
+    value, failure = None, None
+    try:
+        value = work()
+    except ClipkitError as error:
+        failure = error
+    found = gather((value, failure and str(failure)))
+    for _, reason in found:
+        if reason is not None:
+            raise ClipkitError(reason) from failure
+    return [value for value, _ in found]
+
+
+def on_each(work: Callable[[], Value], gather: Gather) -> Value:
+    """What the work gives on this rank, where it stays; where it fails on one, all raise its error.
+
+    Whatever a rank may fail at by itself belongs in here: ranks that went on from different places would gather what
+    does not belong together.
+    """
+    own: list[Value] = []
+    together(lambda: own.append(work()), gather)
+    return own[0]
+
+
 @contextmanager
 def process_group() -> Iterator[tuple[int, int]]:
     """Join the processes that torchrun started, for what a command computes: gives rank and number of ranks.
@@ -91,7 +134,7 @@ def process_group() -> Iterator[tuple[int, int]]:
         return
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=PATIENCE)  # half an hour when nothing is said
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:
@@ -110,7 +153,7 @@ class SharedWork:
     def __init__(self, towers: Towers, rank: int = 0, world_size: int = 1, gather: Gather | None = None):
         self.towers = towers
         self.rank, self.world_size = rank, world_size
-        self.gather = gather or (gather_objects if world_size > 1 else lambda value: [value])
+        self.gather = gathering(world_size, gather)
 
     def own(self, count: int, block: int) -> range:
         """This rank's part of so many items, in whole blocks; the ranks' parts follow each other."""
@@ -119,17 +162,8 @@ class SharedWork:
         return range(first, last)
 
     def together(self, work: Callable[[], Value]) -> list[Value]:
-        """What the work gives on each rank. Where one fails, all raise its error, so that none waits in vain."""
-        value, failure = None, None
-        try:
-            value = work()
-        except ClipkitError as error:
-            failure = error
-        found = self.gather((value, failure and str(failure)))
-        for _, reason in found:
-            if reason is not None:
-                raise ClipkitError(reason) from failure
-        return [value for value, _ in found]
+        """See the function of this name."""
+        return together(work, self.gather)
 
     def by_the_first(self, work: Callable[[], Value]) -> Value:
         """What the work gives on rank 0: processors that differ might differ in a last digit."""
@@ -140,7 +174,9 @@ class SharedWork:
 
         def work() -> SharedImages:
             found = self.towers.images(source, self.own(len(source), batch_size), batch_size, show)
-            return SharedImages(found.image, found.rows, [s.captions for s in found.samples], found.left_out)
+            unread = set(found.unread)
+            lines = [line | {"unread": True} if line["row"] in unread else line for line in found.left_out]
+            return SharedImages(found.image, found.rows, [s.captions for s in found.samples], lines)
 
         parts = self.together(work)
         return SharedImages(
@@ -169,4 +205,4 @@ class SharedImages:
     captions: list[tuple[str, ...]]
     """Of each image."""
     left_out: list[dict[str, Any]]
-    """Ledger lines of what could not be used."""
+    """Ledger lines of what could not be used; with ``unread``, true, of what might be read another time."""

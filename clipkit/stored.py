@@ -107,13 +107,12 @@ def _of_index(folder: Path) -> Stored:
     index = Index.open(folder)
     at: dict[Side, Array] = {side: index.positions(side) for side in index.sides}
     nothing = np.zeros(0, np.int64)
-    if "image" not in at:
+    if not len(at.get("image", nothing)):
         raise ClipkitError(f"{folder} holds no images; it can be searched for texts only")
     ids = _numbers(index, "id", "image", at["image"])
     owners = _numbers(index, "image_id", "text", at["text"]) if "text" in at else nothing
     order = np.argsort(ids, kind="stable")
-    place = np.minimum(np.searchsorted(ids, owners, sorter=order), max(len(ids) - 1, 0))
-    image_of_text = order[place] if len(ids) else nothing
+    image_of_text = order[np.minimum(np.searchsorted(ids, owners, sorter=order), len(ids) - 1)]
     there = ids[image_of_text] == owners
     left_out = [
         {"key": f"caption at position {int(position)}", "reason": "its image is not in the index"}

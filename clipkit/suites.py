@@ -10,17 +10,20 @@
 Paths start at the folder in which the command runs. What fails is told at the end, and stops nothing else.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from clipkit.artifact import kind_of
 from clipkit.config import explain_validation, load_yaml
 from clipkit.errors import ClipkitError, did_you_mean
 from clipkit.log import note
 from clipkit.measuring import Evaluation
 from clipkit.results import Result
+from clipkit.shared_work import Gather, gather_objects, on_each
 from clipkit.tasks import OPENERS, Task, open_task
 
 __all__ = ["DatasetConfig", "SuiteConfig", "load_suite", "run_suite"]
@@ -104,8 +107,8 @@ def load_suite(path: Path, models: Sequence[str] = ()) -> SuiteConfig:
     except ValidationError as error:
         raise ClipkitError(f"{path}: {explain_validation(error, SuiteConfig)}") from error
     suite.models = list(models) or suite.models
-    stored = [each for each in suite.datasets if not suite.models]
-    if stored and not all(Path(each.source, "manifest.json").is_file() for each in stored):
+    kinds = [kind_of(Path(each.source)) for each in suite.datasets]
+    if not suite.models and not all(kind in ("embeddings", "index") for kind in kinds):
         raise ClipkitError(f"{path} names no models; add models: [RUN], or say --model")
     named = [(each.name or each.source, each.task) for each in suite.datasets]
     for each in named:
@@ -119,14 +122,17 @@ def run_suite(
     measure: Callable[[Task, str | None], tuple[str, str, Evaluation]],
     *,
     compat: bool = False,
+    gather: Gather = gather_objects,
 ) -> tuple[list[Result], list[str]]:
     """Measure all models on all datasets.
 
     Args:
         suite: what on what.
         measure: a model, by name, or the one that embeddings were made with (None), in a task: gives what it is called,
-            its fingerprint, and the result; of the last time where nothing changed.
+            its fingerprint, and the result; of the last time where nothing changed. Where it fails on one rank, it does
+            on all.
         compat: also the figures of CLIP_benchmark's definitions, where the task has any.
+        gather: brings the ranks' parts together: data that one of them cannot open, none of them measures.
 
     Returns:
         Results in the order of the datasets, and a line for each that failed.
@@ -139,8 +145,9 @@ def run_suite(
         name = dataset.name or dataset.source
         note(f"{number}/{len(suite.datasets)} {dataset.task}: {name}")
         asked: dict[str, Any] = dataset.model_dump(exclude={"task", "source", "name", "ks"}, exclude_none=True)
+        opening = functools.partial(open_task, dataset.task, dataset.source, dataset.ks, compat=compat, **asked)
         try:
-            task = open_task(dataset.task, dataset.source, dataset.ks, compat=compat, **asked)
+            task = on_each(opening, gather)
         except ClipkitError as error:
             failures.append(f"{dataset.task} on {name}: {error}")
             continue

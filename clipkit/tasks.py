@@ -36,8 +36,8 @@ from clipkit.model_specs import refuse_another, spec_of
 from clipkit.probe_data import open_probe
 from clipkit.probes import PROBE_KS, evaluate_probe
 from clipkit.results import known_or_new
-from clipkit.shared_work import Gather, SharedWork, towers_of
-from clipkit.sources import open_source
+from clipkit.shared_work import Gather, SharedWork, gathering, on_each, towers_of
+from clipkit.sources import Source, open_source
 from clipkit.stored import Stored, open_stored
 from clipkit.zeroshot import class_vectors, prompt_set
 
@@ -93,6 +93,22 @@ class Task:
     """Measures a model, given the arguments that the functions of `clipkit.evaluation` have in common."""
     stored: Stored | None = None
     """Embeddings on the disk, which know their model."""
+    sources: tuple[Source, ...] = ()
+    """Otherwise: where the images come from."""
+
+    def lasts(self, found: Evaluation) -> bool:
+        """Whether the same model would give this result again, as long as what it depends on stays the same.
+
+        Not where something could not be read, which may be there another time, and not where a server tells nothing
+        by which a new content of a file would be known.
+        """
+        if not self.sources:
+            return True
+        if any(line.get("unread") for line in found.left_out):
+            return False
+        # On the disk a file always has a size and a time, or it is missing, and so is unread.
+        remote = [source for source in self.sources if source.remote]
+        return all(None not in source.stamp(row) for source in remote for row in range(len(source)))
 
     def own_model(self) -> str | None:
         """The name of the model that made the embeddings; None where images are embedded now."""
@@ -167,7 +183,7 @@ def _open_retrieval(source: str, asked: Asked, stored: Stored | None) -> Task:
     def work(model: LazyModel, how: dict[str, Any]) -> Evaluation:
         return evaluate_retrieval(model, opened, ks, compat=asked.compat, **how)
 
-    return Task("retrieval", about, work)
+    return Task("retrieval", about, work, sources=(opened,))
 
 
 def _open_zeroshot(source: str, asked: Asked, stored: Stored | None) -> Task:
@@ -189,7 +205,8 @@ def _open_zeroshot(source: str, asked: Asked, stored: Stored | None) -> Task:
     def work(model: LazyModel, how: dict[str, Any]) -> Evaluation:
         return evaluate_zeroshot(model, opened, names, prompts, ks, truth=truth, compat=asked.compat, **how)
 
-    return Task("zeroshot", ["zeroshot", opened.identity(), ks, names, prompts, truth.tolist(), asked.compat], work)
+    about = ["zeroshot", opened.identity(), ks, names, prompts, truth.tolist(), asked.compat]
+    return Task("zeroshot", about, work, sources=(opened,))
 
 
 def _stored_zeroshot(source: str, stored: Stored, prompts: list[str], ks: Sequence[int], compat: bool) -> Task:
@@ -211,7 +228,11 @@ def _open_choice(source: str, asked: Asked, stored: Stored | None) -> Task:
         raise ClipkitError(f"{source} poses no choices; name the list of them, or a dataset in CLIP_benchmark's layout")
     opened = open_instances(source, split=asked.split, **asked.columns())
     about = ["choice", opened.identity(), asked.compat]
-    return Task("choice", about, lambda model, how: evaluate_choice(model, opened, compat=asked.compat, **how))
+
+    def work(model: LazyModel, how: dict[str, Any]) -> Evaluation:
+        return evaluate_choice(model, opened, compat=asked.compat, **how)
+
+    return Task("choice", about, work, sources=(opened.source,))
 
 
 def _open_probe(source: str, asked: Asked, stored: Stored | None) -> Task:
@@ -223,7 +244,11 @@ def _open_probe(source: str, asked: Asked, stored: Stored | None) -> Task:
             note(f"{source} has {len(opened.classes)} classes; acc@{k} counts all of them")
     ks, seed = asked.ks or PROBE_KS, asked.seed or 0
     about = ["probe", ks, seed, *opened.identity()]
-    return Task("probe", about, lambda model, how: evaluate_probe(model, opened, ks, seed=seed, **how))
+
+    def work(model: LazyModel, how: dict[str, Any]) -> Evaluation:
+        return evaluate_probe(model, opened, ks, seed=seed, **how)
+
+    return Task("probe", about, work, sources=(opened.train.source, opened.test.source))
 
 
 OPENERS: dict[str, Callable[[str, Asked, Stored | None], Task]] = {
@@ -255,14 +280,27 @@ def evaluate(
         batch_size, threads, show, rank, world_size, gather: see `evaluate_retrieval`.
 
     Raises:
-        ClipkitError: where it cannot be measured, or embeddings were made with another model.
+        ClipkitError: where it cannot be measured, embeddings were made with another model, or the ranks have different
+            models.
     """
     how: dict[str, Any] = {"batch_size": batch_size, "threads": threads, "show": show, "cache": cache}
     how |= {"rank": rank, "world_size": world_size, "gather": gather, "intervals": True}
     towers: Any = None if model is None else towers_of(model, cache)  # which imports torch for what is no `LazyModel`
     ranks = SharedWork(towers, rank, world_size, gather)
-    if task.stored is not None and model is not None:
-        refuse_another(task.stored.manifest, task.stored.folder, model.spec, model.facts.fingerprint)
+
+    def known_of_it() -> list[object]:
+        if model is None:
+            return []
+        if task.stored is not None:
+            refuse_another(task.stored.manifest, task.stored.folder, model.spec, model.facts.fingerprint)
+        return [model.facts.fingerprint, model.facts.precision, batch_size]
+
+    facts = ranks.together(known_of_it)
+    if any(of_rank != facts[0] for of_rank in facts):
+        raise ClipkitError(
+            f"the processes have different models under the name {model.spec if model else ''}, or another precision; "
+            "give all of them the same files"
+        )
 
     def work() -> Evaluation:
         if task.stored is None:
@@ -270,8 +308,7 @@ def evaluate(
         # Nothing is to be embedded but some prompts; the first does it for all.
         return ranks.by_the_first(lambda: task.work(model, how))  # type: ignore[arg-type]
 
-    facts = [] if model is None else [model.facts.fingerprint, model.facts.precision, batch_size]
-    found = known_or_new(cache, [*facts, *task.about], work, ranks)
+    found = known_or_new(cache, [*facts[0], *task.about], work, ranks, task.lasts)
     if task.name == "retrieval":
         for k in clamped(_lengths(found), min(found.counts["images"], found.counts["captions"])):
             note(
@@ -306,9 +343,13 @@ def measure(
     """
     if spec is None and task.stored is not None and task.name == "retrieval":
         return task.own_model() or "", task.stored.manifest["model"]["fingerprint"], evaluate(task, None, cache, **how)
-    named = spec or task.own_model()
-    if named is None:
-        raise ClipkitError("name the model to evaluate: --model RUN (or open_clip:NAME/TAG, or hf:ORG/NAME)")
-    lazy = LazyModel(named, cache, device=device, precision=precision)
+
+    def opened() -> LazyModel:
+        named = spec or task.own_model()
+        if named is None:
+            raise ClipkitError("name the model to evaluate: --model RUN (or open_clip:NAME/TAG, or hf:ORG/NAME)")
+        return LazyModel(named, cache, device=device, precision=precision)
+
+    lazy = on_each(opened, gathering(how.get("world_size", 1), how.get("gather")))
     found = evaluate(task, lazy, cache, **how)
-    return named, lazy.facts.fingerprint, found
+    return lazy.spec, lazy.facts.fingerprint, found

@@ -113,7 +113,7 @@ def main(task: str, source: str, models: tuple[str, ...], fmt: str, **asked: Any
     model, data, prompts and code are the same. Under torchrun the processes divide the work; the figures are the same.
     """
     from clipkit.artifact import kind_of
-    from clipkit.baselines import beside, changes_of_all
+    from clipkit.baselines import beside, changes_of_all, matches
     from clipkit.cache import Cache, cache_folder
     from clipkit.errors import ClipkitError
     from clipkit.evaluation_report import check_name, write_results
@@ -150,6 +150,8 @@ def main(task: str, source: str, models: tuple[str, ...], fmt: str, **asked: Any
         if task == "probe" and compat:
             raise ClipkitError("--compat: a linear probe is the same in CLIP_benchmark; leave it out")
         opened = open_task(task, source, asked["ks"], compat=compat, **told)
+    sets = [(task, source)] if suite is None else [(each.task, each.name or each.source) for each in suite.datasets]
+    held = matches(sets, earlier) if earlier is not None else {}  # what is wrong there is said before measuring
     with process_group() as (rank, world_size):
         among = {"rank": rank, "world_size": world_size, "show": f"evaluate {task}"}
 
@@ -169,9 +171,10 @@ def main(task: str, source: str, models: tuple[str, ...], fmt: str, **asked: Any
         results, failures = results_of(suite.models if suite is not None else models)
         if baseline is not None and earlier is None:
             earlier, missed = results_of([baseline])
+            held = matches(sets, earlier)
             failures += [line for line in missed if line not in failures]
     apart = differences_from_first(results) if rank == 0 else {}
-    changed = changes_of_all(results, earlier, asked["tolerance"]) if earlier is not None and rank == 0 else []
+    changed = changes_of_all(results, held, asked["tolerance"]) if rank == 0 else []
     worse = [change for change in changed if change.worse]
     if rank == 0:
         several = suite is not None or len(results) > 1

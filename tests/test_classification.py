@@ -315,3 +315,33 @@ def test_a_page_of_embeddings_finds_its_pictures_where_it_is_told(run, embedding
     assert "These pictures are not at hand" in (tmp_path / "a.html").read_text()
     assert run(*call, tmp_path / "b.html", "--image-root", pictures.parent).status == 0
     assert "not at hand" not in (tmp_path / "b.html").read_text()
+
+
+@pytest.mark.parametrize(("beside", "broken"), [("json", b"{"), ("txt", b"caf\xe9")])
+def test_a_fault_of_the_words_is_not_remembered_as_the_images(model_dir, tmp_path, own_cache, calls, beside, broken):
+    for name in "ab":
+        Image.new("RGB", (9, 9), (name == "a" and "red") or "blue").save(tmp_path / f"{name}.png")
+    (tmp_path / "c.png").write_bytes(b"no image")
+    (tmp_path / f"a.{beside}").write_bytes(broken)
+
+    def found():
+        images = cached_images(open_source(tmp_path), LazyModel(model_dir, Cache(own_cache)), Cache(own_cache))
+        return images.rows, [line["key"] for line in images.left_out], sum(calls["image"])
+
+    assert found() == ([1], ["a.png", "c.png"], 1)
+    assert found() == ([1], ["a.png", "c.png"], 1)
+    (tmp_path / f"a.{beside}").write_bytes(b"[]" if beside == "txt" else b'{"caption": "red"}')
+    assert found() == ([0, 1], ["c.png"], 2)
+    assert found() == ([0, 1], ["c.png"], 2)  # it is kept now, and so is what is no image
+    (tmp_path / f"a.{beside}").write_bytes(broken)
+    assert found() == ([1], ["a.png", "c.png"], 2)
+
+
+def test_another_version_embeds_anew(model_dir, tmp_path, own_cache, calls, monkeypatch):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    for version in ("1", "1", "2"):
+        monkeypatch.setattr(clipkit, "__version__", version)
+        lazy = LazyModel(model_dir, Cache(own_cache))
+        cached_images(open_source(tmp_path), lazy, Cache(own_cache))
+        cached_texts(["a"], lazy, Cache(own_cache))
+    assert (sum(calls["image"]), sum(calls["text"])) == (2, 2)

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from clipkit.average_precision import mean_average_precision
-from clipkit.baselines import changes
+from clipkit.average_precision import mean_average_precision, mean_average_precision_of
+from clipkit.baselines import changes, changes_of_all, matches, matching
 from clipkit.choice import choice_per_sample
 from clipkit.comparison import Samples, differences, intervals_of, lower_is_better, packed, unpacked
 from clipkit.confidence import bootstrap, bootstrap_all, mean_of, paired_bootstrap, wilson_interval
@@ -14,7 +14,7 @@ from clipkit.errors import ClipkitError
 from clipkit.measuring import Evaluation, Further, measure_classes, measure_labels, measure_retrieval
 from clipkit.metrics import retrieval_per_sample, retrieval_ranks
 from clipkit.ranking import median_rank_of, rank_pairs
-from clipkit.results import Result
+from clipkit.results import Result, differences_from_first
 
 
 def unit(rng, rows, dim=8):
@@ -106,8 +106,65 @@ def test_mean_average_precision_is_drawn_by_images():
     for _ in range(1000):
         rows = drawing.integers(25, size=25)
         draws.append(mean_average_precision((image @ vectors.T)[rows], labels[rows]))
-    low, high = np.quantile(draws, [0.025, 0.975])
+    low, high = np.quantile(draws, [0.025, 0.975]) + found.figures[name] - np.mean(draws)
     assert found.intervals[name] == pytest.approx([low, high], abs=2e-3)  # a repeated image ties with itself there
+
+
+def test_the_interval_of_mean_average_precision_holds_it():
+    """An image that is drawn twice ties with itself, which lifts the precision of nearly every draw."""
+    rng = np.random.default_rng(0)
+    labels = rng.random((20, 100)).argsort(axis=0) < 1
+    scores = [rng.random((20, 100)).astype(np.float32) for _ in range(2)]
+    of = [Samples.of_labels(each, labels, "x") for each in scores]
+    plain = bootstrap(mean_average_precision_of(scores[0], labels), 20)
+    assert plain.value < plain.low
+    (found,) = intervals_of(of[0]).values()
+    assert found.low < found.value < found.high
+    assert found.high - found.low == pytest.approx(plain.high - plain.low)
+    (apart,) = differences(*of).values()
+    assert apart.low < apart.value < apart.high
+    statistics = [mean_average_precision_of(each, labels) for each in scores]
+    assert apart == paired_bootstrap(*statistics, 20, centred=True)
+    assert differences(of[0], of[0]) == {"zeroshot_mean_average_precision": (0, 0, 0)}
+    # Shifted, it still is of shares.
+    labels = np.eye(9, dtype=bool)
+    for scores in (labels, ~labels):
+        (found,) = intervals_of(Samples.of_labels(scores.astype(np.float32), labels, "x")).values()
+        assert 0 <= found.low <= found.value <= found.high <= 1
+
+
+def test_what_an_index_serves_of_the_exact_has_an_interval_and_its_chance():
+    ranks = retrieval(0, images=60)
+    exact = retrieval_per_sample(ranks, [5])
+    rng = np.random.default_rng(0)
+    served = [
+        {
+            f"served_{side}_retrieval_recall@5": (rng.random(len(exact[f"{side}_retrieval_recall@5"])) < 0.9)
+            * exact[f"{side}_retrieval_recall@5"].round().astype(np.uint8)
+            for side in ("image", "text")
+        }
+        for _ in range(2)
+    ]
+    of = [Samples.of_retrieval(ranks, [5], "x", each) for each in served]
+    found, apart = intervals_of(of[0]), differences(*of)
+    captions = np.unique(ranks.image_of_text, return_inverse=True)[1]
+    drawing, draws = np.random.default_rng(0), []
+    units = captions.max() + 1
+    for _ in range(1000):
+        rows = np.concatenate([np.flatnonzero(captions == unit) for unit in drawing.integers(units, size=units)])
+        whole = exact["image_retrieval_recall@5"][rows]
+        draws.append((served[0]["served_image_retrieval_recall@5"][rows] * whole).sum() / whole.sum())
+    wanted = np.quantile(draws, [0.025, 0.975])
+    assert found["image_retrieval_served_share@5"][1:] == pytest.approx(tuple(wanted))
+    for name in ("image_retrieval_served_share@5", "text_retrieval_served_share@5"):
+        assert found[name].low < found[name].value < found[name].high
+        assert apart[name].low <= 0 <= apart[name].high
+        now, base = (result({name: intervals_of(each)[name].value}, packed(each)) for each in of)
+        change = changes(now, base) + changes(base, now)
+        assert not any(each.worse for each in change)  # one of the two is the smaller one, by chance
+        assert all(each.paired for each in change)
+    nothing = Samples.of_retrieval(ranks, [1], "x", {"served_text_retrieval_recall@1": np.zeros(units, np.uint8)})
+    assert intervals_of(nothing)["text_retrieval_served_share@1"] == (0, 0, 0)
 
 
 def test_all_at_once_is_each_alone():
@@ -157,3 +214,41 @@ def test_nothing_more_is_worked_out_than_is_wanted():
     rng = np.random.default_rng(0)
     found = measure_retrieval(unit(rng, 5), unit(rng, 5), np.arange(5), [1])
     assert (found.intervals, found.samples, found.compat) == ({}, None, {})
+
+
+def named(name, model="m", task="retrieval", samples=None, value=0.5):
+    return Result(name, task, model, model, Evaluation({"choice_acc": value}, {}, {}, [], {}, samples))
+
+
+def test_a_baseline_of_one_dataset_is_not_that_of_another():
+    held = [named("a.tsv")]
+    assert matching("retrieval", "renamed.tsv", held, alone=True) is held[0]
+    assert matching("retrieval", "hard.tsv", held) is None
+    assert matching("choice", "a.tsv", held, alone=True) is None
+    found = matches([("retrieval", "a.tsv"), ("retrieval", "hard.tsv")], held)
+    assert found == {("retrieval", "a.tsv"): held[0]}
+    now = [named("a.tsv", value=0.5), named("hard.tsv", value=0.1)]
+    assert [(each.dataset, each.worse) for each in changes_of_all(now, found)] == [("a.tsv", False)]
+    # With several models to one dataset it is another matter: all are held against the same.
+    assert len(changes_of_all([named("b.tsv"), named("b.tsv", "n")], matches([("retrieval", "b.tsv")], held)))
+    with pytest.raises(ClipkitError, match=r"several results of retrieval on a.tsv \(m, n\)"):
+        matches([("retrieval", "a.tsv")], [*held, named("a.tsv", "n")])
+    with pytest.raises(ClipkitError, match="has no choice on c to compare with; it holds retrieval on a.tsv"):
+        matches([("choice", "c"), ("choice", "d")], held)
+
+
+def test_a_change_is_paired_only_where_the_pairs_tell_something():
+    alone = packed(Samples.of_values({"choice_acc": np.ones(1)}, "x"))
+    (change,) = changes(named("a", samples=alone, value=1.0), named("a", samples=alone, value=1.0))
+    assert not change.paired  # one sample has no interval
+    assert "not paired" in change.line()
+
+
+def test_differences_are_from_one_model_throughout():
+    def of(name, model, *values):
+        return named(name, model, samples=packed(Samples.of_values({"choice_acc": np.array(values)}, name)))
+
+    results = [of("a", "one", 0.0, 1.0), of("a", "two", 1.0, 1.0), of("b", "two", 1.0, 0.0), of("b", "three", 1.0, 1.0)]
+    assert list(differences_from_first(results)) == [("a", "retrieval", "two")]
+    results.insert(2, of("b", "one", 0.0, 0.0))
+    assert len(differences_from_first(results)) == 3

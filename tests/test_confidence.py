@@ -13,10 +13,12 @@ from clipkit.average_precision import mean_average_precision, mean_average_preci
 from clipkit.confidence import (
     binomial_tail,
     bootstrap,
+    bootstrap_all,
     class_mean_of,
     clopper_pearson_interval,
     mean_of,
     paired_bootstrap,
+    unit_share_of,
     wilson_interval,
 )
 from clipkit.errors import ClipkitError
@@ -206,3 +208,34 @@ def test_draws_are_not_all_in_memory():
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 34 * confidence.AT_ONCE  # all at once they would take 32 bytes times 10 million
+
+
+def test_centred_draws_have_the_figure_for_their_mean():
+    rng = np.random.default_rng(0)
+    values = rng.random(40)
+
+    def largest(counts):  # no draw is above it, and most are below
+        return np.where(counts > 0, values, 0).max(axis=1)
+
+    plain, centred = (bootstrap(largest, 40, centred=each) for each in (False, True))
+    means = [values[rows].max() for rows in drawn_one_by_one(40, 1000, 0)]
+    assert centred.value == plain.value == values.max()
+    assert centred.low == pytest.approx(plain.low + plain.value - np.mean(means))
+    assert centred.high == pytest.approx(plain.high + plain.value - np.mean(means))
+    other = bootstrap_all({"a": largest, "b": largest}, 40, centred=["a"])
+    assert other == {"a": centred, "b": plain}
+    assert paired_bootstrap(largest, largest, 40, centred=True) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("units", [1, 4, 13])
+def test_a_share_of_sums_is_that_of_units_really_repeated(units):
+    rng = np.random.default_rng(units)
+    unit_of = np.append(np.arange(units), rng.integers(units, size=11))
+    whole = rng.random(len(unit_of)) * (unit_of % 3 > 0)
+    part = whole * rng.integers(0, 2, len(unit_of))
+    counts = rng.integers(0, 3, (6, units))
+    found = unit_share_of(part, whole, unit_of, units)(counts)
+    for of_draw, value in zip(counts, found, strict=True):
+        repeated = np.repeat(np.arange(len(unit_of)), of_draw[unit_of])
+        total = whole[repeated].sum()
+        assert np.isnan(value) if not total else value == pytest.approx(part[repeated].sum() / total)

@@ -19,6 +19,7 @@ from clipkit.lazy_model import LazyModel
 from clipkit.metrics import retrieval_figures, retrieval_ranks
 from clipkit.metrics_compat import clip_benchmark_choice
 from clipkit.search import Index
+from clipkit.search.update import delete_rows
 from clipkit.sources import open_source
 from clipkit.towers import DualEncoder
 from tests.conftest import tiny_model
@@ -93,6 +94,9 @@ def test_choices_from_shards(run, refused, model_dir, tmp_path, asked):
     (folder / "dataset_type.txt").write_text("retrieval")
     assert json.loads(run("evaluate", "choice", folder, "--model", model_dir, "--format", "json").out)["instances"] == 5
     listed = asked[0] / "list.tsv"
+    members = [{"txt": b"a\nb"}, {"txt": b""}, {"txt": b"caf\xe9"}]
+    result = run("evaluate", "choice", write(tmp_path / "e", members, dataset_type="retrieval"), "--model", model_dir)
+    assert "2 could not be used; the first: s00001: the sample has no caption" in result.err  # each of them once
     assert "a choice is between two" in refused("evaluate", "choice", listed, "--model", model_dir, "-k", 1)
     assert "poses no choices" in refused("evaluate", "choice", asked[0] / "im", "--model", model_dir)
     (tmp_path / "no.tsv").write_text("image\tcaption\n1.png\tx\n")
@@ -108,6 +112,8 @@ def test_what_cannot_be_used_of_the_choices_is_left_out(run, refused, asked, mod
     assert result.status == 1
     assert json.loads(result.out)["instances"] == 1
     assert "2 could not be used; the first: a.png" in result.err
+    listed.write_text("image\tcaption\tnegative\nb.png\tx\t\n")
+    assert "the first: row 1: has no negative" in refused("evaluate", "choice", listed, "--model", model_dir)
     listed.write_text("image\tcaption\tnegative\nb.png\tx\ty\n")
     assert "b.png" in refused("evaluate", "choice", listed, "--model", model_dir)
 
@@ -187,7 +193,7 @@ def test_a_model_beside_itself_differs_by_nothing(run, captioned, model_dir, tmp
         assert row[f"{twice}_low"] <= row[twice] <= row[f"{twice}_high"]
 
 
-def test_baselines(run, refused, captioned, asked, model_dir, tmp_path):
+def test_baselines(run, refused, captioned, asked, model_dir, tmp_path, monkeypatch):
     tiny_model(seed=4).save(tmp_path / "other")
     first, file = ["evaluate", "retrieval", captioned, "--model", model_dir], tmp_path / "base.json"
     assert run(*first, "--out", file).status == 0
@@ -224,6 +230,10 @@ def test_baselines(run, refused, captioned, asked, model_dir, tmp_path):
     assert "name one with --baseline" in refused(*first, "--tolerance", 0.1)
     assert "--split is of a dataset" in refused(*first, "--split", "val")
     assert "the baseline has no choice on" in refused(*choice, "--baseline", file)
+    two = tmp_path / "two.json"
+    assert run(*first, "--model", tmp_path / "other", "--out", two).status == 0
+    monkeypatch.setattr("clipkit.tasks.measure", None)  # what cannot be compared is not measured first
+    assert "holds several results of retrieval" in refused(*first, "--baseline", two)
     (tmp_path / "no.json").write_text("[1]")
     assert "holds no results" in refused(*first, "--baseline", tmp_path / "no.json")
 
@@ -243,6 +253,7 @@ def test_embeddings_and_an_index_say_what_the_source_says(run, refused, embeddin
             stored[f"{side}_retrieval_recall@5"], abs=0.05
         )
         assert 0.9 < indexed[f"{side}_retrieval_served_share@5"] <= 1
+        assert indexed[f"{side}_retrieval_served_share@5_low"] <= 1
     assert "--through-index is of retrieval on an index" in refused(
         "evaluate", "retrieval", embeddings, "--through-index"
     )
@@ -369,3 +380,11 @@ def test_what_an_index_does_not_answer_is_not_served(run, index, monkeypatch):
     for side in ("image", "text"):
         assert shown[f"served_{side}_retrieval_recall@48"] == shown[f"{side}_retrieval_served_share@48"] == 0.5
         assert shown[f"served_{side}_retrieval_recall@48_low"] < 0.5 < shown[f"served_{side}_retrieval_recall@48_high"]
+
+
+def test_an_index_whose_images_are_gone_has_nothing_to_be_measured(refused, index, tmp_path):
+    shutil.copytree(index, tmp_path / "index")
+    images = Index.open(index).column("id", Index.open(index).positions("image"))
+    delete_rows(tmp_path / "index", [int(each) for each in images])
+    for task in ("retrieval", "zeroshot"):
+        assert "holds no images" in refused("evaluate", task, tmp_path / "index")

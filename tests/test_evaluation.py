@@ -25,7 +25,7 @@ from clipkit.evaluation import (
 from clipkit.inference import cast_for_inference, evaluating
 from clipkit.metrics import retrieval_figures, retrieval_ranks
 from clipkit.settings import ValidationConfig
-from clipkit.shared_work import gather_objects
+from clipkit.shared_work import gather_objects, process_group
 from clipkit.sources import open_source
 from clipkit.towers import load_model
 from clipkit.validation import open_validation
@@ -356,3 +356,18 @@ def test_under_torchrun_one_process_prints(run, holed, model_dir):
     assert done.returncode == 0, done.stderr
     assert done.stdout == run(*call).out
     assert done.stderr.count("3 could not be used") == 1
+
+
+def test_processes_wait_for_what_the_first_does_alone(monkeypatch):
+    """Half an hour, which is what gloo waits when nothing is said, is less than a large index takes."""
+    asked = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *args, timeout: asked.append((*args, timeout)))
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+    for name, value in (("get_rank", 1), ("get_world_size", 2)):
+        monkeypatch.setattr(f"torch.distributed.{name}", lambda value=value: value)
+    with process_group() as among:
+        assert among == (1, 2)
+    ((backend, patience),) = asked
+    assert backend == "gloo"
+    assert patience.days >= 1

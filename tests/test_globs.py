@@ -309,7 +309,8 @@ def test_a_folder_that_must_not_be_read_is_named():
     process.join()
     (tmp_path / "shut").chmod(0o755)
     shutil.rmtree(tmp_path)
-    assert found == (["open/a.png"], [{"key": "shut", "reason": "the folder cannot be read: Permission denied"}])
+    reason = "the folder cannot be read: Permission denied"
+    assert found == (["open/a.png"], [{"key": "shut", "reason": reason, "unread": True}])
 
 
 def test_heic_is_read_where_that_is_installed(run, model_dir, tmp_path):

@@ -7,8 +7,14 @@ import pytest
 from PIL import Image
 
 from clipkit import results as room
+from clipkit.cache import Cache
+from clipkit.errors import UnreadSample
 from clipkit.evaluation import Evaluation
+from clipkit.lazy_model import LazyModel
 from clipkit.results import Result, as_clip_benchmark, markdown, side_by_side
+from clipkit.sources.base import Files, Sample
+from clipkit.sources.folder import FolderSource
+from clipkit.tasks import evaluate, open_task
 from clipkit.towers import DualEncoder
 from tests.conftest import make_pictures, tiny_model
 from tests.test_benchmarks import CLASSES, PROMPTS, write
@@ -124,3 +130,62 @@ def test_names_of_results(refused, model_dir, tmp_path):
     make_pictures(tmp_path, 3)
     call = ["evaluate", "retrieval", tmp_path / "list.tsv", "--model", model_dir]
     assert "ends in .json, .md or .html" in refused(*call, "--out", tmp_path / "r.txt")
+
+
+class Kept(Cache):
+    """Counts the results that are kept."""
+
+    results = 0
+
+    def keep_fact(self, key, value):
+        self.results += "figures" in value if isinstance(value, dict) else 0
+        super().keep_fact(key, value)
+
+
+def test_what_could_not_be_read_is_measured_once_it_can_be(classes, model, own_cache, monkeypatch):
+    cache, lazy, whole = Kept(own_cache), LazyModel.of(model), Sample.read
+    (classes / "cat" / "broken.png").write_bytes(b"no image")
+
+    def measured():
+        return evaluate(open_task("zeroshot", str(classes)), lazy, cache)
+
+    def hangs(sample):
+        if sample.key == "dog/1.png":
+            raise UnreadSample("has not answered for 20 s")
+        return whole(sample)
+
+    monkeypatch.setattr(Sample, "read", hangs)
+    first = measured()
+    assert (first.counts["images"], len(first.left_out), cache.results) == (11, 2, 0)
+    assert [line["key"] for line in first.left_out if line.get("unread")] == ["dog/1.png"]
+    monkeypatch.setattr(Sample, "read", whole)
+    again = measured()
+    assert (again.counts["images"], len(again.left_out), cache.results) == (12, 1, 1)
+    assert measured() == again  # an image that is none is no reason to measure again
+    assert cache.results == 1
+
+
+def test_a_folder_that_cannot_be_read_is_looked_into_again(classes, model, own_cache, monkeypatch):
+    cache, lazy, whole = Kept(own_cache), LazyModel.of(model), FolderSource._walk
+
+    def refused(self, hidden):
+        self.problems.append({"key": "shut", "reason": "the folder cannot be read", "unread": True})
+        return whole(self, hidden)
+
+    for walk, results, tasks in ((refused, 0, ["zeroshot", "probe"]), (whole, 2, ["zeroshot", "probe"])):
+        monkeypatch.setattr(FolderSource, "_walk", walk)
+        for task in tasks:
+            asked = {"test_share": 0.5} if task == "probe" else {}
+            left_out = evaluate(open_task(task, str(classes), **asked), lazy, cache).left_out
+            assert bool(left_out) == (walk is refused)
+        assert cache.results == results
+
+
+def test_what_a_server_does_not_tell_apart_is_measured_again(classes, model, own_cache, monkeypatch):
+    cache, lazy, whole = Kept(own_cache), LazyModel.of(model), Files._about
+    for about, results in ((lambda self, i: (0, ""), 0), (whole, 1)):
+        monkeypatch.setattr(Files, "_about", about)
+        task = open_task("zeroshot", str(classes))
+        task.sources[0].remote = True
+        assert evaluate(task, lazy, cache).counts["images"] == 12
+        assert cache.results == results

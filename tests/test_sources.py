@@ -18,6 +18,7 @@ from PIL import Image
 from clipkit.errors import BadSample, ClipkitError
 from clipkit.pack import pack, shard_keys
 from clipkit.sources import check_ids, open_source, sample_id
+from clipkit.sources.listed import ListSource
 
 ROWS = [
     {"path": "a.png", "caption": 'a "quoted" cat', "lang": "en"},
@@ -526,3 +527,15 @@ def test_names_and_captions_that_are_no_unicode_can_be_written(tmp_path, run):
     assert run("pack", tmp_path / "list.jsonl", "--out", tmp_path / "s").status == 1
     line = json.loads((tmp_path / "s" / "ledger.jsonl").read_text())
     assert line["key"] == "\\udce9.png"
+
+
+def test_a_list_of_whose_state_a_server_says_nothing_is_known_by_its_rows(monkeypatch):
+    """Two lists of one size, where there is no ETag and no time."""
+    found = set()
+    for name in ("a.png", "b.png"):
+        rows = [{"path": "https://a.org/x.png", "caption": name}]
+        monkeypatch.setattr("clipkit.sources.listed.read_rows", lambda spec, rows=rows: rows)
+        monkeypatch.setattr("clipkit.sources.listed.stamp", lambda spec: "24")
+        monkeypatch.setattr("clipkit.sources.base.describe", lambda urls, **how: [(9, "9 mark")] * len(urls))
+        found.add(ListSource("https://a.org/l.tsv", None, None, None, True).identity())
+    assert len(found) == 2

@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import yaml
 
 from clipkit import tasks
 from clipkit.cache import Cache
+from clipkit.errors import ClipkitError
 from clipkit.lazy_model import LazyModel
 from clipkit.results import as_clip_benchmark
 from clipkit.suites import load_suite, run_suite
@@ -134,6 +136,9 @@ def test_what_is_wrong_with_a_suite(run, refused, data, model_dir, tmp_path):
     assert "did you mean 'retrieval'" in said("datasets: [{task: retreival, source: x}]")
     assert "a list has a length of at least 1" in said("datasets: [{task: retrieval, source: x, ks: [0]}]")
     assert "names no models; add models" in said(good)
+    packed = tmp_path / "packed"
+    assert run("pack", data / "list.tsv", "--out", packed).status == 0
+    assert "names no models" in said(f"datasets: [{{task: retrieval, source: {packed}}}]")  # it has a manifest, too
     assert "is no suite" in said("[1]")
     assert "cannot read the suite" in refused("evaluate", "suite", tmp_path / "none.yaml")
     assert "a suite says so for each of its datasets" in said(good, "--model", model_dir, "-k", 1)
@@ -170,6 +175,52 @@ def test_ranks_and_threads_change_no_byte(data, model, model_dir, tmp_path):
             wanted = wanted or found
             assert found == wanted
             assert len(wanted) == 1
+
+
+HERE = threading.local()
+
+
+def on_two(suite, model_of):
+    """Results and failures on each of two ranks, as JSON and lines, or the error; each with a model of its own."""
+
+    def call(rank, **among):
+        HERE.rank = rank
+        how = {"batch_size": 4, "rank": rank, **among}
+
+        def measure(task, model):
+            return tasks.measure(task, str(model_of(rank)), Cache(None), **how)
+
+        results, failures = run_suite(suite, measure, gather=among["gather"])
+        return told(results), failures
+
+    return on_ranks(2, call)
+
+
+def test_ranks_keep_step_where_one_cannot_open_the_data(data, model_dir, tmp_path, monkeypatch):
+    suite = load_suite(suite_of(tmp_path / "s.yaml", data, [model_dir]))
+    whole = tasks.open_task
+
+    def opened(name, *args, **asked):
+        if name == "zeroshot" and HERE.rank == 1:
+            raise ClipkitError("no such source here")
+        return whole(name, *args, **asked)
+
+    monkeypatch.setattr("clipkit.suites.open_task", opened)
+    (results, failures), second = on_two(suite, lambda rank: model_dir)
+    assert second == (results, failures)
+    assert [each["task"] for each in json.loads(results)] == ["zeroshot_retrieval", "image_caption_selection"]
+    assert len(failures) == 2
+    assert all(line.endswith("no such source here") for line in failures)
+
+
+@pytest.mark.parametrize("reason", ["gone", "different models under the name"])
+def test_ranks_with_different_models_measure_nothing(data, other, model_dir, tmp_path, reason):
+    suite = load_suite(suite_of(tmp_path / "s.yaml", data, [model_dir]))
+    bad = other if reason.startswith("different") else tmp_path / "gone"
+    found = on_two(suite, lambda rank: bad if rank else model_dir)
+    assert all(isinstance(error, ClipkitError) for error in found)
+    assert all("nothing of the suite could be measured; the first: " in str(error) for error in found)
+    assert all(reason in str(error) for error in found)
 
 
 @pytest.mark.slow

@@ -133,7 +133,9 @@ class Source(Protocol):
     remote: bool
     """Whether samples come one by one over the network, so that many should be asked for at once."""
     problems: list[dict[str, Any]]
-    """Ledger lines, with ``key`` and ``reason``, of what is no sample: a row that names no image, a tar that is cut."""
+    """Ledger lines, with ``key`` and ``reason``, of what is no sample: a row that names no image, a tar that is cut.
+
+    And ``unread``, true, where another time it might be read, such as a folder."""
 
     def __len__(self) -> int: ...
 

@@ -93,7 +93,8 @@ class FolderSource:
 
         def refused(error: OSError) -> None:
             key = readable(os.path.relpath(error.filename, self.spec))
-            self.problems.append({"key": key, "reason": f"the folder cannot be read: {error.strerror}"})
+            reason = f"the folder cannot be read: {error.strerror}"
+            self.problems.append({"key": key, "reason": reason, "unread": True})
 
         for folder, folders, files in os.walk(self.spec, onerror=refused):
             folders[:] = [name for name in folders if hidden or not name.startswith(".")]

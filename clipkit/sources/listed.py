@@ -115,6 +115,8 @@ class ListSource:
     def identity(self) -> str:
         if is_remote(self.spec):
             listed = stamp(self.spec)
+            if " " not in listed:  # of a size alone, which another list may have; the rows are here anyway
+                listed += f" {hash_of(self._rows).hex()}"
         else:
             listed = hashlib.blake2b(Path(self.spec).read_bytes(), digest_size=16).hexdigest()
         return digest([listed, [self._image, self._caption], self._files.stamps()])

@@ -39,21 +39,21 @@ def in_loader_processes(
     Raises:
         ClipkitError: where a process is killed, or takes too long.
     """
-    loader: DataLoader[Any] = DataLoader(
-        made,
-        batch_size=None,
-        sampler=wanted,  # type: ignore[arg-type]
-        num_workers=workers,
-        prefetch_factor=ahead,
-        pin_memory=pin_memory,
-        worker_init_fn=stay,
-        timeout=timeout,
-        multiprocessing_context=start,
-        # Of its own: an iterator draws a seed, and from the global generator that would shift the model's dropout.
-        generator=torch.Generator().manual_seed(seed),
-    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores is the user's choice
+        loader: DataLoader[Any] = DataLoader(
+            made,
+            batch_size=None,
+            sampler=wanted,  # type: ignore[arg-type]
+            num_workers=workers,
+            prefetch_factor=ahead,
+            pin_memory=pin_memory,
+            worker_init_fn=stay,
+            timeout=timeout,
+            multiprocessing_context=start,
+            # Of its own: an iterator draws a seed, and from the global generator that would shift the model's dropout.
+            generator=torch.Generator().manual_seed(seed),
+        )
         given = iter(loader)
     try:
         yield from given

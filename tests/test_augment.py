@@ -89,7 +89,8 @@ def test_any_size_and_any_crop(width, height, size, scale, resize_mode, orientat
     data = saved(photo(width, height, grain=64), orientation=orientation, subsampling=0)
     config = AugmentConfig(scale=scale, shift=0.1, flip=0.5)
     exact, fast = both(data, Preprocess(size=size, resize_mode=resize_mode), config, seed)
-    assert np.abs(exact - fast).mean() < 4
+    # Of a few pixels the mean is not yet one.
+    assert np.abs(exact - fast).mean() < 4 + 12 / (size[0] * size[1])
 
 
 @pytest.mark.parametrize("interpolation", ["lanczos", "nearest", "bilinear"])

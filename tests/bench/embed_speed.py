@@ -31,17 +31,15 @@ PHOTOS = ROOT.parent / "shared" / "data" / "photos"
 VARIANTS = ([], ["--batch_size", "64", "--num_prepro_workers", "2"])
 
 
-def make_model(folder: Path) -> None:
-    """A ViT-B/32 with random weights and the real tokenizer, by the rival's transformers."""
+def model_at(folder: Path, python: Path) -> None:
+    """A ViT-B/32 with random weights and the real tokenizer, in Hugging Face's form, made by a rival's transformers."""
+    if (folder / "model.safetensors").is_file():
+        return
     import gzip
 
-    import clip
-    import torch
-    from clip.simple_tokenizer import bytes_to_unicode, default_bpe
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+    from open_clip.tokenizer import bytes_to_unicode, default_bpe
 
-    assert clip
-    torch.manual_seed(0)
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with gzip.open(default_bpe(), "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")[1 : 49152 - 256 - 2 + 1]
@@ -50,6 +48,16 @@ def make_model(folder: Path) -> None:
     words += ["<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(lines) + "\n")
+    alone = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+    subprocess.run([str(python), __file__, "--make-model", str(folder)], env=alone, check=True)
+
+
+def make_model(folder: Path) -> None:
+    """The rest of it, in the rival's environment."""
+    import torch
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    torch.manual_seed(0)
     tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
     CLIPProcessor(CLIPImageProcessor(), tokenizer).save_pretrained(folder)
     config = CLIPConfig(projection_dim=512, vision_config={"patch_size": 32, "image_size": 224})
@@ -129,9 +137,7 @@ def main() -> None:
     alone = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
     own = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     model = args.work / "model"
-    if not (model / "model.safetensors").is_file():
-        shutil.rmtree(model, ignore_errors=True)
-        subprocess.run([str(python), __file__, "--make-model", str(model)], env=alone, check=True)
+    model_at(model, python)
     outputs = {side: args.work / f"out-{side}" for side in ("clip-retrieval", "clipkit", "compiled", "exact")}
 
     def run(side: str, folder: Path, more: list[str]) -> float:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clipkit.artifact import kind_of
 from clipkit.cache import Cache
 from clipkit.cached import cached_images, cached_texts
 from clipkit.decisions import (
@@ -23,7 +22,7 @@ from clipkit.decisions import (
     joined,
     probabilities,
 )
-from clipkit.embeddings import Embeddings
+from clipkit.embeddings import Embeddings, stored_kind
 from clipkit.errors import ClipkitError
 from clipkit.labels import LabelSet, as_label_set
 from clipkit.lazy_model import LazyModel
@@ -110,6 +109,19 @@ class Images:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def read(self, at: int, source: Any, root: Path) -> bytes:
+        """The bytes of an image.
+
+        Args:
+            at: its number.
+            source: that they come from, opened; of embeddings and an index it is not asked.
+            root: where the paths of those start.
+
+        Raises:
+            BadSample: where it cannot be read.
+        """
+        return (Sample("", root / self.paths[at], "") if self.rows is None else source[self.rows[at]]).read()
+
 
 def open_images(
     source: str | Path | Source | Embeddings,
@@ -134,10 +146,10 @@ def open_images(
     Raises:
         ClipkitError: where it cannot be opened, or was made with another model.
     """
-    kind = kind_of(Path(source)) if isinstance(source, str | Path) and Path(source).is_dir() else None
+    kind = stored_kind(source) if isinstance(source, str | Path) else None
     if where is not None and kind != "index":
         raise ClipkitError(f"--where is a condition on what an index says of its images; {source} is none")
-    if (kind is not None and kind in ("index", "embeddings")) or isinstance(source, Embeddings):
+    if kind is not None or isinstance(source, Embeddings):
         if len(models) > 1:
             raise ClipkitError(f"{source} was embedded by one model; several need the images themselves")
         if kind == "index":

@@ -53,9 +53,7 @@ def pictures(images: Images, source: Any, root: Path) -> Callable[[int], Image.I
 
     def show(at: int) -> Image.Image | None:
         try:
-            if images.rows is not None:
-                return decode(source[images.rows[at]].read())
-            return decode(root / images.paths[at])
+            return decode(images.read(at, source, root))
         except BadSample:
             return None
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipkit.artifact import atomic_write, read_manifest
+from clipkit.artifact import atomic_write, kind_of, read_manifest
 from clipkit.checksums import Checksum, Hashed, flaw, size_flaw
 from clipkit.errors import ClipkitError
 from clipkit.shards import well_formed
@@ -30,6 +30,7 @@ __all__ = [
     "in_schema",
     "joined_schema",
     "joined_tables",
+    "stored_kind",
     "table_path",
     "vectors_path",
     "write_part",
@@ -40,6 +41,12 @@ Side = Literal["image", "text"]
 SIDES: tuple[Side, ...] = ("image", "text")
 FOLDERS: dict[Side, str] = {"image": "img_emb", "text": "text_emb"}
 TABLES: dict[Side, str] = {"image": "metadata", "text": "captions"}
+
+
+def stored_kind(source: str | Path) -> Literal["embeddings", "index"] | None:
+    """What a folder is that holds vectors, made by the model that its manifest names; None for any other source."""
+    kind = kind_of(Path(source))
+    return kind if kind in ("embeddings", "index") else None  # type: ignore[return-value]
 
 
 @dataclass

@@ -88,9 +88,8 @@ def embed_source(
     own = max(1, cores() // processes_here())
     if workers is None:
         suits = threads is None and own > FEW_CORES and len(rows) >= WORTH_PROCESSES and not source.remote
-        workers = min(own - 2, MOST_WORKERS) if suits and decoding != "gpu" else 0
-    workers = min(workers, _most_workers(model, batch_size)) if decoding != "gpu" else 0
-    if workers:
+        workers = min(own - 2, MOST_WORKERS) if suits else 0
+    if decoding != "gpu" and (workers := min(workers, _most_workers(model, batch_size))):
         loaded = _in_groups(load, rows, workers)
     else:
         loaded = in_threads(load, rows, own if threads is None else threads, ahead=4 * batch_size)

@@ -1,6 +1,5 @@
 """Labelled examples: images of which the classes are known, and which of other images are the same ones."""
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,15 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.artifact import kind_of
 from clipkit.cache import Cache
 from clipkit.classification import Images, open_images
 from clipkit.decisions import CHUNK
+from clipkit.embeddings import stored_kind
 from clipkit.errors import BadSample, ClipkitError, did_you_mean
 from clipkit.labels import LabelSet, plain_name, truth_of
 from clipkit.lazy_model import LazyModel
 from clipkit.log import note
 from clipkit.sources import open_source
+from clipkit.sources.base import content_hash
 
 __all__ = ["Examples", "open_examples"]
 
@@ -76,7 +76,7 @@ class Examples:
                 unknown[at] = True
             elif size in self._known:
                 content = _content(images, opened, root, at)
-                found[at] = content is not None and _digest(content) in self._known[size]
+                found[at] = content is not None and content_hash(content) in self._known[size]
         own = self.vectors(0) if unknown.any() else None
         for start in range(0, len(images) if own is not None else 0, CHUNK):
             some = slice(start, start + CHUNK)
@@ -110,7 +110,7 @@ def open_examples(
     Raises:
         ClipkitError: where it cannot be opened, or no image in it is of a class.
     """
-    made = Path(spec).is_dir() and kind_of(Path(spec)) in ("embeddings", "index")
+    made = stored_kind(spec) is not None
     opened: Any = spec if made else open_source(spec)
     images = open_images(opened, models, cache, batch_size=batch_size, show=show)
     truth = truth_of(images.paths, labels)
@@ -131,8 +131,8 @@ def open_examples(
         if content is None:
             by_content[b"%d" % at].append(at)
             continue
-        known[len(content)].add(_digest(content))
-        by_content[_digest(content)].append(at)
+        known[len(content)].add(content_hash(content))
+        by_content[content_hash(content)].append(at)
     places, groups = [], []
     for number, copies in enumerate(by_content.values()):
         classes = sorted({labels.names[truth[at]] for at in copies})
@@ -162,10 +162,6 @@ def _size(images: Images, opened: Any, root: Path, at: int) -> int | None:
 
 def _content(images: Images, opened: Any, root: Path, at: int) -> bytes | None:
     try:
-        return opened[images.rows[at]].read() if images.rows is not None else (root / images.paths[at]).read_bytes()
-    except (OSError, BadSample):
+        return images.read(at, opened, root)
+    except BadSample:
         return None
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()

@@ -32,13 +32,17 @@ def save_figure(to: Path | IO[bytes], figure: Any) -> None:
     pyplot.close(figure)
 
 
-def _axes(width: float, height: float) -> tuple[Any, Any]:
+def _pyplot() -> Any:
     import matplotlib
 
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # needs no screen
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(width, height))
+    return pyplot
+
+
+def _axes(width: float, height: float) -> tuple[Any, Any]:
+    figure, axes = _pyplot().subplots(figsize=(width, height))
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
@@ -100,12 +104,7 @@ def reliability_figure(curves: Sequence[tuple[str, np.ndarray, np.ndarray, np.nd
         curves: of each its name, and for each bin how many there are, their mean probability, and the share of right
             ones; NaN in empty bins.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, rows = pyplot.subplots(
+    figure, rows = _pyplot().subplots(
         2, len(curves), figsize=(3.5 * len(curves), 4.4), sharex=True, sharey="row", squeeze=False, height_ratios=[3, 1]
     )
     for (name, counts, probability, right), above, below in zip(curves, *rows, strict=True):
@@ -198,13 +197,10 @@ def heat_figure(
         signed: whether values may be below zero.
         note: stands below.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
+    pyplot = _pyplot()
     height, width = image.shape[:2]
     columns = min(len(heats) + 1, 4 if width <= 1.6 * height else 3)
     rows = -(-(len(heats) + 1) // columns)

@@ -3,7 +3,6 @@
 No sample of the training is one of the test: not by its image's bytes, and not by its group where groups are named.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from clipkit.errors import BadSample, ClipkitError, UnreadSample, did_you_mean
 from clipkit.evaluation import class_folders
 from clipkit.log import note
 from clipkit.sources import Sample, Selected, Source, open_source, sample_id
-from clipkit.sources.base import RESERVED, hash_of
+from clipkit.sources.base import RESERVED, content_hash, hash_of
 from clipkit.sources.folder import FolderSource
 from clipkit.sources.listed import CAPTION_COLUMNS
 
@@ -272,7 +271,7 @@ def _apart(train: _Opened, test: _Opened, grouped: bool) -> list[_Row]:
 
 def _content(source: Source, row: int) -> bytes | None:
     try:
-        return hashlib.blake2b(source[row].read(), digest_size=16).digest()
+        return content_hash(source[row].read())
     except BadSample:
         return None  # which embedding says, too
 

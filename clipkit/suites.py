@@ -17,8 +17,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from clipkit.artifact import kind_of
 from clipkit.config import explain_validation, load_yaml
+from clipkit.embeddings import stored_kind
 from clipkit.errors import ClipkitError, did_you_mean
 from clipkit.log import note
 from clipkit.measuring import Evaluation
@@ -107,8 +107,7 @@ def load_suite(path: Path, models: Sequence[str] = ()) -> SuiteConfig:
     except ValidationError as error:
         raise ClipkitError(f"{path}: {explain_validation(error, SuiteConfig)}") from error
     suite.models = list(models) or suite.models
-    kinds = [kind_of(Path(each.source)) for each in suite.datasets]
-    if not suite.models and not all(kind in ("embeddings", "index") for kind in kinds):
+    if not suite.models and not all(stored_kind(each.source) for each in suite.datasets):
         raise ClipkitError(f"{path} names no models; add models: [RUN], or say --model")
     named = [(each.name or each.source, each.task) for each in suite.datasets]
     for each in named:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipkit.artifact import kind_of
 from clipkit.benchmarks import Benchmark, is_benchmark, open_benchmark
 from clipkit.cache import Cache
 from clipkit.cached import cached_texts
+from clipkit.embeddings import stored_kind
 from clipkit.errors import ClipkitError
 from clipkit.evaluation import (
     RETRIEVAL_KS,
@@ -137,7 +137,7 @@ def open_task(name: str, source: str, ks: Sequence[int] = (), **asked: Any) -> T
         ClipkitError: where the data do not suit the task, or an option does not.
     """
     wanted = Asked(tuple(sorted(set(ks))), **asked)
-    stored = kind_of(Path(source)) in ("embeddings", "index") if Path(source).is_dir() else False
+    kind = stored_kind(source)
     if name != "zeroshot" and wanted.templates is not None:
         raise ClipkitError(f"--templates is of zeroshot; {name} takes the captions as they are")
     if name == "zeroshot" and any(value is not None for value in wanted.columns().values()):
@@ -147,13 +147,11 @@ def open_task(name: str, source: str, ks: Sequence[int] = (), **asked: Any) -> T
         raise ClipkitError(f"{given}: of probe, which learns from examples; {name} does not")
     if asked.get("split") is not None and not is_benchmark(Path(source)):
         raise ClipkitError(f"--split is of a dataset in CLIP_benchmark's layout; {source} is none")
-    if stored and any(value is not None for value in wanted.columns().values()):
-        raise ClipkitError(
-            f"--image-column, --caption-column and --image-root are of lists; {source} is {kind_of(Path(source))}"
-        )
-    if wanted.through_index and not (name == "retrieval" and stored and kind_of(Path(source)) == "index"):
+    if kind and any(value is not None for value in wanted.columns().values()):
+        raise ClipkitError(f"--image-column, --caption-column and --image-root are of lists; {source} is {kind}")
+    if wanted.through_index and not (name == "retrieval" and kind == "index"):
         raise ClipkitError(f"--through-index is of retrieval on an index; {source} is none, or the task is another")
-    opened = open_stored(source) if stored else None
+    opened = open_stored(source) if kind else None
     return OPENERS[name](source, wanted, opened)
 
 

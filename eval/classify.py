@@ -104,7 +104,7 @@ def main(source: str | None, labels: str | None, models: tuple[str, ...], fmt: s
     command goes on, and --undo DIR (which needs nothing else) restores what was there before.
     """
     from clipkit.ablation import ablate_prompts
-    from clipkit.artifact import kind_of, read_manifest
+    from clipkit.artifact import read_manifest
     from clipkit.cache import Cache, cache_folder
     from clipkit.cached import cached_prompts
     from clipkit.classification import classify_images, open_images, rows_of, summary
@@ -112,6 +112,7 @@ def main(source: str | None, labels: str | None, models: tuple[str, ...], fmt: s
     from clipkit.classify_report import accuracy, pictures, write_report
     from clipkit.classify_sort import Sorter, undo_sort
     from clipkit.decisions import Rule
+    from clipkit.embeddings import stored_kind
     from clipkit.errors import ClipkitError
     from clipkit.examples import open_examples
     from clipkit.labels import parse_labels, truth_of
@@ -146,15 +147,15 @@ def main(source: str | None, labels: str | None, models: tuple[str, ...], fmt: s
         raise ClipkitError("--precision-wanted sets the threshold; leave out --threshold")
     rule = Rule(threshold, asked["min_margin"], known.background, several, list(known.groups.values()))
     sorter = Sorter(into, asked["how"] or "copy", yes=asked["yes"], several=several) if into else None
-    kind = kind_of(Path(source))
-    if not models and kind in ("embeddings", "index"):
+    kind = stored_kind(source)
+    if not models and kind:
         models = (spec_of(read_manifest(Path(source), kind), Path(source)),)
     if not models:
         raise ClipkitError("name the model to classify with: --model RUN (or open_clip:NAME/TAG, or hf:ORG/NAME)")
     lazy = [LazyModel(spec, cache, device=asked["device"], precision=asked["precision"]) for spec in models]
     columns = {name: asked[name] for name in ("image_column", "caption_column", "image_root")}
     opened: Any = source
-    if kind not in ("embeddings", "index"):
+    if kind is None:
         opened = (sorter.open if sorter else open_source)(source, **columns, globs=globs)
         if opened is None:
             note(f"all that {source} had is sorted into {into}; nothing was left to do")

@@ -112,9 +112,9 @@ def main(task: str, source: str, models: tuple[str, ...], fmt: str, **asked: Any
     Embeddings are kept, so that it goes on where it was interrupted; a result is taken from the last time where
     model, data, prompts and code are the same. Under torchrun the processes divide the work; the figures are the same.
     """
-    from clipkit.artifact import kind_of
     from clipkit.baselines import beside, changes_of_all, matches
     from clipkit.cache import Cache, cache_folder
+    from clipkit.embeddings import stored_kind
     from clipkit.errors import ClipkitError
     from clipkit.evaluation_report import check_name, write_results
     from clipkit.log import emit, note, warn
@@ -145,7 +145,7 @@ def main(task: str, source: str, models: tuple[str, ...], fmt: str, **asked: Any
             raise ClipkitError(f"{', '.join(flags)}: a suite says so for each of its datasets; write it into {source}")
         suite = load_suite(Path(source), models)
     else:
-        if not models and kind_of(Path(source)) not in ("embeddings", "index"):
+        if not models and stored_kind(source) is None:
             raise ClipkitError("name the model to evaluate: --model RUN (or open_clip:NAME/TAG, or hf:ORG/NAME)")
         if task == "probe" and compat:
             raise ClipkitError("--compat: a linear probe is the same in CLIP_benchmark; leave it out")

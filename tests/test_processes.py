@@ -37,6 +37,16 @@ def test_processes_give_what_threads_give(broken, model, monkeypatch, group):
     assert [line["row"] for line in found.left_out] == [0, 5, 11]
 
 
+@pytest.fixture
+def taken(monkeypatch):
+    """How many processes each call takes; none is started."""
+    found = []
+    monkeypatch.setattr(room_of, "WORTH_PROCESSES", 12)
+    monkeypatch.setattr(room_of, "in_threads", lambda load, rows, threads, ahead: found.append(0) or map(load, rows))
+    monkeypatch.setattr(room_of, "_in_groups", lambda load, rows, workers: found.append(workers) or map(load, rows))
+    return found
+
+
 @pytest.mark.parametrize(
     ("machine", "asked", "remote", "used"),
     [
@@ -52,13 +62,9 @@ def test_processes_give_what_threads_give(broken, model, monkeypatch, group):
     ],
 )
 def test_processes_are_taken_where_there_are_cores_for_them(
-    captioned, model, monkeypatch, machine, asked, remote, used
+    captioned, model, monkeypatch, taken, machine, asked, remote, used
 ):
-    taken = []
     monkeypatch.setattr(room_of, "cores", lambda: machine)
-    monkeypatch.setattr(room_of, "WORTH_PROCESSES", 12)
-    monkeypatch.setattr(room_of, "in_threads", lambda load, rows, threads, ahead: taken.append(0) or map(load, rows))
-    monkeypatch.setattr(room_of, "_in_groups", lambda load, rows, workers: taken.append(workers) or map(load, rows))
     source = open_source(captioned)
     monkeypatch.setattr(source, "remote", remote)
     embed_source(source, model, show=None, **asked)
@@ -69,13 +75,9 @@ def test_processes_are_taken_where_there_are_cores_for_them(
 
 
 @pytest.mark.parametrize(("room", "used"), [(64_000_000, 10), (10_000_000, 0), (None, 14)])
-def test_there_are_no_more_than_shared_memory_has_room_for(captioned, model, monkeypatch, room, used):
+def test_there_are_no_more_than_shared_memory_has_room_for(captioned, model, monkeypatch, taken, room, used):
     """At 224 px a group is 2.4 MB; each process may have two on their way, and a batch holds some."""
-    taken = []
     monkeypatch.setattr(room_of, "cores", lambda: 32)
-    monkeypatch.setattr(room_of, "WORTH_PROCESSES", 12)
-    monkeypatch.setattr(room_of, "in_threads", lambda load, rows, threads, ahead: taken.append(0) or map(load, rows))
-    monkeypatch.setattr(room_of, "_in_groups", lambda load, rows, workers: taken.append(workers) or map(load, rows))
     monkeypatch.setattr(room_of, "GROUP", 16 * 224 * 224 // (32 * 32))  # as many bytes with this model's small pictures
 
     def statvfs(path):

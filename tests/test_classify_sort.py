@@ -22,7 +22,7 @@ from clipkit.sort_journal import Journal
 from clipkit.sorting import Step
 from clipkit.sources import open_source
 from tests.conftest import make_pictures
-from tests.test_sorting import tree
+from tests.sorts import tree
 
 LABELS = "cat,dog,a/b,Cat"
 

@@ -1,7 +1,10 @@
 """What processes make in order, ahead of its use: torch's own loader processes, whose failures are told in a line."""
 
+import signal
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -11,6 +14,49 @@ from clipkit.errors import ClipkitError
 from clipkit.parallel import stay
 
 __all__ = ["in_loader_processes"]
+
+
+class _HeldBack:
+    """torch's answer to a child's end, which raises the death of a loader process, kept until an item is waited for.
+
+    A signal's handler runs wherever the main thread is just then: in a step, in the midst of a checkpoint, or while
+    the processes are being ended, where nobody takes the error for what it is.
+    """
+
+    def __init__(self) -> None:
+        self._answer: Any = None
+        self._waiting = self._missed = False
+
+    def take_over(self) -> None:
+        """Stand where torch's handler stands, if it is there; from other threads there is none."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        found = signal.getsignal(signal.SIGCHLD)
+        if getattr(found, "__module__", None) == "torch.utils.data._utils.signal_handling":
+            self._answer = found
+            signal.signal(signal.SIGCHLD, self._hold)
+
+    def _hold(self, number: int, frame: FrameType | None) -> None:
+        if self._waiting:
+            self._answer(number, frame)
+        else:
+            self._missed = True
+
+    def next(self, items: Iterator[Any]) -> Any:
+        """The next item; here, and only here, a process that died meanwhile is told."""
+        if threading.current_thread() is not threading.main_thread():
+            return next(items)
+        self._waiting = True
+        try:
+            if self._missed:
+                self._missed = False
+                self._answer(signal.SIGCHLD, None)
+            return next(items)
+        finally:
+            self._waiting = False
+
+
+_HELD_BACK = _HeldBack()  # one for all: a process has one handler
 
 
 def in_loader_processes(
@@ -55,8 +101,14 @@ def in_loader_processes(
             generator=torch.Generator().manual_seed(seed),
         )
         given = iter(loader)
+    _HELD_BACK.take_over()
     try:
-        yield from given
+        while True:
+            try:
+                item = _HELD_BACK.next(given)
+            except StopIteration:
+                return
+            yield item
     except (RuntimeError, OSError, EOFError) as error:
         # What was raised within a process comes as it was, with its traceback in its words.
         if str(error).startswith("Caught ") or (isinstance(error, RuntimeError) and "DataLoader" not in str(error)):

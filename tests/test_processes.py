@@ -1,5 +1,6 @@
 """Images decoded in processes: the same rows and the same bits as in threads, and failures that are told in a line."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -133,3 +134,29 @@ def test_a_process_that_is_killed_is_named_in_a_line():
     with pytest.raises(ClipkitError, match="^a loader process is gone or stuck: .*") as told:
         list(in_loader_processes(Killed(), range(5), 1, ahead=1))
     assert "\n" not in str(told.value)
+
+
+class Faultless(Dataset):
+    def __getitem__(self, item):
+        return item
+
+
+def ended_meanwhile():
+    """Items of a process, and the process killed while nobody waits for one: this is where torch would raise."""
+    items = in_loader_processes(Faultless(), range(5), 1, ahead=1)
+    assert next(items) == 0
+    (child,) = multiprocessing.active_children()
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    return items
+
+
+def test_a_death_is_told_where_an_item_is_waited_for_and_nowhere_else():
+    with pytest.raises(ClipkitError, match="^a loader process is gone or stuck: DataLoader worker .* killed by signal"):
+        list(ended_meanwhile())
+    assert list(in_loader_processes(Faultless(), range(3), 1, ahead=1)) == [0, 1, 2]  # the one before left nothing
+
+
+def test_nobody_hears_of_a_death_who_asks_for_nothing_more():
+    ended_meanwhile().close()
+    assert list(in_loader_processes(Faultless(), range(3), 1, ahead=1)) == [0, 1, 2]

@@ -69,7 +69,6 @@ def embed_source(
     image_of_text: list[int] = []
     known_texts: dict[int, np.ndarray] = {}
     images = _Rows(model.embed_dim, lambda pixels: _encoded(model.encode_image(_stacked(pixels, model.device))))
-    texts = _Rows(model.embed_dim, lambda said: _encoded(model.encode_text(model.tokenize(said).to(model.device))))
 
     def load(i: int) -> _Loaded:
         before, pixels = kept.get(i), None
@@ -118,17 +117,12 @@ def embed_source(
             full = images.waiting == batch_size if kept else (row + 1 - rows.start) % batch_size == 0
             if full or row == rows[-1]:
                 images.flush()
-        # Texts of like length together: a batch is as long as its longest.
-        order = sorted(range(len(found.captions)), key=lambda at: len(found.captions[at]))
-        for at in order:
-            if at in known_texts:
-                texts.know(known_texts[at])
-            else:
-                texts.add(found.captions[at])
-            if texts.waiting == batch_size * 4:
-                texts.flush()
-        texts.flush()
-    found.image, found.text = images.joined(), texts.joined()[np.argsort(order)]
+        new = [at for at in range(len(found.captions)) if at not in known_texts]
+        found.text = np.empty((len(found.captions), model.embed_dim), np.float32)
+        found.text[new] = model.embed_texts([found.captions[at] for at in new], 4 * batch_size)
+    for at, vector in known_texts.items():
+        found.text[at] = vector
+    found.image = images.joined()
     found.image_of_text = np.array(image_of_text, np.int64)
     return found
 

@@ -87,6 +87,38 @@ def test_trimmed_texts_are_the_padded_ones(kinds, kind):
     assert_same(gradients(model, padded), gradients(model, cut))
 
 
+WORDY = ["dog", "a red heart", "", "a red heart a dog a red dog a red heart", "heart", "dog a dog", "a a a a a a a a a"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_embedded_texts_are_the_padded_ones_and_whole_batches_keep_their_bits(kinds, kind):
+    model, seen = kinds[kind], []
+    encode = model.encode_text
+    with torch.inference_mode():
+        padded = encode(model.tokenize(WORDY)).numpy()
+    vars(model)["encode_text"] = lambda tokens: seen.append(tuple(tokens.shape)) or encode(tokens)
+    try:
+        found = model.embed_texts(WORDY, 3)
+        counts = [rows for rows, _ in seen]
+        assert sum(counts) == len(WORDY)
+        assert max(counts) <= 3
+        if model.trim(model.tokenize(WORDY)).shape[1] < model.context_length:
+            assert max(columns for _, columns in seen) < model.context_length
+            assert {columns % 8 for _, columns in seen if columns < model.context_length} == {0}
+        assert np.allclose(found, padded, atol=1e-6)
+        ordered = sorted(WORDY, key=len)
+        whole = model.embed_texts(ordered, 3)
+        parts = [model.embed_texts(ordered[:3], 3), model.embed_texts(ordered[3:], 3)]
+        assert np.array_equal(np.concatenate(parts), whole)
+        assert np.array_equal(whole[[ordered.index(text) for text in WORDY]], found)
+        # Not on which others there are, as long as they are as many and of like length.
+        others = [text.replace("dog", "red") for text in ordered[:-1]] + ordered[-1:]
+        assert np.array_equal(model.embed_texts(others, 3)[-1], whole[-1])
+        assert model.embed_texts([]).shape == (0, model.embed_dim)
+    finally:
+        del vars(model)["encode_text"]
+
+
 def test_token_zero_is_a_word_of_the_byte_pair_encoding(kinds):
     """The padding is 0, and so is "!"."""
     model = kinds["vit"]

@@ -98,14 +98,13 @@ class HuggingFaceEncoder(DualEncoder):
     def _text_features(self, tokens: Tensor) -> Tensor:
         return self.backbone.get_text_features(input_ids=tokens).pooler_output
 
-    def _needed_length(self, tokens: Tensor) -> int:
+    def _needed_lengths(self, tokens: Tensor) -> Tensor:
         config = self.backbone.config
         if config.model_type != "clip":  # SigLIP pools the last position, without any mask
-            return tokens.shape[1]
+            return tokens.new_full((len(tokens),), tokens.shape[1])
         # Under CLIP's causal mask. With 2, a wrong value of old configurations, it pools the largest token.
         end = config.text_config.eos_token_id
-        pooled = tokens.argmax(1) if end == 2 else (tokens == end).int().argmax(1)
-        return int(pooled.max()) + 1
+        return (tokens.argmax(1) if end == 2 else (tokens == end).int().argmax(1)) + 1
 
     def layouts(self) -> dict[Side, Layout]:
         return huggingface_layouts(self.backbone)

@@ -115,8 +115,8 @@ class OpenClipEncoder(DualEncoder):
     def _text_features(self, tokens: Tensor) -> Tensor:
         return openclip_forward.text_features(self.backbone, tokens)
 
-    def _needed_length(self, tokens: Tensor) -> int:
-        return openclip_forward.needed_length(self.backbone, tokens)
+    def _needed_lengths(self, tokens: Tensor) -> Tensor:
+        return openclip_forward.needed_lengths(self.backbone, tokens)
 
     def layouts(self) -> dict[Side, Layout]:
         return openclip_layouts(self.backbone)

@@ -22,7 +22,7 @@ __all__ = [
     "check_image_size",
     "checkpoint_gradients",
     "image_features",
-    "needed_length",
+    "needed_lengths",
     "resize_positions",
     "text_features",
 ]
@@ -127,26 +127,25 @@ def text_features(backbone: Any, tokens: Tensor) -> Tensor:
     return pooled @ text.text_projection
 
 
-def needed_length(backbone: Any, tokens: Tensor) -> int:
-    """How many of the columns can change the output; those after them provably cannot.
+def needed_lengths(backbone: Any, tokens: Tensor) -> Tensor:
+    """How many of its tokens can change each text's output, int64 ``[n]``; those after them provably cannot.
 
     Under a causal mask nothing after the pooled position is seen, whatever stands there. A Hugging Face encoder is
-    given a mask of the padding, so that columns which are padding in every row are not seen either.
+    given a mask of the padding, which is not seen either.
     """
-    text, length = getattr(backbone, "text", backbone), tokens.shape[1]
+    text, all_of_them = getattr(backbone, "text", backbone), tokens.new_full((len(tokens),), tokens.shape[1])
     if hasattr(text, "pooler"):
         seen = tokens != text.config.pad_token_id
-        if not seen.any(1).all():  # attention over nothing at all is over everything
-            return length
-        return int(seen.any(0).nonzero().max()) + 1
+        last = tokens.shape[1] - seen.flip(1).int().argmax(1)
+        return torch.where(seen.any(1), last, all_of_them)  # attention over nothing at all is over everything
     if text.attn_mask is None or getattr(text, "cls_emb", None) is not None:
-        return length
+        return all_of_them
     pool, end = _pooling(text)
     if pool == "argmax":
-        return int(tokens.argmax(1).max()) + 1
+        return tokens.argmax(1) + 1
     if pool == "eos":
-        return int((tokens == end).int().argmax(1).max()) + 1
-    return length
+        return (tokens == end).int().argmax(1) + 1
+    return all_of_them
 
 
 def checkpoint_gradients(backbone: Any, on: bool) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from clipkit.artifact import digest
-from clipkit.cache import Cache
 from clipkit.errors import ClipkitError, did_you_mean
 from clipkit.instances import Instances
 from clipkit.labels import plain_name
@@ -21,7 +20,7 @@ from clipkit.measuring import (
     measure_retrieval,
 )
 from clipkit.served import served_hits
-from clipkit.shared_work import Gather, SharedImages, SharedWork, towers_of
+from clipkit.shared_work import SharedImages, SharedWork
 from clipkit.sources import Source, open_source
 from clipkit.sources.folder import FolderSource
 from clipkit.stored import Stored
@@ -46,44 +45,30 @@ RETRIEVAL_KS, ZEROSHOT_KS = (1, 5, 10), (1, 5)
 
 
 def evaluate_retrieval(
-    model: Any,
+    ranks: SharedWork,
     source: Source,
     ks: Sequence[int] = RETRIEVAL_KS,
     *,
-    batch_size: int = 64,
-    threads: int | None = None,
-    show: str | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-    gather: Gather | None = None,
-    cache: Cache | None = None,
     intervals: bool = False,
     compat: bool = False,
 ) -> Evaluation:
     """Recall, reciprocal and median ranks both ways between images and captions (`clipkit.metrics.retrieval_figures`).
 
     Args:
-        model: see `towers_of`, in the precision that is wanted; scores are float32. The same on all ranks.
+        ranks: the model at work, alone or shared; scores are float32 whatever it embeds in.
         source: with captions.
         ks: list lengths.
-        batch_size: images at a time; captions go four times as many at a time.
-        threads: that decode images, see `clipkit.encoding.embed_source`.
-        show: title of a progress bar.
-        rank, world_size: whose part of the work to do.
-        gather: brings the ranks' parts together; `gather_objects` where not given and there are several.
-        cache: of what was embedded before, see `towers_of`.
         intervals: also say how far each figure may be off, and keep what pairs this model with another.
         compat: also give the figures of CLIP_benchmark's definitions.
 
     Raises:
         ClipkitError: where no sample can be used, on all ranks also where one of them fails.
     """
-    ranks = SharedWork(towers_of(model, cache, threads), rank, world_size, gather)
-    images = ranks.images(source, batch_size, show)
+    images = ranks.images(source)
     captions = [caption for of_image in images.captions for caption in of_image]
     if not captions:
         raise _nothing(source, images.left_out, "no sample has a caption")
-    text = ranks.texts(captions, 4 * batch_size)
+    text = ranks.texts(captions)
     image_of_text = np.repeat(np.arange(len(images.rows)), [len(of_image) for of_image in images.captions])
     further = Further(_of(source, images, captions, image_of_text) if intervals else None, compat)
     found = ranks.by_the_first(lambda: measure_retrieval(images.vectors, text, image_of_text, ks, further))
@@ -97,20 +82,13 @@ def _of(source: Source, images: SharedImages, *more: Any) -> str:
 
 
 def evaluate_zeroshot(
-    model: Any,
+    ranks: SharedWork,
     source: Source,
     classes: Sequence[str] | None = None,
     templates: str | Sequence[str] = "plain",
     ks: Sequence[int] = ZEROSHOT_KS,
     *,
     truth: np.ndarray | None = None,
-    batch_size: int = 64,
-    threads: int | None = None,
-    show: str | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-    gather: Gather | None = None,
-    cache: Cache | None = None,
     intervals: bool = False,
     compat: bool = False,
 ) -> Evaluation:
@@ -120,23 +98,22 @@ def evaluate_zeroshot(
     (`clipkit.average_precision.mean_average_precision`).
 
     Args:
-        model: see `towers_of`, in the precision that is wanted; scores are float32. The same on all ranks.
+        ranks: see `evaluate_retrieval`.
         source: see `open_classes`; any other where the truth is given.
         classes: the names to choose among; those of the sub-folders when not given.
         templates: with ``{}``, or the name of a set (see `clipkit.zeroshot.prompt_set`); used as in `class_vectors`.
         ks: list lengths; of no use for several classes.
         truth: int64 ``[rows]``, places in `classes`, -1 where it is not known; by the sub-folders when not given. Or
             ``[rows, classes]``: 1 for each class that an image is of, 0 for the others, -1 where it is not known.
-        batch_size, threads, show, rank, world_size, gather, cache, intervals, compat: see `evaluate_retrieval`.
+        intervals, compat: see `evaluate_retrieval`.
 
     Raises:
         ClipkitError: where there are no two classes, or no image can be used, on all ranks also where one fails.
     """
     prompts = prompt_set(templates) if isinstance(templates, str) else templates
     names, labels = class_folders(source, classes) if truth is None or classes is None else (list(classes), truth)
-    ranks = SharedWork(towers_of(model, cache, threads), rank, world_size, gather)
-    vectors = class_vectors(names, prompts, lambda texts: ranks.texts(texts, 4 * batch_size))
-    images = ranks.images(source, batch_size, show)
+    vectors = class_vectors(names, prompts, ranks.texts)
+    images = ranks.images(source)
     label = labels[images.rows]
     known = label >= 0 if label.ndim == 1 else (label >= 0).all(axis=1)
     reason = "stands in no class's folder" if truth is None else "its class is not told"
@@ -158,31 +135,23 @@ def evaluate_zeroshot(
 
 
 def evaluate_choice(
-    model: Any,
+    ranks: SharedWork,
     instances: Instances,
     *,
-    batch_size: int = 64,
-    threads: int | None = None,
-    show: str | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-    gather: Gather | None = None,
-    cache: Cache | None = None,
     intervals: bool = False,
     compat: bool = False,
 ) -> Evaluation:
     """Whether a model tells a true caption from a false one (`clipkit.choice`).
 
     Args:
-        model: see `towers_of`, in the precision that is wanted. The same on all ranks.
+        ranks: see `evaluate_retrieval`.
         instances: images with captions to choose among; one whose image cannot be used is left out.
-        batch_size, threads, show, rank, world_size, gather, cache, intervals, compat: see `evaluate_retrieval`.
+        intervals, compat: see `evaluate_retrieval`.
 
     Raises:
         ClipkitError: where no instance can be used, on all ranks also where one fails.
     """
-    ranks = SharedWork(towers_of(model, cache, threads), rank, world_size, gather)
-    images = ranks.images(instances.source, batch_size, show)
+    images = ranks.images(instances.source)
     place = np.full(len(instances.source), -1)
     place[images.rows] = np.arange(len(images.rows))
     at = place[instances.images]
@@ -192,7 +161,7 @@ def evaluate_choice(
     if not usable.any():
         raise _nothing(instances.source, left_out, "no instance has its images")
     captions = [instances.captions[row] for row in np.flatnonzero(usable)]
-    text = ranks.texts([caption for of_instance in captions for caption in of_instance], 4 * batch_size)
+    text = ranks.texts([caption for of_instance in captions for caption in of_instance])
     of = _of(instances.source, images, captions, at[usable]) if intervals else None
     both = images.vectors[at[usable]], text.reshape(len(captions), -1, text.shape[1])
     found = ranks.by_the_first(lambda: measure_choice(*both, Further(of, compat)))
@@ -200,48 +169,61 @@ def evaluate_choice(
 
 
 def evaluate_stored_retrieval(
+    ranks: SharedWork,
     stored: Stored,
     ks: Sequence[int] = RETRIEVAL_KS,
     *,
     through_index: bool = False,
-    show: str | None = None,
     compat: bool = False,
 ) -> Evaluation:
     """As `evaluate_retrieval`, of embeddings on the disk, which are read in blocks: memory does not grow with them.
 
     Args:
+        ranks: of which the first does it; no model is needed.
         stored: with both sides.
         ks: list lengths.
         through_index: of an index; also what it answers, see `clipkit.served`.
-        show: title of a progress bar.
         compat: see `evaluate_retrieval`.
     """
-    served = served_hits(stored.both(), ks) if through_index else None
-    both, further = stored.both(), Further(stored.of(), compat)
-    with meter(show or "", len(stored.image_of_text), "captions") as advance:
-        told = advance if show else None
-        found = measure_retrieval(both.image, both.text, both.image_of_text, ks, further, served=served, advance=told)
-    return replace(found, left_out=stored.left_out)
+
+    def work() -> Evaluation:
+        served = served_hits(stored.both(), ks) if through_index else None
+        both, further = stored.both(), Further(stored.of(), compat)
+        with meter(ranks.show or "", len(stored.image_of_text), "captions") as advance:
+            told = advance if ranks.show else None
+            return measure_retrieval(
+                both.image, both.text, both.image_of_text, ks, further, served=served, advance=told
+            )
+
+    return replace(ranks.by_the_first(work), left_out=stored.left_out)
 
 
 def evaluate_stored_classes(
-    stored: Stored, classes: Sequence[str], labels: np.ndarray, vectors: np.ndarray, ks: Sequence[int], compat: bool
+    ranks: SharedWork,
+    stored: Stored,
+    classes: Sequence[str],
+    labels: np.ndarray,
+    prompts: Sequence[str],
+    ks: Sequence[int],
+    compat: bool,
 ) -> Evaluation:
     """As `evaluate_zeroshot`, of embeddings on the disk.
 
     Args:
+        ranks: see `evaluate_retrieval`; the model embeds the prompts.
         stored: with images.
         classes, labels: see `classes_of`; an image of none is left out.
-        vectors: of the classes.
+        prompts: with ``{}``, see `class_vectors`.
         ks: list lengths.
         compat: see `evaluate_retrieval`.
     """
+    vectors = class_vectors(classes, prompts, ranks.texts)
     images, known = stored.image, labels >= 0
     if not known.all():
         ends = np.cumsum([len(part) for part in images])[:-1]
         images = [part[own] for part, own in zip(images, np.split(known, ends), strict=True) if own.any()]
     further = Further(digest([stored.of(), list(classes), labels.tolist()]), compat)
-    found = measure_classes(images, vectors, labels[known], ks, classes, further)
+    found = ranks.by_the_first(lambda: measure_classes(images, vectors, labels[known], ks, classes, further))
     strays = [{"key": key, "reason": "stands in no class's folder"} for key in _keys(stored, ~known)]
     return replace(found, left_out=[*(line for line in stored.left_out if "row" in line), *strays])
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clipkit.cache import Cache
 from clipkit.comparison import Samples as Kept
 from clipkit.comparison import packed
 from clipkit.confidence import Interval, bootstrap, class_mean_of, mean_of, paired_bootstrap, wilson_interval
@@ -26,7 +25,7 @@ from clipkit.fusion_probe import (
 from clipkit.measuring import Evaluation
 from clipkit.probe_data import Part, ProbeTask
 from clipkit.ranking import mean, recall_at_k
-from clipkit.shared_work import Gather, SharedWork, towers_of
+from clipkit.shared_work import SharedWork
 from clipkit.sources.base import hash_of
 
 __all__ = ["PROBE_KS", "evaluate_probe", "probe_rows", "readable_rows"]
@@ -58,28 +57,21 @@ NAMES = {
 
 
 def evaluate_probe(
-    model: Any,
+    ranks: SharedWork,
     task: ProbeTask,
     ks: Sequence[int] = PROBE_KS,
     *,
     seed: int = 0,
-    batch_size: int = 64,
-    threads: int | None = None,
-    show: str | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-    gather: Gather | None = None,
-    cache: Cache | None = None,
     intervals: bool = False,
 ) -> Evaluation:
     """Fit probes to the training and judge them on the test.
 
     Args:
-        model: the same on all ranks, see `towers_of`.
+        ranks: the model at work, see `evaluate_retrieval`.
         task: what to learn from what.
         ks: list lengths.
         seed: of the folds and of the attention.
-        batch_size, threads, show, rank, world_size, gather, cache, intervals: see `evaluate_retrieval`.
+        intervals: see `evaluate_retrieval`.
 
     Returns:
         Figures by name (`probe_rows` has them as rows): ``linear_probe_acc@k``, the share of images with their class
@@ -94,10 +86,7 @@ def evaluate_probe(
         ClipkitError: where nothing is left to train on or to test, on all ranks also where one of them fails.
     """
     lengths = tuple(sorted({1, *ks}))
-    ranks = SharedWork(towers_of(model, cache, threads), rank, world_size, gather)
-    (train, learned, lost), (test, judged, missed) = (
-        _embedded(part, task.fused, ranks, batch_size, show) for part in task
-    )
+    (train, learned, lost), (test, judged, missed) = (_embedded(part, task.fused, ranks) for part in task)
     for what, part in (("training", learned), ("test", judged)):
         if not len(part.labels):
             first = ([*lost, *missed] or [{"key": "", "reason": "no sample"}])[0]
@@ -110,16 +99,14 @@ def evaluate_probe(
     return replace(found, counts=counts | {"shared": task.shared}, left_out=left_out)
 
 
-def _embedded(
-    part: Part, fused: bool, ranks: SharedWork, batch_size: int, show: str | None
-) -> tuple[Samples, Part, list[dict[str, Any]]]:
+def _embedded(part: Part, fused: bool, ranks: SharedWork) -> tuple[Samples, Part, list[dict[str, Any]]]:
     """Embeddings, the part without the images that cannot be used, and ledger lines of these."""
-    images = ranks.images(part.source, batch_size, show)
+    images = ranks.images(part.source)
     kept = images.rows
     texts = [part.texts[row] for row in kept]
     has = np.array([bool(of_image) for of_image in texts], bool)
     if fused:
-        vectors = ranks.texts([text for of_image in texts for text in of_image], 4 * batch_size)
+        vectors = ranks.texts([text for of_image in texts for text in of_image])
         owner = np.repeat(np.arange(len(kept)), [len(of_image) for of_image in texts])
         side = np.zeros((len(kept), vectors.shape[1]), np.float32)
         np.add.at(side, owner, vectors)  # of several texts the mean, as of a class's prompts

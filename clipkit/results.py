@@ -9,7 +9,7 @@ from typing import Any
 
 import clipkit
 from clipkit.artifact import read_json
-from clipkit.cache import Cache, entry_key
+from clipkit.cache import entry_key
 from clipkit.comparison import differences, unpacked
 from clipkit.confidence import Interval
 from clipkit.errors import ClipkitError
@@ -78,28 +78,26 @@ def code_version() -> str:
 
 
 def known_or_new(
-    cache: Cache,
     about: Sequence[object],
     work: Callable[[], Evaluation],
-    share: SharedWork,
+    ranks: SharedWork,
     lasts: Callable[[Evaluation], bool] = lambda _: True,
 ) -> Evaluation:
     """A result that was computed before from the same things by the same code, or a new one.
 
     Args:
-        cache: that keeps them.
         about: all that it depends on: fingerprint and precision of the model, the data's identity, prompts, lengths.
         work: computes it, on all ranks.
-        share: of the ranks; the first one knows.
+        ranks: of which the first knows, from its cache.
         lasts: whether a new one would come out again; one that might not is not kept.
     """
     key = entry_key("result", code_version(), *about)
-    known = share.by_the_first(lambda: cache.fact(key))
+    known = ranks.by_the_first(lambda: ranks.cache.fact(key))
     if known is not None:
         return Evaluation(**known)
     found = work()
-    if share.rank == 0 and lasts(found):
-        cache.keep_fact(key, asdict(found))
+    if ranks.rank == 0 and lasts(found):
+        ranks.cache.keep_fact(key, asdict(found))
     return found
 
 

@@ -24,13 +24,11 @@ __all__ = [
     "Gather",
     "SharedImages",
     "SharedWork",
-    "Towers",
     "gather_objects",
     "gathering",
     "on_each",
     "process_group",
     "together",
-    "towers_of",
 ]
 
 Value = TypeVar("Value")
@@ -40,7 +38,7 @@ PATIENCE = timedelta(days=7)  # a rank may wait for what the first does alone; o
 
 
 @dataclass(frozen=True)
-class Towers:
+class _Towers:
     """How images and texts are embedded."""
 
     images: Callable[[Source, range, int, str | None], Embedded]
@@ -49,22 +47,16 @@ class Towers:
     """Texts, so many at a time; float32 ``[n, dim]``, unit norm."""
 
 
-def towers_of(model: Any, cache: Cache | None = None, threads: int | None = None) -> Towers:
-    """How a model embeds.
-
-    Args:
-        model: a `DualEncoder`, which is used as it is, or a `LazyModel`.
-        cache: of what was embedded before, for a `LazyModel`.
-        threads: that decode images, see `clipkit.encoding.embed_source`.
-    """
+def _towers_of(model: Any, cache: Cache, threads: int | None) -> _Towers:
+    """How a model embeds; see `SharedWork`."""
     if isinstance(model, LazyModel):
-        lazy, kept = model, cache or Cache(None)
+        lazy = model
 
         def cached(source: Source, rows: range, batch_size: int, show: str | None) -> Embedded:
             how = {"rows": rows, "batch_size": batch_size, "threads": threads, "show": show}
-            return cached_images(source, lazy, kept, decoding="exact", **how)
+            return cached_images(source, lazy, cache, decoding="exact", **how)
 
-        return Towers(cached, lambda texts, batch_size: cached_texts(texts, lazy, kept, batch_size))
+        return _Towers(cached, lambda texts, batch_size: cached_texts(texts, lazy, cache, batch_size))
 
     from clipkit.encoding import embed_source
     from clipkit.inference import evaluating
@@ -77,7 +69,7 @@ def towers_of(model: Any, cache: Cache | None = None, threads: int | None = None
         with evaluating(model):
             return model.embed_texts(some, batch_size)
 
-    return Towers(images, texts)
+    return _Towers(images, texts)
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -142,18 +134,38 @@ def process_group() -> Iterator[tuple[int, int]]:
 
 
 class SharedWork:
-    """Who does what of an evaluation, and the exchange of what was done.
+    """A model at work for an evaluation: how it embeds, which rank does what, and the exchange of what was done.
 
     Args:
-        towers: that embed.
+        model: a `DualEncoder`, which is used as it is, or a `LazyModel`; in the precision that is wanted, the same on
+            all ranks. None where nothing is to be embedded.
+        batch_size: images at a time; texts go four times as many at a time.
+        threads: that decode images, see `clipkit.encoding.embed_source`.
+        show: title of a progress bar.
+        cache: of results, and for a `LazyModel` of what was embedded before. Where ranks do not share it, it must hold
+            the same for each.
         rank, world_size: whose part of the work to do.
         gather: brings the ranks' parts together; `gather_objects` where not given and there are several.
     """
 
-    def __init__(self, towers: Towers, rank: int = 0, world_size: int = 1, gather: Gather | None = None):
-        self.towers = towers
+    def __init__(
+        self,
+        model: Any,
+        *,
+        batch_size: int = 64,
+        threads: int | None = None,
+        show: str | None = None,
+        cache: Cache | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        gather: Gather | None = None,
+    ):
+        self.model, self.batch_size, self.show = model, batch_size, show
+        self.cache = cache or Cache(None)
         self.rank, self.world_size = rank, world_size
         self.gather = gathering(world_size, gather)
+        # What is no `LazyModel` imports torch.
+        self._towers: Any = None if model is None else _towers_of(model, self.cache, threads)
 
     def own(self, count: int, block: int) -> range:
         """This rank's part of so many items, in whole blocks; the ranks' parts follow each other."""
@@ -169,11 +181,12 @@ class SharedWork:
         """What the work gives on rank 0: processors that differ might differ in a last digit."""
         return self.together(lambda: work() if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
-    def images(self, source: Source, batch_size: int, show: str | None) -> "SharedImages":
+    def images(self, source: Source) -> "SharedImages":
         """Embed all images of a source."""
 
         def work() -> SharedImages:
-            found = self.towers.images(source, self.own(len(source), batch_size), batch_size, show)
+            rows = self.own(len(source), self.batch_size)
+            found = self._towers.images(source, rows, self.batch_size, self.show)
             unread = set(found.unread)
             lines = [line | {"unread": True} if line["row"] in unread else line for line in found.left_out]
             return SharedImages(found.image, found.rows, [s.captions for s in found.samples], lines)
@@ -186,11 +199,12 @@ class SharedWork:
             [*source.problems, *(line for part in parts for line in part.left_out)],
         )
 
-    def texts(self, texts: Sequence[str], batch_size: int) -> np.ndarray:
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Embed all texts, float32 ``[n, dim]``; each once, however often it is there, among others of like length."""
         place = {text: at for at, text in enumerate(sorted(dict.fromkeys(texts), key=len))}
-        each, own = list(place), self.own(len(place), batch_size)
-        found = np.concatenate(self.together(lambda: self.towers.texts(each[own.start : own.stop], batch_size)))
+        each, at_once = list(place), 4 * self.batch_size
+        own = self.own(len(place), at_once)
+        found = np.concatenate(self.together(lambda: self._towers.texts(each[own.start : own.stop], at_once)))
         return found[[place[text] for text in texts]]
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from clipkit.benchmarks import Benchmark, is_benchmark, open_benchmark
 from clipkit.cache import Cache
-from clipkit.cached import cached_texts
 from clipkit.embeddings import stored_kind
 from clipkit.errors import ClipkitError
 from clipkit.evaluation import (
@@ -36,10 +35,10 @@ from clipkit.model_specs import refuse_another, spec_of
 from clipkit.probe_data import open_probe
 from clipkit.probes import PROBE_KS, evaluate_probe
 from clipkit.results import known_or_new
-from clipkit.shared_work import Gather, SharedWork, gathering, on_each, towers_of
+from clipkit.shared_work import SharedWork, gathering, on_each
 from clipkit.sources import Source, open_source
 from clipkit.stored import Stored, open_stored
-from clipkit.zeroshot import class_vectors, prompt_set
+from clipkit.zeroshot import prompt_set
 
 __all__ = ["OPENERS", "Asked", "Task", "evaluate", "measure", "open_task"]
 
@@ -89,8 +88,8 @@ class Task:
     name: str
     about: list[object]
     """All that a result depends on, beside the model and the code."""
-    work: Callable[[LazyModel, dict[str, Any]], Evaluation]
-    """Measures a model, given the arguments that the functions of `clipkit.evaluation` have in common."""
+    work: Callable[[SharedWork], Evaluation]
+    """Measures a model at work."""
     stored: Stored | None = None
     """Embeddings on the disk, which know their model."""
     sources: tuple[Source, ...] = ()
@@ -171,15 +170,13 @@ def _open_retrieval(source: str, asked: Asked, stored: Stored | None) -> Task:
     if stored is not None:
         more = {"through_index": asked.through_index, "compat": asked.compat}
         about = ["stored retrieval", stored.both().identity(), ks, more]
-        return Task(
-            "retrieval", about, lambda _, how: evaluate_stored_retrieval(stored, ks, show=how["show"], **more), stored
-        )
+        return Task("retrieval", about, lambda ranks: evaluate_stored_retrieval(ranks, stored, ks, **more), stored)
     found = _benchmark(source, asked, ["retrieval"], "retrieval")
     opened = found.source if found else open_source(source, **asked.columns(), captions_required=True)
     about = ["retrieval", opened.identity(), ks, asked.compat]
 
-    def work(model: LazyModel, how: dict[str, Any]) -> Evaluation:
-        return evaluate_retrieval(model, opened, ks, compat=asked.compat, **how)
+    def work(ranks: SharedWork) -> Evaluation:
+        return evaluate_retrieval(ranks, opened, ks, intervals=True, compat=asked.compat)
 
     return Task("retrieval", about, work, sources=(opened,))
 
@@ -200,8 +197,9 @@ def _open_zeroshot(source: str, asked: Asked, stored: Stored | None) -> Task:
         opened = open_classes(source, ks)
         names, truth = class_folders(opened)
 
-    def work(model: LazyModel, how: dict[str, Any]) -> Evaluation:
-        return evaluate_zeroshot(model, opened, names, prompts, ks, truth=truth, compat=asked.compat, **how)
+    def work(ranks: SharedWork) -> Evaluation:
+        more = {"truth": truth, "compat": asked.compat}
+        return evaluate_zeroshot(ranks, opened, names, prompts, ks, intervals=True, **more)
 
     about = ["zeroshot", opened.identity(), ks, names, prompts, truth.tolist(), asked.compat]
     return Task("zeroshot", about, work, sources=(opened,))
@@ -211,10 +209,8 @@ def _stored_zeroshot(source: str, stored: Stored, prompts: list[str], ks: Sequen
     names, truth = classes_of(source, stored.paths())
     tell_clamped(source, len(names), ks)
 
-    def work(model: LazyModel, how: dict[str, Any]) -> Evaluation:
-        kept = how["cache"] or Cache(None)
-        vectors = class_vectors(names, prompts, lambda texts: cached_texts(texts, model, kept, 4 * how["batch_size"]))
-        return evaluate_stored_classes(stored, names, truth, vectors, ks, compat)
+    def work(ranks: SharedWork) -> Evaluation:
+        return evaluate_stored_classes(ranks, stored, names, truth, prompts, ks, compat)
 
     return Task("zeroshot", ["stored zeroshot", stored.identity(), ks, names, prompts, compat], work, stored)
 
@@ -227,8 +223,8 @@ def _open_choice(source: str, asked: Asked, stored: Stored | None) -> Task:
     opened = open_instances(source, split=asked.split, **asked.columns())
     about = ["choice", opened.identity(), asked.compat]
 
-    def work(model: LazyModel, how: dict[str, Any]) -> Evaluation:
-        return evaluate_choice(model, opened, compat=asked.compat, **how)
+    def work(ranks: SharedWork) -> Evaluation:
+        return evaluate_choice(ranks, opened, intervals=True, compat=asked.compat)
 
     return Task("choice", about, work, sources=(opened.source,))
 
@@ -243,8 +239,8 @@ def _open_probe(source: str, asked: Asked, stored: Stored | None) -> Task:
     ks, seed = asked.ks or PROBE_KS, asked.seed or 0
     about = ["probe", ks, seed, *opened.identity()]
 
-    def work(model: LazyModel, how: dict[str, Any]) -> Evaluation:
-        return evaluate_probe(model, opened, ks, seed=seed, **how)
+    def work(ranks: SharedWork) -> Evaluation:
+        return evaluate_probe(ranks, opened, ks, seed=seed, intervals=True)
 
     return Task("probe", about, work, sources=(opened.train.source, opened.test.source))
 
@@ -257,41 +253,25 @@ OPENERS: dict[str, Callable[[str, Asked, Stored | None], Task]] = {
 }
 
 
-def evaluate(
-    task: Task,
-    model: LazyModel | None,
-    cache: Cache,
-    *,
-    batch_size: int = 64,
-    threads: int | None = None,
-    show: str | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-    gather: Gather | None = None,
-) -> Evaluation:
+def evaluate(task: Task, ranks: SharedWork) -> Evaluation:
     """A model's result; the one of the last time where model, data, prompts and code are the same.
 
     Args:
         task: what to measure on what.
-        model: the same on all ranks. None for the one that embeddings were made with, where nothing is asked of it.
-        cache: of results and embeddings; where ranks do not share it, it must hold the same for each.
-        batch_size, threads, show, rank, world_size, gather: see `evaluate_retrieval`.
+        ranks: with a `LazyModel`; with none for the one that embeddings were made with, where nothing is asked of it.
 
     Raises:
         ClipkitError: where it cannot be measured, embeddings were made with another model, or the ranks have different
             models.
     """
-    how: dict[str, Any] = {"batch_size": batch_size, "threads": threads, "show": show, "cache": cache}
-    how |= {"rank": rank, "world_size": world_size, "gather": gather, "intervals": True}
-    towers: Any = None if model is None else towers_of(model, cache)  # which imports torch for what is no `LazyModel`
-    ranks = SharedWork(towers, rank, world_size, gather)
+    model: LazyModel | None = ranks.model
 
     def known_of_it() -> list[object]:
         if model is None:
             return []
         if task.stored is not None:
             refuse_another(task.stored.manifest, task.stored.folder, model.spec, model.facts.fingerprint)
-        return [model.facts.fingerprint, model.facts.precision, batch_size]
+        return [model.facts.fingerprint, model.facts.precision, ranks.batch_size]
 
     facts = ranks.together(known_of_it)
     if any(of_rank != facts[0] for of_rank in facts):
@@ -299,14 +279,7 @@ def evaluate(
             f"the processes have different models under the name {model.spec if model else ''}, or another precision; "
             "give all of them the same files"
         )
-
-    def work() -> Evaluation:
-        if task.stored is None:
-            return task.work(model, how)  # type: ignore[arg-type]
-        # Nothing is to be embedded but some prompts; the first does it for all.
-        return ranks.by_the_first(lambda: task.work(model, how))  # type: ignore[arg-type]
-
-    found = known_or_new(cache, [*facts[0], *task.about], work, ranks, task.lasts)
+    found = known_or_new([*facts[0], *task.about], lambda: task.work(ranks), ranks, task.lasts)
     if task.name == "retrieval":
         for k in clamped(_lengths(found), min(found.counts["images"], found.counts["captions"])):
             note(
@@ -329,9 +302,9 @@ def measure(
         task: what to measure on what.
         spec: see `clipkit.towers.load_model`; None for the model that embeddings were made with, which is not loaded
             where nothing is asked of it.
-        cache: see `evaluate`.
+        cache: of results and embeddings.
         device, precision: of the model, see `LazyModel`.
-        how: see `evaluate`.
+        how: see `SharedWork`.
 
     Returns:
         What the model is called, its fingerprint, and the result.
@@ -340,7 +313,8 @@ def measure(
         ClipkitError: see `evaluate`; or where no model is named and the data know none.
     """
     if spec is None and task.stored is not None and task.name == "retrieval":
-        return task.own_model() or "", task.stored.manifest["model"]["fingerprint"], evaluate(task, None, cache, **how)
+        found = evaluate(task, SharedWork(None, cache=cache, **how))
+        return task.own_model() or "", task.stored.manifest["model"]["fingerprint"], found
 
     def opened() -> LazyModel:
         named = spec or task.own_model()
@@ -349,5 +323,5 @@ def measure(
         return LazyModel(named, cache, device=device, precision=precision)
 
     lazy = on_each(opened, gathering(how.get("world_size", 1), how.get("gather")))
-    found = evaluate(task, lazy, cache, **how)
+    found = evaluate(task, SharedWork(lazy, cache=cache, **how))
     return lazy.spec, lazy.facts.fingerprint, found

@@ -23,7 +23,7 @@ from clipkit.inference import cast_for_inference, evaluating
 from clipkit.log import warn
 from clipkit.metrics import guessed_retrieval, retrieval_figures, zeroshot_chance
 from clipkit.settings import ValidationConfig
-from clipkit.shared_work import Gather
+from clipkit.shared_work import Gather, SharedWork
 from clipkit.sources import Source, open_source
 from clipkit.towers import DualEncoder
 
@@ -60,19 +60,19 @@ class Validation:
 
         Args:
             model: the same on all ranks.
-            rank, world_size, gather: see `evaluate_retrieval`.
+            rank, world_size, gather: see `SharedWork`.
 
         Returns:
             The figures, named as `clipkit evaluate` does, and ledger lines of what could not be used.
         """
-        among: dict[str, Any] = {"rank": rank, "world_size": world_size, "gather": gather}
+        ranks = SharedWork(model, rank=rank, world_size=world_size, gather=gather)
         found: list[Evaluation] = []
         with _generators_kept(model.device), evaluating(model):
             cast_for_inference(model, self.config.precision)
             if self.retrieval is not None:
-                found.append(evaluate_retrieval(model, self.retrieval, **among))
+                found.append(evaluate_retrieval(ranks, self.retrieval))
             if self.zeroshot is not None:
-                found.append(evaluate_zeroshot(model, self.zeroshot, templates=self.config.templates, **among))
+                found.append(evaluate_zeroshot(ranks, self.zeroshot, templates=self.config.templates))
         figures = {name: value for each in found for name, value in each.figures.items()}
         return figures, [line for each in found for line in each.left_out]
 

@@ -25,7 +25,7 @@ from clipkit.evaluation import (
 from clipkit.inference import cast_for_inference, evaluating
 from clipkit.metrics import retrieval_figures, retrieval_ranks
 from clipkit.settings import ValidationConfig
-from clipkit.shared_work import gather_objects, process_group
+from clipkit.shared_work import SharedWork, gather_objects, process_group
 from clipkit.sources import open_source
 from clipkit.towers import load_model
 from clipkit.validation import open_validation
@@ -106,7 +106,10 @@ def classes(tmp_path_factory) -> Path:
 def test_retrieval_is_the_same_on_any_number_of_ranks(holed, batch_size, precision):
     model = cast_for_inference(tiny_model(), precision)
     source = open_source(holed)
-    evaluate = functools.partial(evaluate_retrieval, model, source, batch_size=batch_size)
+
+    def evaluate(**among):
+        return evaluate_retrieval(SharedWork(model, batch_size=batch_size, **among), source)
+
     alone = evaluate()
     assert alone.counts == {"images": 20, "captions": 40}
     assert [line["key"] for line in alone.left_out] == [f"images/{number:03d}.png" for number in (0, 6, 7)]
@@ -118,7 +121,7 @@ def test_retrieval_is_the_same_on_any_number_of_ranks(holed, batch_size, precisi
 def test_retrieval_is_what_the_embeddings_of_one_process_say(holed, model):
     found = embed_source(open_source(holed), model, show=None)
     wanted = retrieval_figures(retrieval_ranks(found.image, found.text, found.image_of_text))
-    assert evaluate_retrieval(model, open_source(holed)).figures == wanted
+    assert evaluate_retrieval(SharedWork(model), open_source(holed)).figures == wanted
 
 
 def test_an_unusable_image_shifts_no_other_into_another_batch(holed, model, monkeypatch):
@@ -141,7 +144,10 @@ def test_an_unusable_image_shifts_no_other_into_another_batch(holed, model, monk
 @pytest.mark.parametrize("templates", ["plain", "openai80"])
 def test_zeroshot_is_the_same_on_any_number_of_ranks(classes, model, templates):
     source = open_classes(str(classes))
-    evaluate = functools.partial(evaluate_zeroshot, model, source, templates=templates, batch_size=3)
+
+    def evaluate(**among):
+        return evaluate_zeroshot(SharedWork(model, batch_size=3, **among), source, templates=templates)
+
     alone = evaluate()
     assert alone.counts == {"images": 17, "classes": 4}
     assert [line["key"] for line in alone.left_out] == ["blue_star/00a.png", "red_heart/zz.jpg", "stray.png"]
@@ -158,7 +164,7 @@ def test_zeroshot_counts_what_classify_says(classes, model):
     rows = [row for row in clipkit.classify(classes, LABELS, model, prompts=["{}"]) if row["status"] == "ok"]
     rows = [row for row in rows if "/" in row["path"]]
     right = [row["label"] == row["path"].partition("/")[0].replace("_", " ") for row in rows]
-    found = evaluate_zeroshot(model, open_source(classes), ks=[1])
+    found = evaluate_zeroshot(SharedWork(model), open_source(classes), ks=[1])
     assert found.figures["zeroshot_acc@1"] == pytest.approx(np.mean(right))
 
 
@@ -171,8 +177,8 @@ def test_a_collapsed_model_scores_chance(classes, captioned, monkeypatch):
     monkeypatch.setattr(model, "encode_image", lambda pixels: one.repeat(len(pixels), 1))
     monkeypatch.setattr(model, "encode_text", lambda tokens: one.repeat(len(tokens), 1))
     for found in (
-        evaluate_zeroshot(model, open_source(classes), templates="openai80", ks=(1, 2, 3)),
-        evaluate_retrieval(model, open_source(captioned)),
+        evaluate_zeroshot(SharedWork(model), open_source(classes), templates="openai80", ks=(1, 2, 3)),
+        evaluate_retrieval(SharedWork(model), open_source(captioned)),
     ):
         assert found.figures == pytest.approx(found.chance)
 
@@ -221,19 +227,21 @@ def test_an_error_on_one_rank_is_an_error_on_all(holed, model):
             return self.source[i]
 
     source = Fails(open_source(holed))
-    found = on_ranks(3, functools.partial(evaluate_retrieval, model, source, batch_size=4))
+    found = on_ranks(3, lambda **among: evaluate_retrieval(SharedWork(model, batch_size=4, **among), source))
     assert [str(error) for error in found] == ["the disk is gone"] * 3
     assert all(isinstance(error, ClipkitError) for error in found)
 
 
 def test_nothing_usable_is_said_on_all_ranks(tmp_path, model):
     (tmp_path / "list.tsv").write_text("path\tcaption\nnone.png\ta cat\nnot.png\ta dog\n")
-    found = on_ranks(2, functools.partial(evaluate_retrieval, model, open_source(tmp_path / "list.tsv")))
+    found = on_ranks(
+        2, lambda **among: evaluate_retrieval(SharedWork(model, **among), open_source(tmp_path / "list.tsv"))
+    )
     assert all("can be evaluated; the first: none.png" in str(error) for error in found)
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.png").write_bytes(b"")
-    found = on_ranks(2, functools.partial(evaluate_zeroshot, model, open_source(tmp_path)))
+    found = on_ranks(2, lambda **among: evaluate_zeroshot(SharedWork(model, **among), open_source(tmp_path)))
     assert all("can be evaluated; the first: a/x.png" in str(error) for error in found)
 
 
@@ -248,7 +256,8 @@ def on_two(rank, world_size, holed, classes, model_dir):
     assert validation is not None
     figures, left_out = validation.run(load_model(model_dir), rank=rank, world_size=world_size)
     two, _ = class_folders(open_source(classes))
-    few = evaluate_zeroshot(load_model(model_dir), open_source(classes), two, rank=rank, world_size=world_size)
+    ranks = SharedWork(load_model(model_dir), rank=rank, world_size=world_size)
+    few = evaluate_zeroshot(ranks, open_source(classes), two)
     return json.dumps([figures, left_out, few.figures])
 
 

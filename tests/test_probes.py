@@ -1,6 +1,5 @@
 """Probes on data as users have it: how it is divided, what is left out, what the command prints."""
 
-import functools
 import json
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from clipkit.lazy_model import LazyModel
 from clipkit.linear_probe import choose_strength, fit_linear
 from clipkit.probe_data import is_of_test, open_probe
 from clipkit.probes import evaluate_probe, probe_rows
-from clipkit.shared_work import SharedWork, towers_of
+from clipkit.shared_work import SharedWork
 from clipkit.sources import Selected, Source, open_source, sample_id
 from tests.samples import encoded, photo, tar_of
 from tests.test_evaluation import make_classes, on_ranks
@@ -98,9 +97,8 @@ def test_the_command_finds_that_only_both_know_all(run, kinds, model_dir, tmp_pa
 def test_a_linear_probe_is_the_fit_on_the_embeddings(kinds, model):
     task = open_probe(str(kinds), label_column="kind", group_column="thing")
     lazy = LazyModel.of(model)
-    found = evaluate_probe(lazy, task, (1, 2))
-    towers = SharedWork(towers_of(lazy))
-    train, test = (towers.images(part.source, 64, None).vectors for part in task)
+    found = evaluate_probe(SharedWork(lazy), task, (1, 2))
+    train, test = (SharedWork(lazy).images(part.source).vectors for part in task)
     strength = choose_strength(train, task.train.labels, 4, groups=task.train.groups, folds=3).strength
     logits = fit_linear(train, task.train.labels, 4, strength=strength).logits(test)
     order = np.argsort(-logits, axis=1)
@@ -119,7 +117,10 @@ def test_a_linear_probe_is_the_fit_on_the_embeddings(kinds, model):
 
 def test_the_same_on_any_number_of_ranks(kinds, model):
     task = open_probe(str(kinds), **ASKED)
-    evaluate = functools.partial(evaluate_probe, LazyModel.of(model), task, batch_size=7, intervals=True)
+
+    def evaluate(**among):
+        return evaluate_probe(SharedWork(LazyModel.of(model), batch_size=7, **among), task, intervals=True)
+
     alone = evaluate()
     assert on_ranks(2, evaluate) == [alone] * 2
 

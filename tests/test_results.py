@@ -12,6 +12,7 @@ from clipkit.errors import UnreadSample
 from clipkit.evaluation import Evaluation
 from clipkit.lazy_model import LazyModel
 from clipkit.results import Result, as_clip_benchmark, markdown, side_by_side
+from clipkit.shared_work import SharedWork
 from clipkit.sources.base import Files, Sample
 from clipkit.sources.folder import FolderSource
 from clipkit.tasks import evaluate, open_task
@@ -147,7 +148,7 @@ def test_what_could_not_be_read_is_measured_once_it_can_be(classes, model, own_c
     (classes / "cat" / "broken.png").write_bytes(b"no image")
 
     def measured():
-        return evaluate(open_task("zeroshot", str(classes)), lazy, cache)
+        return evaluate(open_task("zeroshot", str(classes)), SharedWork(lazy, cache=cache))
 
     def hangs(sample):
         if sample.key == "dog/1.png":
@@ -176,7 +177,7 @@ def test_a_folder_that_cannot_be_read_is_looked_into_again(classes, model, own_c
         monkeypatch.setattr(FolderSource, "_walk", walk)
         for task in tasks:
             asked = {"test_share": 0.5} if task == "probe" else {}
-            left_out = evaluate(open_task(task, str(classes), **asked), lazy, cache).left_out
+            left_out = evaluate(open_task(task, str(classes), **asked), SharedWork(lazy, cache=cache)).left_out
             assert bool(left_out) == (walk is refused)
         assert cache.results == results
 
@@ -187,5 +188,5 @@ def test_what_a_server_does_not_tell_apart_is_measured_again(classes, model, own
         monkeypatch.setattr(Files, "_about", about)
         task = open_task("zeroshot", str(classes))
         task.sources[0].remote = True
-        assert evaluate(task, lazy, cache).counts["images"] == 12
+        assert evaluate(task, SharedWork(lazy, cache=cache)).counts["images"] == 12
         assert cache.results == results

@@ -14,6 +14,7 @@ from clipkit.cache import Cache
 from clipkit.errors import ClipkitError
 from clipkit.lazy_model import LazyModel
 from clipkit.results import as_clip_benchmark
+from clipkit.shared_work import SharedWork
 from clipkit.suites import load_suite, run_suite
 from tests.conftest import make_pictures, tiny_model
 from tests.samples import photo
@@ -167,7 +168,7 @@ def test_ranks_and_threads_change_no_byte(data, model, model_dir, tmp_path):
                 lazy = LazyModel.of(model)
 
                 def measure(task, _):
-                    return "m", "f", tasks.evaluate(task, lazy, Cache(None), **how)
+                    return "m", "f", tasks.evaluate(task, SharedWork(lazy, **how))
 
                 return told(run_suite(suite, measure)[0])
 

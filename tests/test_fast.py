@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock
 from torch import nn
 
-from clipkit.towers.fast import SelfAttention, attend, speed_up
+from clipkit.towers.fast import PooledBlock, SelfAttention, attend, speed_up
 from tests.conftest import tiny_model
 
 PAIR = {
@@ -22,16 +23,23 @@ CHANGES = {
     "layer scale": {"vision_cfg": {**PAIR["vision_cfg"], "ls_init_value": 0.1, "patch_dropout": 0.5}},
     "both ways": {"custom_text": True, "text_cfg": {**PAIR["text_cfg"], "no_causal_mask": True}},
     "resnet": {"vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}},
+    "patches' mean": {"vision_cfg": {**PAIR["vision_cfg"], "pool_type": "avg"}},
+    "first end": {"text_cfg": {**PAIR["text_cfg"], "pool_type": "eos", "eos_id": 98}},
+    "norm after pooling": {"vision_cfg": {**PAIR["vision_cfg"], "final_ln_after_pool": True}},
 }
+POOLED = (2, 2, 2, 2, 2, 1, 1, 2, 2)
+"""In how many of each pair's towers the last block can compute one position only, or be asked to."""
 
 
 def both(**changes):
-    """A model as it is made here, and the same with the library's own attention."""
+    """A model as it is made here, and the same with the library's own attention and blocks."""
     fast = tiny_model(**{**PAIR, **changes}).train()
     slow = copy.deepcopy(fast)
     for module in slow.modules():
         if type(module) is SelfAttention:
             module.__class__ = nn.MultiheadAttention
+        elif type(module) is PooledBlock:
+            module.__class__ = ResidualAttentionBlock
     return fast, slow
 
 
@@ -54,14 +62,15 @@ def gradients(model, *, autocast=False):
     return {"image": image.detach(), "text": text.detach(), **found}
 
 
-@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize(("changes", "blocks"), list(zip(CHANGES.values(), POOLED, strict=True)), ids=CHANGES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_outputs_and_all_gradients_are_those_of_the_library(changes, checkpointing, dtype):
+def test_outputs_and_all_gradients_are_those_of_the_library(changes, blocks, checkpointing, dtype):
     fast, slow = (model.to(dtype) for model in both(**changes))
     if checkpointing:
         fast.backbone.set_grad_checkpointing()
     assert any(type(module) is SelfAttention for module in fast.modules())
+    assert sum(type(module) is PooledBlock for module in fast.modules()) == blocks
     found, wanted = gradients(fast), gradients(slow)
     assert list(fast.state_dict()) == list(slow.state_dict())
     assert list(found) == list(wanted)
@@ -134,8 +143,6 @@ def test_bf16_attention_is_its_definition(length, mask):
 
 
 def test_what_is_not_known_to_be_the_same_stays():
-    from open_clip.transformer import ResidualAttentionBlock
-
     class Other(ResidualAttentionBlock):
         pass
 
@@ -148,3 +155,28 @@ def test_what_is_not_known_to_be_the_same_stays():
     )
     speed_up(blocks)
     assert all(type(block.attn) is nn.MultiheadAttention for block in blocks)
+
+
+@pytest.mark.parametrize("length", [7, 9])
+def test_the_last_block_computes_what_is_read_and_no_more(length):
+    model, _ = both(custom_text=True)
+    seen = []
+    for part in (model.backbone.visual, model.backbone.text):
+        for block in part.transformer.resblocks:
+            block.mlp.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[1]))
+    pixels, tokens = batch(40)
+    model(pixels, tokens[:, :length])
+    assert seen == [26, 1, length, 1]
+
+
+def test_a_block_that_is_read_everywhere_is_the_librarys():
+    torch.manual_seed(0)
+    fast = ResidualAttentionBlock(32, 2)
+    slow = copy.deepcopy(fast)
+    fast.attn.__class__, fast.__class__ = SelfAttention, PooledBlock
+    x, mask = torch.randn(3, 5, 32), torch.full((5, 5), -torch.inf).triu_(1)
+    wanted = slow(x, attn_mask=mask)
+    assert torch.allclose(fast(x, attn_mask=mask), wanted, atol=1e-6)
+    at = torch.tensor([4, 0, 2])
+    assert torch.allclose(fast(x, attn_mask=mask, at=at)[:, 0], wanted[torch.arange(3), at], atol=1e-6)
+    assert torch.allclose(fast(x, at=at)[:, 0], slow(x)[torch.arange(3), at], atol=1e-6)

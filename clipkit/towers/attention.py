@@ -181,5 +181,7 @@ def attention_relevance(
         else:
             readout = torch.zeros(count).to(layers[0])
             readout[0] = 1
+            # The last layer may have computed what is read and nothing else; to the score nothing else matters.
+            layers[-1] = F.pad(layers[-1], (0, 0, 0, count - len(layers[-1])))
         found.append(relevance(layers, readout)[about.prefix :].view(rows, columns))
     return torch.stack(found)

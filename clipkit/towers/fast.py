@@ -8,20 +8,72 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["SelfAttention", "attend", "speed_up"]
+__all__ = ["PooledBlock", "SelfAttention", "attend", "speed_up"]
 
 
 class SelfAttention(nn.MultiheadAttention):
     """`nn.MultiheadAttention` of a sequence with itself, batch first, without its transposes and copies."""
 
-    def forward(self, query: Tensor, *_: Any, attn_mask: Tensor | None = None, **__: Any) -> tuple[Tensor, None]:  # type: ignore[override]
-        """``query`` is ``[n, length, width]``, the mask as in `attend`; keys and values are not looked at."""
+    def forward(  # type: ignore[override]
+        self, query: Tensor, key: Tensor | None = None, *_: Any, attn_mask: Tensor | None = None, **__: Any
+    ) -> tuple[Tensor, None]:
+        """What positions of a sequence take from it, ``[n, queries, width]``.
+
+        Args:
+            query: the sequence, ``[n, length, width]``; or some positions of it, ``[n, queries, width]``.
+            key: the sequence, where `query` is not all of it.
+            attn_mask: as in `attend`; for some positions ``[n, queries, length]``.
+        """
+        if key is not None and key is not query:
+            return self.out_proj(self._of_some(query, key, attn_mask)), None
         projected = F.linear(query, self.in_proj_weight, self.in_proj_bias)
         return self.out_proj(attend(projected, self.num_heads, attn_mask)), None
+
+    def _of_some(self, query: Tensor, whole: Tensor, mask: Tensor | None) -> Tensor:
+        parts = [self.embed_dim, 2 * self.embed_dim]
+        weights = self.in_proj_weight.split(parts)
+        biases = (None, None) if self.in_proj_bias is None else self.in_proj_bias.split(parts)
+        q = F.linear(query, weights[0], biases[0]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        both = F.linear(whole, weights[1], biases[1]).unflatten(-1, (2, self.num_heads, -1))
+        k, v = both.permute(2, 0, 3, 1, 4).unbind(0)
+        mask = None if mask is None else mask.to(q.dtype)[:, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+class PooledBlock(ResidualAttentionBlock):
+    """The last block of a transformer that is read at one position: it computes the output of that one only.
+
+    Keys and values are of all positions; queries, projection and MLP, five sixths of a block's products, of one. The
+    others' output changes nothing, so the gradients too are those of the whole block.
+    """
+
+    first: bool = False
+    """Whether the first position is read, whatever is asked; an image tower's class token."""
+
+    def forward(
+        self,
+        q_x: Tensor,
+        k_x: Tensor | None = None,
+        v_x: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        at: Tensor | None = None,
+    ) -> Tensor:
+        """``[n, 1, width]`` of the positions `at`, int64 ``[n]``; of all where neither they nor the first are meant."""
+        if at is None and not self.first:
+            return super().forward(q_x, k_x, v_x, attn_mask)
+        normed = self.ln_1(q_x)
+        if at is None:
+            x, query, mask = q_x[:, :1], normed[:, :1], None
+        else:
+            rows = torch.arange(len(at), device=at.device)
+            x, query = q_x[rows, at][:, None], normed[rows, at][:, None]
+            mask = None if attn_mask is None else attn_mask[at][:, None]
+        x = x + self.ls_1(self.attn(query, normed, normed, attn_mask=mask)[0])
+        return x + self.ls_2(self.mlp(self.ln_2(x)))
 
 
 def attend(qkv: Tensor, heads: int, mask: Tensor | None) -> Tensor:
@@ -94,4 +146,16 @@ def speed_up(backbone: nn.Module) -> nn.Module:
             attention = block.attn
             if type(attention) is nn.MultiheadAttention and attention.batch_first and not attention.dropout:
                 attention.__class__ = SelfAttention  # so that the parameters keep their names
+    visual, text = getattr(backbone, "visual", None), getattr(backbone, "text", backbone)
+    if type(visual) is VisionTransformer and visual.pool_type == "tok" and visual.attn_pool is None:
+        _read_at_one_position(visual.transformer, first=not visual.output_tokens)
+    if hasattr(getattr(text, "transformer", None), "resblocks"):
+        _read_at_one_position(text.transformer)
     return backbone
+
+
+def _read_at_one_position(transformer: Any, *, first: bool = False) -> None:
+    block: Any = transformer.resblocks[-1]
+    if type(block) is ResidualAttentionBlock and type(block.attn) is SelfAttention:
+        block.__class__ = PooledBlock
+        vars(block)["first"] = first

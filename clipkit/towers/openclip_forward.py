@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from clipkit.errors import ClipkitError
+from clipkit.towers.fast import PooledBlock
 
 __all__ = [
     "PatchDropout",
@@ -112,14 +113,18 @@ def text_features(backbone: Any, tokens: Tensor) -> Tensor:
     """Text embeddings before normalisation, ``[n, dim]``, of tokens of any length up to the context."""
     text = getattr(backbone, "text", backbone)
     length = tokens.shape[1]
-    if hasattr(text, "pooler") or getattr(text, "cls_emb", None) is not None or length == text.context_length:
+    if hasattr(text, "pooler") or getattr(text, "cls_emb", None) is not None:
         return backbone.encode_text(tokens)
-    # open_clip's own lines, with positions and mask cut.
+    # open_clip's own lines, with positions and mask cut, and the last block for what is pooled.
     dtype = text.transformer.get_cast_dtype()
     x = text.token_embedding(tokens).to(dtype) + text.positional_embedding[:length].to(dtype)
     mask = None if text.attn_mask is None else text.attn_mask[:length, :length]
-    x = text.ln_final(text.transformer(x, attn_mask=mask))
-    pooled = text_global_pool(x, tokens, *_pooling(text))
+    at = _pooled_at(text, tokens)
+    if at is not None and isinstance(text.transformer.resblocks[-1], PooledBlock):
+        pooled = text.ln_final(_at_positions(text.transformer, x, mask, at))[:, 0]
+    else:
+        x = text.ln_final(text.transformer(x, attn_mask=mask))
+        pooled = text_global_pool(x, tokens, *_pooling(text))
     if text.text_projection is None:
         return pooled
     if isinstance(text.text_projection, nn.Linear):
@@ -140,12 +145,8 @@ def needed_lengths(backbone: Any, tokens: Tensor) -> Tensor:
         return torch.where(seen.any(1), last, all_of_them)  # attention over nothing at all is over everything
     if text.attn_mask is None or getattr(text, "cls_emb", None) is not None:
         return all_of_them
-    pool, end = _pooling(text)
-    if pool == "argmax":
-        return tokens.argmax(1) + 1
-    if pool == "eos":
-        return (tokens == end).int().argmax(1) + 1
-    return all_of_them
+    at = _pooled_at(text, tokens)
+    return all_of_them if at is None else at + 1
 
 
 def checkpoint_gradients(backbone: Any, on: bool) -> None:
@@ -201,6 +202,25 @@ def _same_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for norm, (momentum, count) in zip(norms, before, strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+def _at_positions(transformer: Any, x: Tensor, mask: Tensor | None, at: Tensor) -> Tensor:
+    """A transformer's output at one position of each sequence, ``[n, 1, width]``."""
+    *blocks, last = transformer.resblocks
+    again = transformer.grad_checkpointing
+    for block in blocks:
+        x = checkpoint(block, x, None, None, mask, use_reentrant=False) if again else block(x, attn_mask=mask)
+    if again:
+        return checkpoint(last, x, None, None, mask, at, use_reentrant=False)  # type: ignore[return-value]
+    return last(x, attn_mask=mask, at=at)
+
+
+def _pooled_at(text: Any, tokens: Tensor) -> Tensor | None:
+    """The position that each text's embedding is read at, int64 ``[n]``; None where that is not one of its tokens'."""
+    pool, end = _pooling(text)
+    if pool == "argmax":
+        return tokens.argmax(1)
+    return (tokens == end).int().argmax(1) if pool == "eos" else None
 
 
 def _pooling(text: Any) -> tuple[str, int]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from clipkit.errors import ClipkitError
 from clipkit.towers import load_model
+from clipkit.towers.dual_encoder import GRAIN
 from clipkit.towers.openclip_forward import resize_positions
 from tests.conftest import TINY_VIT, tiny_model
 from tests.test_text_towers import text_model_folder
@@ -104,7 +105,7 @@ def test_embedded_texts_are_the_padded_ones_and_whole_batches_keep_their_bits(ki
         assert max(counts) <= 3
         if model.trim(model.tokenize(WORDY)).shape[1] < model.context_length:
             assert max(columns for _, columns in seen) < model.context_length
-            assert {columns % 8 for _, columns in seen if columns < model.context_length} == {0}
+            assert {columns % GRAIN for _, columns in seen if columns < model.context_length} == {0}
         assert np.allclose(found, padded, atol=1e-6)
         ordered = sorted(WORDY, key=len)
         whole = model.embed_texts(ordered, 3)

@@ -21,6 +21,7 @@ from clipkit.towers import (
     openai_templates,
     pick_device,
 )
+from clipkit.towers.openclip import _NothingDrawn
 from tests.conftest import TINY_VIT, tiny_model
 
 TEXTS = ["a red heart", "ein großer Hund", "x " * 90]
@@ -54,6 +55,17 @@ def test_saved_and_loaded_it_is_the_same_model(model, model_dir):
     assert loaded.preprocess == model.preprocess
     assert (loaded.context_length, loaded.embed_dim, loaded.activation) == (24, 32, "gelu")
     assert loaded.logit_bias is None
+
+
+def test_loading_a_folder_draws_no_weights_and_lacks_none(model, model_dir):
+    before = torch.random.get_rng_state()
+    with _NothingDrawn():
+        torch.nn.init.normal_(torch.nn.Conv2d(3, 4, 2).weight)
+        torch.nn.Linear(3, 4)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    loaded = load_model(model_dir)
+    for name, tensor in model.backbone.state_dict().items():
+        assert torch.equal(loaded.backbone.state_dict()[name], tensor), name
 
 
 def test_open_clip_itself_loads_what_we_save(model, model_dir):

@@ -218,21 +218,24 @@ def heat_figure(
     grey = np.repeat(image @ np.array([0.299, 0.587, 0.114]), 3).reshape(image.shape) / 255
     hidden = np.isnan(heats[0])
     seen = np.where(hidden[..., None], 0.35 * image / 255 + 0.65, image / 255)
+
+    def entitle(axes: Any, name: str, about: str) -> None:
+        axes.set_title(f"{textwrap.fill(name, 34)}\n", fontsize=10, weight="bold")
+        axes.text(0.5, 1.02, about, transform=axes.transAxes, ha="center", va="bottom", fontsize=9, color="#444")
+
     for axes in grid.flat:
         axes.axis("off")
     for at, axes in zip(range(len(heats) + 1), grid.flat, strict=False):
         if at == 0:
             axes.imshow(seen)
-            axes.set_title("the image" + (" (pale: not seen by the model)" if hidden.any() else ""), fontsize=9)
+            entitle(axes, "the image", "pale: not seen by the model" if hidden.any() else "")
             continue
         values = np.nan_to_num(heats[at - 1])
         strength = np.abs(values) / most if signed else np.full_like(values, 0.7)
         strength[hidden] = 0
         backdrop = np.where(hidden[..., None], 0.35 * grey + 0.65, 0.3 + 0.7 * grey if signed else grey)
         axes.imshow(backdrop + strength[..., None] * (colours(scale(values))[..., :3] - backdrop))
-        name, about = titles[at - 1]
-        axes.set_title(f"{textwrap.fill(name, 34)}\n", fontsize=10, weight="bold")
-        axes.text(0.5, 1.02, about, transform=axes.transAxes, ha="center", va="bottom", fontsize=9, color="#444")
+        entitle(axes, *titles[at - 1])
     bar = figure.colorbar(ScalarMappable(scale, colours), ax=grid, location="bottom", shrink=0.6, aspect=40, pad=0.02)
     bar.set_label(f"{ends[0]}  \N{LEFTWARDS ARROW}   \N{RIGHTWARDS ARROW}  {ends[1]}\n{note}", fontsize=9)
     bar.ax.tick_params(labelsize=8)

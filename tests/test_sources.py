@@ -1,5 +1,6 @@
 """Folders, lists and shards as one thing."""
 
+import io
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from clipkit.errors import BadSample, ClipkitError
 from clipkit.pack import pack, shard_keys
 from clipkit.sources import check_ids, open_source, sample_id
 from clipkit.sources.listed import ListSource
+from tests.samples import tar_of
 
 ROWS = [
     {"path": "a.png", "caption": 'a "quoted" cat', "lang": "en"},
@@ -554,3 +556,13 @@ def test_names_that_no_file_can_have_are_lines_of_the_ledger(tmp_path, run):
     ledger = [json.loads(line) for line in (tmp_path / "s" / "ledger.jsonl").read_text().splitlines()]
     assert [line["key"] for line in ledger] == ["a\0.png", "\\ud83d.png", "long" * 2000]
     assert "no file can have this name" in ledger[0]["reason"]
+
+
+def test_a_path_in_shards_may_be_anything(tmp_path):
+    image = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(image, "PNG")
+    members = {}
+    for key, path in {"a": '"half \\ud83d"', "b": "null", "c": "7", "d": '["x"]', "e": '"whole"'}.items():
+        members |= {f"{key}.png": image.getvalue(), f"{key}.json": f'{{"path": {path}, "caption": "x"}}'.encode()}
+    source = open_source(tar_of(tmp_path / "s.tar", members))
+    assert [source[i].columns["path"] for i in range(5)] == ["half ?", "b", "7", "['x']", "whole"]

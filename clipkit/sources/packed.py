@@ -5,7 +5,7 @@ from functools import cached_property
 
 from clipkit.artifact import digest
 from clipkit.errors import BadSample, ClipkitError
-from clipkit.shards import Shards, captions_of, image_extension
+from clipkit.shards import Shards, captions_of, image_extension, well_formed
 from clipkit.sources.base import Sample, Stamp, hash_of, own_columns
 
 __all__ = ["ShardSource"]
@@ -61,7 +61,8 @@ class ShardSource:
         captions, columns = captions_of(members)
         extension = image_extension(members if wanted is None else self.shards.members(i))
         image = members.get(extension) if extension else None
-        path = columns.pop("path", key)  # what clipkit pack was given
+        path = columns.pop("path", None)  # what clipkit pack was given
+        path = key if path is None else well_formed(str(path))
         others = {ext: data for ext, data in members.items() if ext not in (extension, "txt", "json")}
         return Sample(key, image, extension or "", captions, {"path": path, **own_columns(columns)}, others)
 

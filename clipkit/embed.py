@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipkit.artifact import Stage, read_manifest, write_ledger
-from clipkit.embeddings import Side, table_path, write_part
+from clipkit.embeddings import Embedded, Side, table_path, write_part
 from clipkit.encoding import embed_source
 from clipkit.errors import ClipkitError
 from clipkit.heap import keep_freed_memory
@@ -172,10 +172,22 @@ def _make_part(
         return known.link(number, out, name, rows.start, [source.key(row) for row in rows])
     kept = known.take(rows, stamps) if known else {}
     found = embed_source(source, model, sides=sides, rows=rows, kept=kept, **how)
+    _refuse_nan(found)
     files = {**write_part(out, name, found, sides), **write_stamps(out, name, rows, stamps, found)}
     counts = {"images": len(found.samples), "captions": len(found.captions)}
     taken = sum(row in kept for row in found.rows)
     return {**counts, "left_out": found.left_out, "files": dict(sorted(files.items())), "taken": taken}
+
+
+def _refuse_nan(found: Embedded) -> None:
+    of_image, of_text = (lambda row: found.samples[row].key), (lambda row: repr(found.captions[row])[:80])
+    for vectors, what in ((found.image, of_image), (found.text, of_text)):
+        broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if len(broken):
+            raise ClipkitError(
+                f"the model's embedding of {what(broken[0])} is not finite; its weights are broken, or it needs "
+                "--precision fp32"
+            )
 
 
 def _check_ids(out: Path, names: Sequence[str], images: int) -> None:

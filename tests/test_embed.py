@@ -16,6 +16,7 @@ from clipkit.embeddings import Embeddings
 from clipkit.encoding import embed_source
 from clipkit.errors import ClipkitError
 from clipkit.sources import open_source, sample_id
+from tests.conftest import tiny_model
 from tests.distributed import run_together
 
 
@@ -262,3 +263,17 @@ def test_two_samples_with_one_id_are_named(model, tmp_path, monkeypatch):
             precision="fp32",
             part_size=2,
         )
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_a_broken_model_is_named_and_its_vectors_are_not_kept(pictures, tmp_path, side):
+    from clipkit.embed import embed
+
+    model = tiny_model()
+    broken = model.backbone.visual.proj if side == "image" else model.backbone.text_projection
+    with torch.no_grad():
+        broken[3, 5] = float("nan")
+    with pytest.raises(ClipkitError, match="is not finite; its weights are broken"):
+        embed(open_source(pictures), model, tmp_path / "e", model_reference={"fingerprint": "f"}, precision="fp32")
+    assert not list((tmp_path / "e").rglob("*.npy"))
+    assert not (tmp_path / "e" / "manifest.json").exists()

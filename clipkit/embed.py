@@ -17,7 +17,7 @@ from clipkit.errors import ClipkitError
 from clipkit.heap import keep_freed_memory
 from clipkit.inference import cast_for_inference, compiled, compiling_pays, find_batch_size, settled_precision
 from clipkit.pixels import Decoding
-from clipkit.reuse import Known, refuse_unlike, write_stamps
+from clipkit.reuse import Known, part_files, refuse_unlike, write_stamps
 from clipkit.sources import Source, Stamp, check_ids
 from clipkit.towers import DualEncoder
 
@@ -117,7 +117,11 @@ def embed(
             rows = range(start, min(start + part_size, len(source)))
             how = {"batch_size": size, "threads": threads, "workers": workers, "decoding": decoding}
             how["show"] = f"embed part {int(name) + 1}/{len(names)}"
-            stage.finish_part(name, _make_part(stage.folder, name, source, model, rows, sides, known, how))
+            record = _make_part(stage.folder, name, source, model, rows, sides, known, how)
+            for path in part_files(stage.folder, name):
+                if path.relative_to(stage.folder).as_posix() not in record["files"]:
+                    path.unlink(missing_ok=True)  # of one who was killed in this part, when more of it could be used
+            stage.finish_part(name, record)
     records = stage.records(names)
     if records is None:
         return Outcome(read_manifest(out, "embeddings"), "another")

@@ -472,3 +472,21 @@ def test_where_nothing_could_be_read_the_same_again_tries_again(run_embed, photo
             with pytest.raises(ClipkitError, match=r"nothing in .* can be used; the first: 00\.png: cannot be read"):
                 run_embed(photos, tmp_path / "e", update=update)
     assert run_embed(photos, tmp_path / "e", update=False)[1] == 13
+
+
+def test_a_shard_that_could_not_be_read_is_read_by_the_next_update(run_embed, shards, tmp_path, monkeypatch):
+    from clipkit.shards import Shards
+
+    read = Shards._read
+
+    def fails(self, path, i, members):
+        if i in (4, 5, 20):
+            raise ClipkitError(f"cannot read {path}: Input/output error")
+        return read(self, path, i, members)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Shards, "_read", fails)
+        run_embed(shards, tmp_path / "e")
+    assert [line["row"] for line in Embeddings.open(tmp_path / "e").ledger()] == [4, 5, 20]
+    assert run_embed(shards, tmp_path / "e") == (3, 3, 3)
+    assert Embeddings.open(tmp_path / "e").ledger() == []

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from functools import cached_property
 
 from clipkit.artifact import digest
-from clipkit.errors import BadSample, ClipkitError
+from clipkit.errors import ClipkitError, UnreadSample
 from clipkit.shards import Shards, captions_of, image_extension, well_formed
 from clipkit.sources.base import Sample, Stamp, hash_of, own_columns
 
@@ -57,7 +57,7 @@ class ShardSource:
         except ClipkitError as error:
             if self.shards.spool:
                 raise  # the shard cannot be fetched; that its samples are bad is not known
-            raise BadSample(str(error)) from error
+            raise UnreadSample(str(error)) from error  # of a disk that fails; a shard that has changed has other stamps
         captions, columns = captions_of(members)
         extension = image_extension(members if wanted is None else self.shards.members(i))
         image = members.get(extension) if extension else None

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import select
 import shutil
 import signal
@@ -193,3 +194,17 @@ def test_they_end_with_the_process_that_they_work_for():
     assert select.select([told], [], [], 8.0)[0] == [told]
     assert os.read(told, 1) == b""
     os.close(told)
+
+
+def test_where_shared_memory_is_full_nothing_is_lost(captioned, model):
+    """Several runs in one container measure the room at the same time. A limit on files is one on shared memory."""
+    source = open_source(captioned)
+    wanted = embed_source(source, model, batch_size=4, show=None, workers=0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        found = embed_source(source, model, batch_size=4, show=None, workers=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert np.array_equal(found.image, wanted.image)
+    assert found.rows == wanted.rows

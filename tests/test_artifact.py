@@ -1,5 +1,7 @@
 """Artifact folders: whole, unfinished, or not ours."""
 
+import errno
+import fcntl
 import shutil
 
 import pytest
@@ -292,3 +294,17 @@ def test_when_the_one_that_puts_an_update_in_place_is_killed_another_does_it(tmp
         at += 1
     assert records is None
     assert at > 10
+
+
+@pytest.mark.parametrize("at", [fcntl.LOCK_EX, fcntl.LOCK_SH])
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, at):
+    flock = fcntl.flock
+
+    def refuses(descriptor, how):
+        if how == at:
+            raise OSError(errno.ENOLCK, "No locks available")
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", refuses)
+    with pytest.raises(ClipkitError, match=r"^cannot lock .*/a: No locks available; .* name a folder on another$"):
+        Stage(tmp_path / "a", "test", {})

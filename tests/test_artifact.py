@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -128,6 +129,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         raise OSError(28, "No space left on device")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_disk_that_is_read_only_is_named(tmp_path, monkeypatch):
+    """It refuses to remove even what is not there, as one that is mounted so does."""
+
+    def refuses(self, *args, **how):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "open", refuses)
+    monkeypatch.setattr(Path, "unlink", refuses)
+    with pytest.raises(ClipkitError, match=r"cannot write .*/a: Read-only file system"), atomic_write(tmp_path / "a"):
+        pass
 
 
 def test_manifests_of_another_kind_or_a_newer_version_are_refused(tmp_path):

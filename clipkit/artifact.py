@@ -74,7 +74,7 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     except OSError as error:
         raise ClipkitError(f"cannot write {path}: {error.strerror or error}; nothing of it was kept") from error
     finally:
-        with contextlib.suppress(NotADirectoryError):
+        with contextlib.suppress(OSError):  # a read-only disk refuses to remove what is not there, too
             scratch.unlink(missing_ok=True)
 
 

@@ -1,6 +1,7 @@
 """Embeddings as an artifact that survives a kill, made part by part, by one process or several."""
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,14 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from clipkit.artifact import Stage, read_manifest, write_ledger
-from clipkit.embeddings import Side, table_path, write_part
+from clipkit.artifact import Stage, read_manifest, state_of, write_ledger
+from clipkit.embeddings import Embedded, Embeddings, Side, table_path, write_part
 from clipkit.encoding import embed_source
-from clipkit.errors import ClipkitError
+from clipkit.errors import BadSample, ClipkitError, UnreadSample
 from clipkit.heap import keep_freed_memory
 from clipkit.inference import cast_for_inference, compiled, compiling_pays, find_batch_size, settled_precision
-from clipkit.pixels import Decoding
-from clipkit.reuse import Known, refuse_unlike, write_stamps
+from clipkit.pixels import Decoding, shown
+from clipkit.reuse import Known, part_files, refuse_unlike, write_stamps
 from clipkit.sources import Source, Stamp, check_ids
 from clipkit.towers import DualEncoder
 
@@ -57,6 +58,7 @@ def embed(
     An update gives the rows, in their order, that a run from nothing gives. Those of images that have not changed (by
     name, size and time, or the shard's checksum) keep their vectors bit by bit; captions and columns are read anew.
     The vectors of the others are those of other batches, up to the rounding of that.
+    What could not be read the last time is tried again, even where nothing has changed.
 
     Args:
         source: what to embed.
@@ -91,6 +93,8 @@ def embed(
     }
     if update:
         refuse_unlike(out, made_from)
+    if attempt := _attempt(out, made_from, lambda line: update and _can_be_read(line, source, model, made_from)):
+        made_from["attempt"] = attempt
     stage = Stage(
         out,
         "embeddings",
@@ -117,7 +121,11 @@ def embed(
             rows = range(start, min(start + part_size, len(source)))
             how = {"batch_size": size, "threads": threads, "workers": workers, "decoding": decoding}
             how["show"] = f"embed part {int(name) + 1}/{len(names)}"
-            stage.finish_part(name, _make_part(stage.folder, name, source, model, rows, sides, known, how))
+            record = _make_part(stage.folder, name, source, model, rows, sides, known, how)
+            for path in part_files(stage.folder, name):
+                if path.relative_to(stage.folder).as_posix() not in record["files"]:
+                    path.unlink(missing_ok=True)  # of one who was killed in this part, when more of it could be used
+            stage.finish_part(name, record)
     records = stage.records(names)
     if records is None:
         return Outcome(read_manifest(out, "embeddings"), "another")
@@ -125,6 +133,8 @@ def embed(
     images = sum(record["images"] for record in records)
     if not images:
         first = left_out[0]
+        if any(line.get("unread") for line in left_out):
+            shutil.rmtree(stage.work / "parts", ignore_errors=True)  # so that the same command tries again
         raise ClipkitError(f"nothing in {source.spec} can be used; the first: {first['key']}: {first['reason']}")
     filled = [name for name, record in zip(names, records, strict=True) if record["images"]]
     _check_ids(stage.folder, filled, images)
@@ -152,6 +162,39 @@ def embed(
     return Outcome(manifest, "this", sum(record["taken"] for record in records))
 
 
+def _attempt(out: Path, made_from: dict[str, Any], can_be_read: Callable[[dict[str, Any]], bool]) -> int:
+    """How often what could not be read of this very input was tried again; now once more, where any of it can be read.
+
+    It is part of what the embeddings are made from: readers must see that they are others than before.
+    """
+    try:
+        state, about = state_of(out)
+    except ClipkitError:
+        return 0  # said by others
+    before = about.get("made_from", {})
+    if about.get("kind") != "embeddings" or {**before, "attempt": 0} != {**made_from, "attempt": 0}:
+        return 0
+    again = state == "finished" and any(map(can_be_read, Embeddings(out, about).ledger()))
+    return before.get("attempt", 0) + again
+
+
+def _can_be_read(line: dict[str, Any], source: Source, model: DualEncoder, made_from: dict[str, Any]) -> bool:
+    """Whether a line of the ledger is of a sample that could not be read, and now can be, usable or not."""
+    row = line.get("row")
+    if row is None or not line.get("unread"):
+        return False
+    if not source.size(row) and source.stamp(row).image is None:
+        return False  # missing, or a dead URL, that would be waited for
+    try:
+        if "image" in made_from["sides"]:
+            shown(source[row], model.preprocess, made_from["decoding"])
+        else:
+            source.without_image(row)
+    except BadSample as error:
+        return not isinstance(error, UnreadSample)
+    return True
+
+
 def _make_part(
     out: Path,
     name: str,
@@ -172,10 +215,23 @@ def _make_part(
         return known.link(number, out, name, rows.start, [source.key(row) for row in rows])
     kept = known.take(rows, stamps) if known else {}
     found = embed_source(source, model, sides=sides, rows=rows, kept=kept, **how)
+    _refuse_nan(found)
     files = {**write_part(out, name, found, sides), **write_stamps(out, name, rows, stamps, found)}
     counts = {"images": len(found.samples), "captions": len(found.captions)}
-    taken = sum(row in kept for row in found.rows)
-    return {**counts, "left_out": found.left_out, "files": dict(sorted(files.items())), "taken": taken}
+    taken, unread = sum(row in kept for row in found.rows), set(found.unread)
+    left_out = [line | {"unread": True} if line["row"] in unread else line for line in found.left_out]
+    return {**counts, "left_out": left_out, "files": dict(sorted(files.items())), "taken": taken}
+
+
+def _refuse_nan(found: Embedded) -> None:
+    of_image, of_text = (lambda row: found.samples[row].key), (lambda row: repr(found.captions[row])[:80])
+    for vectors, what in ((found.image, of_image), (found.text, of_text)):
+        broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if len(broken):
+            raise ClipkitError(
+                f"the model's embedding of {what(broken[0])} is not finite; its weights are broken, or it needs "
+                "--precision fp32"
+            )
 
 
 def _check_ids(out: Path, names: Sequence[str], images: int) -> None:

@@ -141,7 +141,7 @@ class _Groups(Dataset[Any]):
     def __init__(self, load: Callable[[int], _Loaded]):
         self._load = load
 
-    def __getitem__(self, rows: range) -> "tuple[list[_Loaded], torch.Tensor] | str":
+    def __getitem__(self, rows: range) -> "tuple[list[_Loaded], torch.Tensor | tuple[bytes, list[int]]] | str":
         try:
             loaded = [self._load(row) for row in rows]
         except ClipkitError as error:  # torch would wrap it in its traceback
@@ -149,13 +149,18 @@ class _Groups(Dataset[Any]):
         pixels = [each.pixels for each in loaded if each.pixels is not None]
         together = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0)  # type: ignore[arg-type]
         place = iter(range(len(pixels)))
-        return [each if each.pixels is None else each._replace(pixels=next(place)) for each in loaded], together  # type: ignore[arg-type]
+        told = [each if each.pixels is None else each._replace(pixels=next(place)) for each in loaded]  # type: ignore[arg-type]
+        try:
+            return told, together.share_memory_() if pixels else together
+        except RuntimeError:
+            # Others have taken the room meanwhile. In torch's own hands it would be lost, and waited for without end.
+            return told, (together.numpy().tobytes(), list(together.shape))
 
 
 def _most_workers(model: DualEncoder, batch_size: int) -> int:
     """How many processes' groups have room in shared memory, of which Docker gives 64 MB when it is not asked.
 
-    A group that has none is lost without a word, and would be waited for without end.
+    A group that has none, as others have taken it meanwhile, comes through a pipe, which takes longer.
     """
     try:
         about = os.statvfs(SHARED_MEMORY)
@@ -175,7 +180,7 @@ def _in_groups(load: Callable[[int], _Loaded], rows: range, workers: int) -> Ite
         if isinstance(group, str):
             raise ClipkitError(group)
         loaded, pixels = group
-        together = pixels.numpy()
+        together = np.frombuffer(pixels[0], np.uint8).reshape(pixels[1]) if isinstance(pixels, list) else pixels.numpy()
         for each in loaded:
             yield each if each.pixels is None else each._replace(pixels=together[each.pixels])
 

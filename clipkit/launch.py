@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from clipkit.errors import ClipkitError
 
-__all__ = ["launch", "launched", "local_rank", "processes_here"]
+__all__ = ["end_with_parent", "launch", "launched", "local_rank", "processes_here"]
 
 PATIENCE = 30.0  # seconds that the others have to end by themselves when one process has failed
 
@@ -73,7 +73,7 @@ def launch(program: str, args: Sequence[str], processes: int, *, gpus: bool) -> 
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             # Ctrl-C reaches every process of a terminal's group: once from there and once from here would be twice.
             process_group=0,
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
         )
         for rank in range(processes)
     ]
@@ -94,9 +94,10 @@ def launch(program: str, args: Sequence[str], processes: int, *, gpus: bool) -> 
             signal.signal(number, handler)
 
 
-def _end_with_parent() -> None:
+def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
+    """Have this process be sent a signal when the thread that started it is gone, be it killed; on Linux."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: a launcher that is killed leaves nobody behind
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG, linux/prctl.h
 
 
 def _watch(started: list[subprocess.Popen[bytes]]) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from clipkit.errors import ClipkitError
+from clipkit.launch import end_with_parent
 from clipkit.parallel import stay
 
 __all__ = ["in_loader_processes"]
@@ -94,7 +95,7 @@ def in_loader_processes(
             num_workers=workers,
             prefetch_factor=ahead,
             pin_memory=pin_memory,
-            worker_init_fn=stay,
+            worker_init_fn=_begin,
             timeout=timeout,
             multiprocessing_context=start,
             # Of its own: an iterator draws a seed, and from the global generator that would shift the model's dropout.
@@ -119,3 +120,10 @@ def in_loader_processes(
     finally:
         # An error's traceback refers to them as long as it is kept, and at exit they would be waited for: they `stay`.
         given._shutdown_workers()
+
+
+def _begin(number: int) -> None:
+    stay(number)
+    # torch has them look for their parent, but one that is handing something over looks no more: nobody empties the
+    # pipe, all of them keep it open, and with it their memory and what they hold of the parent's locks.
+    end_with_parent(signal.SIGKILL)

@@ -47,10 +47,19 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise ClipkitError(f"cannot make {folder}: {error.strerror or error}") from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _lock(descriptor, fcntl.LOCK_EX, folder)
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, how: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, how)
+    except OSError as error:  # Lustre that is mounted without them, NFS without its daemon
+        raise ClipkitError(
+            f"cannot lock {folder}: {error.strerror or error}; its file system gives no locks, name a folder on another"
+        ) from error
 
 
 def remove_folder(folder: Path) -> None:
@@ -139,7 +148,11 @@ def tidy(folder: Path) -> None:
 def share(folder: Path) -> int:
     """Hold a folder with a plan, as others may too, until the process ends or the descriptor it returns is closed."""
     descriptor = os.open(folder / PLAN, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    try:
+        _lock(descriptor, fcntl.LOCK_SH, folder)
+    except ClipkitError:
+        os.close(descriptor)
+        raise
     return descriptor
 
 

@@ -26,7 +26,7 @@ from clipkit.errors import ClipkitError
 from clipkit.log import warn
 from clipkit.sources import Stamp
 
-__all__ = ["Kept", "Known", "refuse_unlike", "stamps_path", "write_stamps"]
+__all__ = ["Kept", "Known", "part_files", "refuse_unlike", "stamps_path", "write_stamps"]
 
 UNKNOWN = bytes(16)
 ALIKE = ("model", "sides", "precision")  # in what an artifact was made from; where one differs, so does every vector
@@ -175,7 +175,7 @@ class Known:
         """
         part = self._parts[number]
         files = {}
-        for old, new in zip(_paths(part.folder, part.name), _paths(out, name), strict=True):
+        for old, new in zip(part_files(part.folder, part.name), part_files(out, name), strict=True):
             checksum = part.files.get(old.relative_to(part.folder).as_posix())
             if checksum is not None:
                 _link(old, new)
@@ -242,8 +242,8 @@ class Known:
         return self._flawed[number]
 
 
-def _paths(folder: Path, name: str) -> list[Path]:
-    """Of every file that a part may have."""
+def part_files(folder: Path, name: str) -> list[Path]:
+    """Every file that a part may have, there or not."""
     paths = [path(folder, side, name) for side in SIDES for path in (vectors_path, table_path)]
     return [*paths, stamps_path(folder, name)]
 

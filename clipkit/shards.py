@@ -107,12 +107,15 @@ class Shards(Sequence[dict[str, bytes]]):
         self._lock = threading.Lock()
         self.problems: list[dict[str, Any]] = []
         """What was passed over when the tars were indexed: ``shard, key, reason``."""
-        counts, digests = [], []
+        counts = []
+        self._stamps: list[str] = []
+        self._digests: list[str] = []
         self.key_ranges: list[tuple[str, str]] = []
         """The smallest and the largest key of each shard that has any."""
         self.extensions: set[str] = set()
         """Every extension that a member has."""
         for number in progress(range(len(self.tars)), "index", len(self.tars), "shards"):
+            self._stamps.append(self._stamp(number))
             index = self.index_of(number)
             if not len(index):
                 warn(f"{self.tars[number]} is empty")
@@ -121,48 +124,64 @@ class Shards(Sequence[dict[str, bytes]]):
                 if problem["key"] is None:
                     warn(f"{self.tars[number]}: {problem['reason']}; what stands before it is used")
             counts.append(len(index))
-            digests.append(index.digest)
+            self._digests.append(index.digest)
             self.extensions |= index.extensions
             if len(index):
                 self.key_ranges.append(index.key_range)
         self.ends = np.cumsum(counts, dtype=np.int64)
         """For each shard, how many samples stand in it and in those before it; int64 ``[shards]``."""
-        self._identity = digest(digests)
+        self._identity = digest(self._digests)
         # Shards that number their samples from zero, each anew, are common: there the shard is part of the key.
         self._named_by_shard = keys_repeat([self])
 
     def index_of(self, number: int) -> TarIndex:
-        """The index of one shard, made and kept beside it where there is none yet."""
+        """The index of one shard, made and kept beside it where there is none yet.
+
+        Raises:
+            ClipkitError: where other samples stand in it than when it was opened.
+        """
         with self._lock:
             found = self._indexes.get(number)
             if found is not None:
                 self._indexes.move_to_end(number)
                 return found
         tar = self.tars[number]
-        found = self.spool.index(tar) if self.spool else load_index(tar)
+        stamp = self._stamp(number)
+        found = self.spool.index(tar) if self.spool else load_index(tar, stamp)
         if found is None:
             found = index_tar(self.local(number))
-            write_index(tar, found, self._stamp(number))
+            write_index(tar, found, stamp)
+        if number < len(self._digests) and found.digest != self._digests[number]:
+            raise self._changed(number)
         with self._lock:
             self._indexes[number] = found
             if len(self._indexes) > MAX_OPEN:
                 self._indexes.popitem(last=False)
         return found
 
-    def _stamp(self, number: int) -> str | None:
-        return self.spool.stamp(self.tars[number]) if self.spool else None
+    def _stamp(self, number: int) -> str:
+        return self.spool.stamp(self.tars[number]) if self.spool else stamp_of(self.tars[number])
+
+    def _changed(self, number: int) -> ClipkitError:
+        return ClipkitError(f"{self.tars[number]} was changed while it was read; run this again")
 
     def contents(self) -> list[str]:
-        """For each shard what tells one content from another: our manifest's checksum, else the stamp of the file."""
+        """For each shard what tells one content from another: our manifest's checksum, else the stamp of the file.
+
+        Raises:
+            ClipkitError: where a shard has changed since it was opened, and its samples are not those.
+        """
         records = manifest_records(self.tars)
         found = []
         for number, tar in enumerate(self.tars):
+            if (stamp := self._stamp(number)) != self._stamps[number]:
+                raise self._changed(number)
             record = records.get(tar, {})
             # One that was changed behind the manifest's back has another size, or is found by a check.
             if "blake2b" in record and record["bytes"] == tar.stat().st_size:
                 found.append(f"{record['bytes']} {record['blake2b']}")
             else:
-                found.append(self._stamp(number) or stamp_of(tar))
+                found.append(stamp)
         return found
 
     def defects(self, number: int) -> dict[str, str]:

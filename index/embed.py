@@ -81,8 +81,8 @@ def main(
 
     An image that cannot be used goes to OUT/ledger.jsonl and the status is 1. Killed and run again, it goes on with
     the part where it stood; several processes may share the work of one OUT. With --update, images that have not
-    changed since OUT was made (by name, size and time, or their shard's checksum) are not read again; OUT stays as it
-    is until the new one, which is made beside it, takes its place.
+    changed since OUT was made (by name, size and time, or their shard's checksum) are not read again, and what could
+    not be read is tried again; OUT stays as it is until the new one, which is made beside it, takes its place.
     """
     from clipkit.embed import embed
     from clipkit.embeddings import SIDES, Side

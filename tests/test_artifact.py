@@ -1,6 +1,9 @@
 """Artifact folders: whole, unfinished, or not ours."""
 
+import errno
+import fcntl
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -126,6 +129,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         raise OSError(28, "No space left on device")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_disk_that_is_read_only_is_named(tmp_path, monkeypatch):
+    """It refuses to remove even what is not there, as one that is mounted so does."""
+
+    def refuses(self, *args, **how):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "open", refuses)
+    monkeypatch.setattr(Path, "unlink", refuses)
+    with pytest.raises(ClipkitError, match=r"cannot write .*/a: Read-only file system"), atomic_write(tmp_path / "a"):
+        pass
 
 
 def test_manifests_of_another_kind_or_a_newer_version_are_refused(tmp_path):
@@ -292,3 +307,17 @@ def test_when_the_one_that_puts_an_update_in_place_is_killed_another_does_it(tmp
         at += 1
     assert records is None
     assert at > 10
+
+
+@pytest.mark.parametrize("at", [fcntl.LOCK_EX, fcntl.LOCK_SH])
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, at):
+    flock = fcntl.flock
+
+    def refuses(descriptor, how):
+        if how == at:
+            raise OSError(errno.ENOLCK, "No locks available")
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", refuses)
+    with pytest.raises(ClipkitError, match=r"^cannot lock .*/a: No locks available; .* name a folder on another$"):
+        Stage(tmp_path / "a", "test", {})

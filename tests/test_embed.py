@@ -16,6 +16,7 @@ from clipkit.embeddings import Embeddings
 from clipkit.encoding import embed_source
 from clipkit.errors import ClipkitError
 from clipkit.sources import open_source, sample_id
+from tests.conftest import tiny_model
 from tests.distributed import run_together
 
 
@@ -262,3 +263,50 @@ def test_two_samples_with_one_id_are_named(model, tmp_path, monkeypatch):
             precision="fp32",
             part_size=2,
         )
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_a_broken_model_is_named_and_its_vectors_are_not_kept(pictures, tmp_path, side):
+    from clipkit.embed import embed
+
+    model = tiny_model()
+    broken = model.backbone.visual.proj if side == "image" else model.backbone.text_projection
+    with torch.no_grad():
+        broken[3, 5] = float("nan")
+    with pytest.raises(ClipkitError, match="is not finite; its weights are broken"):
+        embed(open_source(pictures), model, tmp_path / "e", model_reference={"fingerprint": "f"}, precision="fp32")
+    assert not list((tmp_path / "e").rglob("*.npy"))
+    assert not (tmp_path / "e" / "manifest.json").exists()
+
+
+def test_a_part_that_is_made_again_leaves_nothing_of_what_it_was_before(model, tmp_path, monkeypatch):
+    """Killed before its record was written, and now nothing of it can be read: other readers take every file."""
+    from clipkit.embed import embed
+    from clipkit.sources import Sample, base
+
+    for number in range(4):
+        Image.new("RGB", (9, 9)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("words")
+
+    def make():
+        how = {"model_reference": {"fingerprint": "f"}, "precision": "fp32", "part_size": 2}
+        return embed(open_source(tmp_path), model, tmp_path / "e", **how)
+
+    def killed(self, name, record):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "finish_part", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make()
+    read = Sample.read
+
+    def fails(self):
+        if self.key in ("0.png", "1.png"):
+            raise base.UnreadSample("cannot be read: Stale file handle")
+        return read(self)
+
+    monkeypatch.setattr(Sample, "read", fails)
+    assert make().manifest["counts"]["images"] == 2
+    names = sorted(path.name for path in (tmp_path / "e").rglob("*_0000.*"))
+    assert names == ["stamps_0000.parquet"]

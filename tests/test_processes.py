@@ -2,8 +2,12 @@
 
 import multiprocessing
 import os
+import resource
+import select
 import shutil
 import signal
+import sys
+import time
 import types
 
 import numpy as np
@@ -15,6 +19,7 @@ from clipkit.encoding import embed_source
 from clipkit.errors import ClipkitError
 from clipkit.processes import in_loader_processes
 from clipkit.sources import open_source
+from tests.kills import FORK
 
 
 @pytest.fixture
@@ -160,3 +165,46 @@ def test_a_death_is_told_where_an_item_is_waited_for_and_nowhere_else():
 def test_nobody_hears_of_a_death_who_asks_for_nothing_more():
     ended_meanwhile().close()
     assert list(in_loader_processes(Faultless(), range(3), 1, ahead=1)) == [0, 1, 2]
+
+
+class Large(Dataset):
+    """Items of which a pipe has room for none."""
+
+    def __getitem__(self, item):
+        return bytes(300_000)
+
+
+def _asks_no_more(told):
+    items = in_loader_processes(Large(), range(20), 2, ahead=2)
+    next(items)
+    time.sleep(0.5)  # the pipe is full, and whoever fills it waits
+    os.write(told, b".")
+    time.sleep(100)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process of its parent's death")
+def test_they_end_with_the_process_that_they_work_for():
+    told, tells = os.pipe()  # at its end when nobody has it open any more
+    parent = FORK.Process(target=_asks_no_more, args=(tells,))
+    parent.start()
+    os.close(tells)
+    assert os.read(told, 1) == b"."
+    parent.kill()
+    parent.join()
+    assert select.select([told], [], [], 8.0)[0] == [told]
+    assert os.read(told, 1) == b""
+    os.close(told)
+
+
+def test_where_shared_memory_is_full_nothing_is_lost(captioned, model):
+    """Several runs in one container measure the room at the same time. A limit on files is one on shared memory."""
+    source = open_source(captioned)
+    wanted = embed_source(source, model, batch_size=4, show=None, workers=0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        found = embed_source(source, model, batch_size=4, show=None, workers=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert np.array_equal(found.image, wanted.image)
+    assert found.rows == wanted.rows

@@ -413,3 +413,80 @@ def test_images_beside_no_captions_at_all(run_embed, tmp_path):
     (tmp_path / "in" / "3.txt").write_text("the first caption")
     assert run_embed(tmp_path / "in", tmp_path / "e") == (0, 0, 1)
     as_fresh(run_embed, tmp_path / "in", tmp_path / "e", tmp_path)
+
+
+def unreadable(*keys):
+    """Stands in for `Sample.read` while a disk fails at these."""
+    from clipkit.sources import Sample, base
+
+    read = Sample.read
+
+    def fails(self):
+        if not keys or self.key in keys:
+            raise base.UnreadSample("cannot be read: Input/output error")
+        return read(self)
+
+    return fails
+
+
+def test_what_could_not_be_read_is_tried_again_where_nothing_has_changed(run_embed, photos, tmp_path, monkeypatch):
+    from clipkit.sources import Sample
+
+    out = tmp_path / "e"
+    (photos / "gone.png").symlink_to("nowhere")
+    for failing in (("03.png", "04.png"), ("04.png",)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Sample, "read", unreadable(*failing))
+            run_embed(photos, out)
+        assert [line["key"] for line in Embeddings.open(out).ledger()] == [*failing, "05.png", "gone.png"]
+        identity = Embeddings.open(out).manifest["identity"]
+    assert run_embed(photos, out, update=False) == (0, 0, 0)
+    assert Embeddings.open(out).manifest["identity"] == identity
+    old = contents(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "_check_ids", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_embed(photos, out)
+    assert (run_embed.decoded, run_embed.images) == (2, 1)  # one of them is missing, as it was
+    assert contents(out) == old
+    assert run_embed(photos, out) == (0, 0, 0)
+    assert [line["key"] for line in Embeddings.open(out).ledger()] == ["05.png", "gone.png"]
+    assert Embeddings.open(out).manifest["identity"] != identity
+    before = contents(out)
+    for update in (True, False):
+        assert run_embed(photos, out, update=update) == (0, 0, 0)
+    assert contents(out) == before
+    twin = tmp_path / "fresh"
+    run_embed(photos, twin, update=False)
+    assert rows_by_key(out).keys() == rows_by_key(twin).keys()
+    assert Embeddings.open(out).table().equals(Embeddings.open(twin).table())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e", "fresh", "in"]
+
+
+def test_where_nothing_could_be_read_the_same_again_tries_again(run_embed, photos, tmp_path, monkeypatch):
+    from clipkit.sources import Sample
+
+    for update in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(Sample, "read", unreadable())
+            with pytest.raises(ClipkitError, match=r"nothing in .* can be used; the first: 00\.png: cannot be read"):
+                run_embed(photos, tmp_path / "e", update=update)
+    assert run_embed(photos, tmp_path / "e", update=False)[1] == 13
+
+
+def test_a_shard_that_could_not_be_read_is_read_by_the_next_update(run_embed, shards, tmp_path, monkeypatch):
+    from clipkit.shards import Shards
+
+    read = Shards._read
+
+    def fails(self, path, i, members):
+        if i in (4, 5, 20):
+            raise ClipkitError(f"cannot read {path}: Input/output error")
+        return read(self, path, i, members)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Shards, "_read", fails)
+        run_embed(shards, tmp_path / "e")
+    assert [line["row"] for line in Embeddings.open(tmp_path / "e").ledger()] == [4, 5, 20]
+    assert run_embed(shards, tmp_path / "e") == (3, 3, 3)
+    assert Embeddings.open(tmp_path / "e").ledger() == []

@@ -2,6 +2,7 @@
 
 import gc
 import io
+import os
 import shutil
 import subprocess
 
@@ -9,6 +10,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+from clipkit import shards as room
 from clipkit.errors import ClipkitError
 from clipkit.pack import pack, shard_keys
 from clipkit.shards import Shards
@@ -199,3 +201,33 @@ def test_a_damaged_tar_is_in_the_ledger_of_pack(pictures, tmp_path):
     manifest = pack(open_source(str(tar)), tmp_path / "again")
     assert manifest["counts"]["left_out"] >= 1
     assert "cut short" in (tmp_path / "again" / "ledger.jsonl").read_text()
+
+
+def numbered(path, *values):
+    """A tar of a sample for each value; each tar a time of its own."""
+    tar_of(path, {f"{path.stem}{n}.png": png((value, 0, 0)) for n, value in enumerate(values)})
+    os.utime(path, ns=(1, sum(values)))
+    return path
+
+
+def test_a_shard_that_changes_before_it_is_known_by_its_stamp_is_named(tmp_path):
+    """Else its old samples would pass for those of the new one in every update to come."""
+    source = open_source(numbered(tmp_path / "a.tar", 1, 2))
+    numbered(tmp_path / "a.tar", 3, 4)
+    with pytest.raises(ClipkitError, match=r"a\.tar was changed while it was read; run this again"):
+        source.identity()
+    assert open_source(tmp_path / "a.tar").identity()
+
+
+def test_a_shard_that_changes_while_others_are_read_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "MAX_OPEN", 1)
+    numbered(tmp_path / "a.tar", 1, 2)
+    numbered(tmp_path / "b.tar", 3)
+    source = open_source(tmp_path)
+    assert [source.key(i) for i in range(3)] == ["a0", "a1", "b0"]
+    os.utime(tmp_path / "a.tar", ns=(1, 99))  # the same samples as before
+    assert [source.key(i) for i in (1, 2)] == ["a1", "b0"]
+    numbered(tmp_path / "a.tar", 4)
+    for row in (0, 1):
+        with pytest.raises(ClipkitError, match=r"a\.tar was changed while it was read; run this again"):
+            source.key(row)

@@ -1,5 +1,6 @@
 """Folders, lists and shards as one thing."""
 
+import io
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from clipkit.errors import BadSample, ClipkitError
 from clipkit.pack import pack, shard_keys
 from clipkit.sources import check_ids, open_source, sample_id
 from clipkit.sources.listed import ListSource
+from tests.samples import tar_of
 
 ROWS = [
     {"path": "a.png", "caption": 'a "quoted" cat', "lang": "en"},
@@ -539,3 +541,28 @@ def test_a_list_of_whose_state_a_server_says_nothing_is_known_by_its_rows(monkey
         monkeypatch.setattr("clipkit.sources.base.describe", lambda urls, **how: [(9, "9 mark")] * len(urls))
         found.add(ListSource("https://a.org/l.tsv", None, None, None, True).identity())
     assert len(found) == 2
+
+
+def test_names_that_no_file_can_have_are_lines_of_the_ledger(tmp_path, run):
+    """One row of millions may hold a zero byte, or half of a surrogate pair."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    rows = [{"path": name, "caption": "x"} for name in ("a.png", "a\0.png", "\ud83d.png", "long" * 2000)]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = open_source(tmp_path / "list.jsonl")
+    assert source.identity()
+    assert [source.size(i) > 0 for i in range(4)] == [True, False, False, False]
+    assert [source.stamp(i).image is None for i in range(4)] == [False, True, True, True]
+    assert run("pack", tmp_path / "list.jsonl", "--out", tmp_path / "s").status == 1
+    ledger = [json.loads(line) for line in (tmp_path / "s" / "ledger.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in ledger] == ["a\0.png", "\\ud83d.png", "long" * 2000]
+    assert "no file can have this name" in ledger[0]["reason"]
+
+
+def test_a_path_in_shards_may_be_anything(tmp_path):
+    image = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(image, "PNG")
+    members = {}
+    for key, path in {"a": '"half \\ud83d"', "b": "null", "c": "7", "d": '["x"]', "e": '"whole"'}.items():
+        members |= {f"{key}.png": image.getvalue(), f"{key}.json": f'{{"path": {path}, "caption": "x"}}'.encode()}
+    source = open_source(tar_of(tmp_path / "s.tar", members))
+    assert [source[i].columns["path"] for i in range(5)] == ["half ?", "b", "7", "['x']", "whole"]

@@ -68,6 +68,10 @@ def test_loading_a_folder_draws_no_weights_and_lacks_none(model, model_dir):
         assert torch.equal(loaded.backbone.state_dict()[name], tensor), name
 
 
+def test_who_may_read_its_settings_may_read_its_weights(model_dir):
+    assert len({path.stat().st_mode for path in model_dir.iterdir()}) == 1
+
+
 def test_open_clip_itself_loads_what_we_save(model, model_dir):
     theirs = open_clip.create_model(f"local-dir:{model_dir}").eval()
     tokens = open_clip.get_tokenizer(f"local-dir:{model_dir}")(TEXTS)

@@ -105,6 +105,8 @@ class Sample:
             raise UnreadSample(str(error)) from error
         except OSError as error:
             raise UnreadSample(f"cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise BadSample(f"no file can have this name: {error}") from error
 
 
 class Stamp(NamedTuple):
@@ -247,7 +249,7 @@ class Files:
             return self._asked()[i]
         try:
             found = place.stat()
-        except OSError:
+        except (OSError, ValueError):  # the latter of a name that no file can have, such as one with a zero byte
             return None
         return found.st_size, found.st_mtime_ns
 

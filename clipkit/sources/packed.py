@@ -4,8 +4,8 @@ from collections.abc import Collection
 from functools import cached_property
 
 from clipkit.artifact import digest
-from clipkit.errors import BadSample, ClipkitError
-from clipkit.shards import Shards, captions_of, image_extension
+from clipkit.errors import ClipkitError, UnreadSample
+from clipkit.shards import Shards, captions_of, image_extension, well_formed
 from clipkit.sources.base import Sample, Stamp, hash_of, own_columns
 
 __all__ = ["ShardSource"]
@@ -57,11 +57,12 @@ class ShardSource:
         except ClipkitError as error:
             if self.shards.spool:
                 raise  # the shard cannot be fetched; that its samples are bad is not known
-            raise BadSample(str(error)) from error
+            raise UnreadSample(str(error)) from error  # of a disk that fails; a shard that has changed has other stamps
         captions, columns = captions_of(members)
         extension = image_extension(members if wanted is None else self.shards.members(i))
         image = members.get(extension) if extension else None
-        path = columns.pop("path", key)  # what clipkit pack was given
+        path = columns.pop("path", None)  # what clipkit pack was given
+        path = key if path is None else well_formed(str(path))
         others = {ext: data for ext, data in members.items() if ext not in (extension, "txt", "json")}
         return Sample(key, image, extension or "", captions, {"path": path, **own_columns(columns)}, others)
 

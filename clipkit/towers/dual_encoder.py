@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -349,6 +350,8 @@ class DualEncoder(nn.Module, ABC):
             "preprocess": self.preprocess.model_dump(mode="json"),
         }
         write_json(folder / MODEL_FILE, about)
+        # safetensors lets nobody but the owner read what it writes, and a model is for those who embed with it, too.
+        shutil.copymode(folder / MODEL_FILE, folder / "model.safetensors")
 
     def _weights(self, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """What is to be saved, by the backbone's names."""

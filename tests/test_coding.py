@@ -180,6 +180,7 @@ main(["build", *sys.argv[1:]])
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", ["auto", "IVF-SQ8", "RaBitQ"])
 def test_a_build_of_a_million_stays_within_a_third_of_its_data(tmp_path, kind):
     """Measured from outside, beyond an empty process with the same imports; the vectors themselves are 256 MB."""
@@ -213,12 +214,16 @@ def peak(command):
     """The most anonymous memory of a process, in bytes."""
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "2"}, stderr=subprocess.DEVNULL)
     most = 0
-    while process.poll() is None:
-        try:
-            lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-        except OSError:
-            break
-        most = max([most, *(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))])
-        time.sleep(0.01)
-    assert process.wait() == 0
+    try:
+        while process.poll() is None:
+            try:
+                lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            except OSError:
+                break
+            most = max([most, *(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))])
+            time.sleep(0.01)
+        assert process.wait() == 0
+    finally:
+        process.kill()
+        process.wait()
     return most

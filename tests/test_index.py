@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from clipkit.artifact import Stage, hold
 from clipkit.embeddings import Embedded, Embeddings, write_part
 from clipkit.errors import ClipkitError
-from clipkit.search import KINDS, Effort, Index, Wanted, build_index
+from clipkit.search import KINDS, Effort, Index, Part, Wanted, ask, build_index
 from clipkit.search.update import compact_index, delete_rows, go_back, update_index
 from clipkit.search.vectors import Vectors, write_vectors
 from clipkit.sources import Sample
@@ -449,3 +449,22 @@ def test_everything_taken_away(tmp_path):
     assert opened.search(np.ones((2, DIM)), 5).positions.shape == (2, 0)
     update_index(folder, [newer])
     assert len(Index.open(folder)) == 400
+
+
+@pytest.mark.parametrize("where", [None, "width < 30", "width < 35 or odd"])
+def test_copies_come_in_their_order_on_every_page(tmp_path, where, monkeypatch):
+    """Few different vectors, many times each: whatever k is, the same rows lead, and none is on two pages."""
+    monkeypatch.setattr("clipkit.search.segments.FEW", 30)
+    made = make_embeddings(tmp_path / "e", range(60))
+    path = made.folder / "img_emb" / "img_emb_0000.npy"
+    np.save(path, np.load(path)[np.random.default_rng(0).integers(0, 6, 60)])
+    build_index([made], tmp_path / "i", Wanted(kind="Flat"))
+    opened = Index.open(tmp_path / "i")
+    questions = unit(np.random.default_rng(7).normal(size=(9, DIM))).astype(np.float32)
+    chosen = opened.positions(where=where)
+    scores = questions.astype(np.float64) @ opened.vectors(chosen).astype(np.float64).T
+    wanted = chosen[np.argsort(-scores.round(9), axis=1, kind="stable")]  # a product differs in its last digit
+    for k in (1, 3, 10, 25, wanted.shape[1]):
+        assert np.array_equal(opened.search(questions, k, where=where).positions, wanted[:, :k]), k
+    pages = [ask(opened, [Part(questions[0])], 4, where=where, offset=at).positions[0] for at in range(0, 60, 4)]
+    assert np.concatenate(pages).tolist() == wanted[0].tolist()

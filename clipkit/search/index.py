@@ -156,8 +156,9 @@ class Index:
             else:
                 coded.append((start, segment, passing, harder))
         if len(coded) == 1:
-            start, segment, *how = coded[0]
-            parts.append(_moved(segment.reranked(queries, k, *how), start))
+            start, segment, passing, harder = coded[0]
+            # All that were scored again, as `_best` knows which of equal ones are first.
+            parts.append(_moved(segment.reranked(queries, max(k, harder.rerank), passing, harder), start))
         elif chosen is not None and coded:
             # As one index over all segments would: the best of all by code, and those again by their vectors.
             found = [_moved(segment.by_code(queries, chosen.rerank, *how), start) for start, segment, *how in coded]

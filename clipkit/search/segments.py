@@ -188,7 +188,25 @@ class Segment:
         return refined.search(queries, k, params=reranking(refined, effort, k, passing and passing.selector))
 
     def in_full(self, queries: np.ndarray, k: int, passing: Passing | None) -> tuple[np.ndarray, np.ndarray]:
-        """As `by_code`, of all rows that pass, with exact scores."""
+        """As `by_code`, of all rows that pass, with exact scores; where the k-th shares its score, the first rows."""
+        scores, rows = self._compared(queries, k + 1, passing)
+        # FAISS keeps any rows of the last score. One more than k shows where there are others, which are few or copies.
+        deep, open_ = k, np.flatnonzero((rows[:, k] >= 0) & (scores[:, k] == scores[:, k - 1]))
+        scores, rows = _in_order(scores, rows, k)
+        while len(open_):
+            deep *= 4
+            more = self._compared(queries[open_], deep, passing)
+            scores[open_], rows[open_] = _in_order(*more, k)
+            open_ = open_[(more[1][:, -1] >= 0) & (more[0][:, -1] == more[0][:, k - 1])]
+        return scores, rows
+
+    def _compared(self, queries: np.ndarray, k: int, passing: Passing | None) -> tuple[np.ndarray, np.ndarray]:
         if passing is not None and (passing.count <= FEW or passing.count / self.rows <= PART_IN_FULL):
             return self.vectors.search_among(queries, k, passing.numbers)
         return self.vectors.search(queries, k, passing and passing.selector)
+
+
+def _in_order(scores: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first k; of equal scores the lower row is first, and -1, which is no row, comes last."""
+    order = np.lexsort((rows, -np.where(rows < 0, -np.inf, scores)), axis=1)[:, :k]
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)

@@ -5,7 +5,7 @@ Python: the text is parsed, and each node becomes one of Arrow's functions over 
 """
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,8 @@ class Filter:
         try:
             found = self._value(self._tree, table)
         except (pa.ArrowNotImplementedError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            kinds = ", ".join(f"{name}: {_kind(table.schema.field(name).type)}" for name in self.columns(table))
+            used = self.columns(table.column_names)
+            kinds = ", ".join(f"{name}: {_kind(table.schema.field(name).type)}" for name in used)
             reason = str(error).splitlines()[0]
             raise ClipkitError(f"the filter {self.text!r} does not fit the columns ({kinds}): {reason}") from error
         except RecursionError as error:
@@ -84,10 +85,14 @@ class Filter:
             raise ClipkitError(f"the filter {self.text!r} is no condition; {TOLD}")
         return pc.fill_null(found, False).to_numpy(zero_copy_only=False)
 
-    def columns(self, table: pa.Table) -> list[str]:
-        """The columns that it looks at."""
-        names = [node.id for node in ast.walk(self._tree) if isinstance(node, ast.Name)]
-        return [name for name in dict.fromkeys(names) if name in table.column_names]
+    def columns(self, known: Sequence[str]) -> list[str]:
+        """Those of these columns that it looks at."""
+        names = []
+        for node in ast.walk(self._tree):
+            match node:
+                case ast.Call(func=ast.Name(id="column"), args=[ast.Constant(value=str() as name)]) | ast.Name(id=name):
+                    names.append(name)
+        return [name for name in dict.fromkeys(names) if name in known]
 
     def _value(self, node: ast.expr, table: pa.Table) -> Any:
         match node:

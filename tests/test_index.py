@@ -468,3 +468,34 @@ def test_copies_come_in_their_order_on_every_page(tmp_path, where, monkeypatch):
         assert np.array_equal(opened.search(questions, k, where=where).positions, wanted[:, :k]), k
     pages = [ask(opened, [Part(questions[0])], 4, where=where, offset=at).positions[0] for at in range(0, 60, 4)]
     assert np.concatenate(pages).tolist() == wanted[0].tolist()
+
+
+def with_column(made, name, values):
+    """Embeddings whose images have a column more, or another one of this name."""
+    path = made.folder / "metadata" / "metadata_0000.parquet"
+    table = pq.read_table(path)
+    if name in table.column_names:
+        table = table.drop_columns([name])
+    pq.write_table(table.append_column(name, pa.array(values)), path)
+    return Embeddings.open(made.folder)
+
+
+def test_columns_that_only_some_segments_have_are_missing_in_the_others(tmp_path, run):
+    folder = tmp_path / "i"
+    build_index([make_embeddings(tmp_path / "a", range(20))], folder, Wanted(kind="Flat"))
+    newer = with_column(make_embeddings(tmp_path / "b", range(20, 30)), "my lang", ["en", None] * 5)
+    update_index(folder, [with_column(newer, "width", [n + 0.5 for n in range(10)])])
+    for _ in range(2):  # as it was changed, and put together
+        opened = Index.open(folder)
+        assert opened.positions(where='column("my lang") == "en"').tolist() == [20, 22, 24, 26, 28]
+        assert opened.positions(where='column("my lang") is None and width > 8').tolist() == [*range(9, 20), 29]
+        assert opened.count("text", '"e" in column("my lang")') == 5
+        with pytest.raises(ClipkitError, match=r"no column 'size'; there are .*my lang"):
+            opened.count("image", "size > 3")
+        assert opened.rows([3])[0] == {**opened.rows([3, 29])[0], "my lang": None, "width": 3.0}
+        compact_index(folder)
+    np.save(tmp_path / "q.npy", opened.vectors([3])[0])
+    vectors = "\n".join(json.dumps({"vector": row.tolist()}) for row in opened.vectors([3, 29]))
+    (tmp_path / "q.jsonl").write_text(vectors)
+    found = run("search", folder, "--file", tmp_path / "q.jsonl", "-k", 1, "--format", "csv")
+    assert (found.status, found.out.count("\n")) == (0, 3)

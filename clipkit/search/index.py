@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from clipkit.artifact import read_manifest
-from clipkit.embeddings import Side, joined_tables
+from clipkit.embeddings import Side, in_schema, joined_schema
 from clipkit.errors import ClipkitError
 from clipkit.filters import Filter
 from clipkit.search.generations import Generation, current
@@ -61,6 +61,11 @@ class Index:
         self._segments: dict[Side, list[Segment]] = {
             side: [Segment(folder, s, side, self.dim) for s in state.segments if s.rows.get(side)]
             for side in state.sides
+        }
+        # An update may bring columns that were not there before, or leave some out: all segments are seen with all.
+        self._schemas = {
+            side: joined_schema([segment.table.schema for segment in segments])
+            for side, segments in self._segments.items()
         }
         self._starts = {
             side: np.cumsum([0, *(segment.rows for segment in segments)]) for side, segments in self._segments.items()
@@ -199,11 +204,12 @@ class Index:
         tables, order = [], []
         for number, at in self._by_segment(wanted, side):
             segment = self._segments[side][number]
-            tables.append(segment.table.take(pa.array(wanted[at] - self._starts[side][number])))
+            chosen = segment.table.take(pa.array(wanted[at] - self._starts[side][number]))
+            tables.append(in_schema(chosen, self._schemas[side]))
             order.append(at)
         if not tables:
             return []
-        found = joined_tables(tables)
+        found = pa.concat_tables(tables).combine_chunks()
         return found.take(pa.array(np.argsort(np.concatenate(order), kind="stable"))).to_pylist()
 
     def vectors(self, positions: Sequence[int] | np.ndarray, side: Side = "image") -> np.ndarray:
@@ -245,7 +251,7 @@ class Index:
             masks = self._masks.get((side, where))
         if masks is None:
             condition = Filter(where)
-            masks = [segment.passing(condition) for segment in segments]
+            masks = [segment.passing(condition, self._schemas[side]) for segment in segments]
             with self._lock:
                 if len(self._masks) >= 8:  # the pages of one answer ask the same; many askers ask differently
                     self._masks.pop(next(iter(self._masks)))

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from clipkit.artifact import atomic_write
-from clipkit.embeddings import Side
+from clipkit.embeddings import Side, in_schema
 from clipkit.errors import ClipkitError
 from clipkit.filters import Filter
 from clipkit.search.coding import read_codes
@@ -129,11 +129,16 @@ class Segment:
         """Which rows are not gone, bool ``[rows]``."""
         return np.ones(self.rows, bool) if self.alive is None else self.alive.rows
 
-    def passing(self, where: Filter | None) -> Passing | None:
-        """Which rows may be found; None where all may."""
-        if where is None:
-            return self.alive
-        found = where.rows(self.table)
+    def passing(self, where: Filter, schema: pa.Schema) -> Passing:
+        """Which rows may be found.
+
+        Args:
+            where: must hold for them.
+            schema: of the whole index: a column that this segment has not is missing in all its rows.
+        """
+        used, own = where.columns(schema.names), self.table.schema
+        seen = [own.field(f.name) if f.name in own.names and f.name not in used else f for f in schema]
+        found = where.rows(in_schema(self.table, pa.schema(seen)))
         return Passing(found if self.alive is None else found & self.alive.rows)
 
     def effort_among(self, passing: Passing | None, effort: Effort) -> Effort | None:

@@ -98,8 +98,12 @@ class Filter:
         match node:
             case ast.Constant(value=None):
                 raise ClipkitError(f"the filter {self.text!r} compares with None; write `column is None`")
-            case ast.Constant(value=bool() | int() | float() | str()):
-                return pa.scalar(node.value)
+            case ast.Constant(value=bool() | int() | float() | str() as value):
+                try:
+                    return pa.scalar(value)
+                except (OverflowError, UnicodeEncodeError):  # beyond 64 bits; half a character
+                    shown = str(value).encode("utf-8", "backslashreplace").decode()
+                    raise ClipkitError(f"the filter {self.text!r}: no column can hold {shown}") from None
             case ast.Name(id=name):
                 return self._column(name, table)
             case ast.Call(func=ast.Name(id="column"), args=[ast.Constant(value=str() as name)], keywords=[]):

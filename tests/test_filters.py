@@ -74,6 +74,8 @@ def test_conditions(condition, rows):
         ('matches(lang, "(")', "Invalid regular expression"),
         ("not " * 3000 + "good", "deep"),
         ("\x00", "cannot be read"),
+        (f"width < {10**30}", f"no column can hold {10**30}"),
+        ('lang == "\\ud800"', r"no column can hold \ud800"),
     ],
 )
 def test_what_is_no_condition_is_told_in_one_line(condition, said):

@@ -499,3 +499,24 @@ def test_columns_that_only_some_segments_have_are_missing_in_the_others(tmp_path
     (tmp_path / "q.jsonl").write_text(vectors)
     found = run("search", folder, "--file", tmp_path / "q.jsonl", "-k", 1, "--format", "csv")
     assert (found.status, found.out.count("\n")) == (0, 3)
+
+
+def test_what_is_the_same_in_another_type_is_no_change(tmp_path):
+    """Folders whose columns differ in type are kept as one type, and the same folders change nothing."""
+    whole = make_embeddings(tmp_path / "a", range(20))
+    halves = with_column(make_embeddings(tmp_path / "b", range(20, 40)), "width", [n + 0.5 for n in range(20)])
+    texts = with_column(make_embeddings(tmp_path / "c", range(40, 60)), "odd", ["yes"] * 20)
+    folder, sets = tmp_path / "i", [whole, halves, texts]
+    build_index(sets, folder, Wanted(kind="Flat"))
+    assert update_index(folder, sets).unchanged == 60
+    assert update_index(folder, [whole]).nothing
+    changed = with_column(make_embeddings(tmp_path / "d", range(20)), "width", [*range(19), 99])
+    assert (update_index(folder, [changed]).replaced, update_index(folder, [changed, halves]).replaced) == (1, 0)
+
+
+def test_an_index_of_images_is_not_changed_by_captions(tmp_path):
+    folder, both = tmp_path / "i", make_embeddings(tmp_path / "b", range(20))
+    build_index([make_embeddings(tmp_path / "a", range(20), sides=("image",))], folder, Wanted(kind="Flat"))
+    assert update_index(folder, [both]).nothing
+    with pytest.raises(ClipkitError, match="holds text vectors only"):
+        update_index(folder, [make_embeddings(tmp_path / "c", range(20, 30), sides=("text",))])

@@ -520,3 +520,19 @@ def test_an_index_of_images_is_not_changed_by_captions(tmp_path):
     assert update_index(folder, [both]).nothing
     with pytest.raises(ClipkitError, match="holds text vectors only"):
         update_index(folder, [make_embeddings(tmp_path / "c", range(20, 30), sides=("text",))])
+
+
+def test_killed_with_lists_on_the_disk_a_change_goes_on_with_more_memory(tmp_path, monkeypatch):
+    folder, newer = two(tmp_path, "IVF-SQ8")
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("clipkit.search.coding.lies_on_disk", lambda *_: True)
+        patch.setattr("clipkit.search.update._measured", dies)
+        with pytest.raises(KeyboardInterrupt):
+            update_index(folder, [newer])
+    assert list((folder / "segments" / "000002").glob("*.lists"))
+    assert update_index(folder, [newer]).added == 200
+    assert recall(Index.open(folder), newer.vectors("text")[::9], exact=True) == 1

@@ -276,7 +276,6 @@ def _built(out: Path, side: Side, vectors: Vectors, choice: Choice, truth: Truth
     note(f"{side}: {choice.kind.name} of {rows:,} vectors")
     on_disk = lies_on_disk(choice.kind, rows, dim, memory)
     train_coding(vectors, choice.kind, coding, rows=rows, memory=memory, on_disk=on_disk)
-    codes_path(out, FIRST, side).with_suffix(".lists").unlink(missing_ok=True)  # of another kind
     encode(Coding(coding), choice.kind, vectors, codes_path(out, FIRST, side), memory=memory)
     codes = read_codes(codes_path(out, FIRST, side), rows)
     effort, recall, speed = tune_and_measure(codes, vectors, truth, floor)

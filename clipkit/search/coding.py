@@ -215,6 +215,10 @@ def encode(coding: Coding, kind: Kind, vectors: Vectors, path: Path, *, memory: 
         ClipkitError: where the memory does not hold what this kind must keep in it, or the disk is full.
     """
     rows, dim = vectors.rows.shape
+    pieces = path.with_name(f".{path.name}.pieces")
+    # What another kind left, or a run that was killed and had less memory: codes in memory have none of it beside them.
+    path.with_suffix(".lists").unlink(missing_ok=True)
+    shutil.rmtree(pieces, ignore_errors=True)
     index = coding.empty()
     in_memory = not lies_on_disk(kind, rows, dim, memory)
     if not in_memory and isinstance(faiss.downcast_index(faiss.extract_index_ivf(index)), faiss.IndexIVFFastScan):
@@ -235,8 +239,6 @@ def encode(coding: Coding, kind: Kind, vectors: Vectors, path: Path, *, memory: 
         with atomic_write(path) as handle:
             faiss.write_index(index, handle.name)
         return
-    pieces = path.with_name(f".{path.name}.pieces")
-    shutil.rmtree(pieces, ignore_errors=True)
     pieces.mkdir(parents=True)
     try:
         _on_disk(coding, vectors, path, pieces, _room(kind, dim, memory))

@@ -105,6 +105,13 @@ def test_what_cannot_be_asked(opened):
         ask(opened, parts(2, -1.0, -1.0), fusion="rank")
     with pytest.raises(ClipkitError, match="no column 'size'"):
         ask(opened, parts(1, 1.0), collapse="size")
+    for fusion in ("early", "score", "rank"):
+        for size in (1, 16, 33):  # one number would be taken off every dimension
+            with pytest.raises(ClipkitError, match=rf"shape \({size},\) does not fit an index of dimension 32"):
+                ask(opened, [*parts(1, 1.0), Part(np.ones(size))], fusion=fusion)
+        for vector, weight in ((np.full(32, np.nan), -1.0), (np.arange(32.0), np.nan), (np.arange(32.0), np.inf)):
+            with pytest.raises(ClipkitError, match="NaN or infinity"):
+                ask(opened, [*parts(1, 1.0), Part(vector, weight)], fusion=fusion)
 
 
 def test_the_command_asks_with_all_of_it(run, index, pictures, model, tmp_path):

@@ -83,8 +83,14 @@ def ask(
         Scores and positions ``[1, at most k]``, best first.
 
     Raises:
-        ClipkitError: for what `Index.search` refuses, parts that cancel each other, or a column that is not there.
+        ClipkitError: for what `Index.search` refuses, parts that cancel each other or are not finite, or a column that
+            is not there.
     """
+    for part in parts:
+        if part.vector.shape != (index.dim,):
+            raise ClipkitError(f"a vector of shape {part.vector.shape} does not fit an index of dimension {index.dim}")
+        if not np.isfinite([part.weight, *part.vector]).all():
+            raise ClipkitError("a vector or a weight of the question holds NaN or infinity; leave it out")
     everything = index.count(side)
     if collapse is not None and not isinstance(collapse, float | int):
         _check_column(index, side, collapse)

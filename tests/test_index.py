@@ -447,6 +447,9 @@ def test_everything_taken_away(tmp_path):
     opened = Index.open(folder)
     assert len(opened) == 0
     assert opened.search(np.ones((2, DIM)), 5).positions.shape == (2, 0)
+    for fusion in ("early", "score", "rank"):
+        parts = [Part(np.ones(DIM)), Part(np.arange(DIM))]
+        assert ask(opened, parts, 5, fusion=fusion, collapse=0.9).positions.shape == (1, 0)
     update_index(folder, [newer])
     assert len(Index.open(folder)) == 400
 

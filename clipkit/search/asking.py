@@ -94,7 +94,7 @@ def ask(
     everything = index.count(side)
     if collapse is not None and not isinstance(collapse, float | int):
         _check_column(index, side, collapse)
-    depth = min(everything, max(1, offset + k))
+    depth = max(1, min(everything, offset + k))  # where there is nothing, that is what is found
     while True:
         scores, positions = _joined(index, parts, depth, side, fusion, where, exact)
         kept = positions >= 0

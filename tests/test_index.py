@@ -539,3 +539,14 @@ def test_killed_with_lists_on_the_disk_a_change_goes_on_with_more_memory(tmp_pat
     assert list((folder / "segments" / "000002").glob("*.lists"))
     assert update_index(folder, [newer]).added == 200
     assert recall(Index.open(folder), newer.vectors("text")[::9], exact=True) == 1
+
+
+def test_copies_are_twins_and_what_has_no_value_is_none(tmp_path):
+    made = make_embeddings(tmp_path / "e", range(40), dim=96)
+    path = made.folder / "img_emb" / "img_emb_0000.npy"
+    np.save(path, np.load(path)[np.arange(40) // 2])
+    build_index([with_column(made, "tag", [None, "None", "a", "a"] * 10)], tmp_path / "i", Wanted(kind="Flat"))
+    opened, parts = Index.open(tmp_path / "i"), [Part(np.ones(96))]
+    assert sorted(ask(opened, parts, 40, collapse=1.0).positions[0].tolist()) == list(range(0, 40, 2))
+    tags = [row["tag"] for row in ask(opened, parts, 40, collapse="tag").rows[0]]
+    assert (tags.count(None), tags.count("None"), tags.count("a")) == (10, 1, 1)

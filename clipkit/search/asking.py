@@ -15,7 +15,7 @@ __all__ = ["Fusion", "Part", "ask", "fused_vector"]
 Fusion = Literal["early", "score", "rank"]
 RANK_OFFSET = 60  # of reciprocal rank fusion, as Cormack et al. 2009 found best
 DEPTH = 100  # of each part's own list, at least, where lists are joined
-SHORT = 1e-6  # a sum of vectors as short as this points nowhere
+SHORT = 1e-6  # a sum of vectors as short as this points nowhere, and cosines this near are the same
 
 
 @dataclass(frozen=True)
@@ -150,13 +150,16 @@ def _first_of_twins(index: Index, side: Side, positions: np.ndarray, collapse: s
         seen: set[Any] = set()
         for at, row in enumerate(index.rows(positions, side)):
             value = row.get(collapse)
-            if value is None or str(value) not in seen:  # what has no value is no twin of anything
+            if value is None:  # is no twin of anything
                 first.append(at)
-            seen.add(str(value))
+            elif str(value) not in seen:
+                first.append(at)
+                seen.add(str(value))
         return first
     vectors = index.vectors(positions, side).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     for at in range(len(positions)):
-        if not first or (vectors[first] @ vectors[at]).max() < collapse:
+        # The cosine of a vector with its copy is 1 but for the last digits.
+        if not first or (vectors[first] @ vectors[at]).max() < collapse - SHORT:
             first.append(at)
     return first

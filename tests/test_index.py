@@ -550,3 +550,24 @@ def test_copies_are_twins_and_what_has_no_value_is_none(tmp_path):
     assert sorted(ask(opened, parts, 40, collapse=1.0).positions[0].tolist()) == list(range(0, 40, 2))
     tags = [row["tag"] for row in ask(opened, parts, 40, collapse="tag").rows[0]]
     assert (tags.count(None), tags.count("None"), tags.count("a")) == (10, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["generations/000001.json", "segments/000001/image.vectors.faiss"])
+def test_who_opens_it_while_it_changes_twice_gets_the_newest(tmp_path, monkeypatch, name):
+    """At the moment before a file of the state that was read is opened, two changes have cleared it away."""
+    folder, newer = two(tmp_path, "Flat")
+    late = [newer]
+    is_json = name.endswith(".json")
+    read_file = Path.read_text if is_json else np.memmap
+
+    def reads(path, *args, **options):
+        if Path(path) == folder / name and late:
+            update_index(folder, [late.pop()], gone=True)
+            compact_index(folder)
+            delete_rows(folder, where="width == 599")
+            assert not (folder / name).exists()
+        return read_file(path, *args, **options)
+
+    monkeypatch.setattr(*((Path, "read_text") if is_json else (np, "memmap")), reads)
+    assert len(Index.open(folder)) == 399
+    assert not late

@@ -16,7 +16,17 @@ from clipkit.artifact import atomic_write, read_json, write_json
 from clipkit.embeddings import Side
 from clipkit.errors import ClipkitError
 
-__all__ = ["Generation", "SegmentState", "commit", "current", "go_back", "read_dead", "write_dead"]
+__all__ = [
+    "Generation",
+    "SegmentState",
+    "commit",
+    "current",
+    "current_number",
+    "go_back",
+    "read",
+    "read_dead",
+    "write_dead",
+]
 
 POINTER = "current.json"
 
@@ -82,10 +92,19 @@ def current(folder: Path) -> Generation:
     Raises:
         ClipkitError: where the files are missing or altered.
     """
+    return read(folder, current_number(folder))
+
+
+def current_number(folder: Path) -> int:
+    """The number of the generation that counts.
+
+    Raises:
+        ClipkitError: where the file is missing or altered.
+    """
     told = read_json(folder / POINTER)
     if not isinstance(told, dict) or not isinstance(told.get("generation"), int):
         raise ClipkitError(f"{folder / POINTER} was altered; build the index again")
-    return read(folder, told["generation"])
+    return told["generation"]
 
 
 def read(folder: Path, number: int) -> Generation:

@@ -15,7 +15,7 @@ from clipkit.artifact import read_manifest
 from clipkit.embeddings import Side, in_schema, joined_schema
 from clipkit.errors import ClipkitError
 from clipkit.filters import Filter
-from clipkit.search.generations import Generation, current
+from clipkit.search.generations import Generation, current_number, read
 from clipkit.search.kinds import Effort
 from clipkit.search.segments import Passing, Segment
 from clipkit.search.vectors import refuse_bad_vectors
@@ -83,13 +83,13 @@ class Index:
         folder = Path(folder)
         manifest = read_manifest(folder, "index")
         while True:
-            state = current(folder)
+            number = current_number(folder)
             try:
-                return cls(folder, manifest, state)
+                return cls(folder, manifest, read(folder, number))
             except ClipkitError:
-                if current(folder).number == state.number:
+                if current_number(folder) == number:
                     raise
-                # Changed twice since its state was read, and cleared away: there is a newer one.
+                # Changed twice since its number was read, and cleared away: there is a newer one.
 
     @property
     def fingerprint(self) -> str:

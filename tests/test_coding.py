@@ -222,3 +222,15 @@ def peak(command):
         time.sleep(0.01)
     assert process.wait() == 0
     return most
+
+
+@pytest.mark.parametrize("kind", ["IVF-PQ", "OPQ", "RaBitQ"])
+@pytest.mark.parametrize("rows", [2, 17])
+def test_of_fewer_vectors_than_dimensions_every_kind_can_be_built(vectors, tmp_path, kind, rows):
+    dim = vectors.rows.shape[1]
+    few = Vectors(tmp_path / "v", write_vectors(tmp_path / "v", [vectors.rows[:rows]], dim), dim)
+    train_coding(few, KINDS[kind], tmp_path / "coding.faiss", rows=rows, memory=2**30)
+    encode(Coding(tmp_path / "coding.faiss"), KINDS[kind], few, tmp_path / "codes.faiss", memory=2**30)
+    codes = read_codes(tmp_path / "codes.faiss", rows)
+    _, found = codes.search(few.rows[:].astype(np.float32), rows)
+    assert np.array_equal(np.sort(found, axis=1), np.tile(np.arange(rows), (rows, 1)))

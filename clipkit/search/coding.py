@@ -37,6 +37,7 @@ BLOCK = 8192  # vectors in float32 at a time: 16 MiB at 512 dimensions
 PER_LIST = 64  # sampled vectors per inverted list; FAISS asks for 39 at least and looks at 256 at most
 ROUNDS = 6  # of k-means. Twice as many, of twice as many vectors, take four times as long and find 1 % more at best
 OPQ_SAMPLE = 20_000  # vectors that a rotation is learned from
+LEAST = 16 * 39  # vectors: so many FAISS asks for to tell 16 values of a code apart
 GROWTH = 2.2  # lists grow by doubling, and for a moment stand there twice
 
 
@@ -162,6 +163,8 @@ def train_coding(
     if not kind.has_lists:
         sample += mean
         mean = np.zeros_like(mean)
+    if kind.has_lists and len(sample) < (least := max(dim, LEAST)):
+        sample = np.resize(sample, (least, dim))  # again and again; FAISS learns a rotation beyond the end of fewer
     if isinstance(index, faiss.IndexPreTransform):
         rotation = faiss.downcast_VectorTransform(index.chain.at(0))
         if isinstance(rotation, faiss.OPQMatrix):
@@ -169,7 +172,7 @@ def train_coding(
             quantizer = faiss.ProductQuantizer(dim, inner.pq.M, inner.pq.nbits)  # it would learn for 8 bits otherwise
             rotation.pq, rotation.niter, rotation.niter_pq_0 = quantizer, 8, 8  # of 50 and 40: it is slow
         # Learning one turns, codes and decodes the sample again and again, each time into new memory.
-        rotation.train(sample[: min(OPQ_SAMPLE, max(1024, memory // 16 // (4 * dim)))])
+        rotation.train(sample[: min(OPQ_SAMPLE, max(1024, dim, memory // 16 // (4 * dim)))])
         lists = rotation.apply(lists)  # type: ignore[call-overload]  # a rotation takes centres to centres
     if kind.has_lists and lists is not None:
         faiss.downcast_index(faiss.extract_index_ivf(index).quantizer).add(lists)  # which leaves no k-means to be done

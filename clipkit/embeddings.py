@@ -167,7 +167,8 @@ def in_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
             )
             columns.append(column if values is None else pa.array(values, pa.string()))
         else:
-            columns.append(column.cast(wanted.type))
+            # A whole number beyond 2⁵³ beside fractions is the nearest one that there is, as in JSON.
+            columns.append(column.cast(wanted.type, safe=not pa.types.is_floating(wanted.type)))
     return pa.table(columns, schema=schema)
 
 

@@ -509,6 +509,7 @@ def test_what_is_the_same_in_another_type_is_no_change(tmp_path):
     whole = make_embeddings(tmp_path / "a", range(20))
     halves = with_column(make_embeddings(tmp_path / "b", range(20, 40)), "width", [n + 0.5 for n in range(20)])
     texts = with_column(make_embeddings(tmp_path / "c", range(40, 60)), "odd", ["yes"] * 20)
+    texts = with_column(texts, "width", [2**60 + n for n in range(20)])
     folder, sets = tmp_path / "i", [whole, halves, texts]
     build_index(sets, folder, Wanted(kind="Flat"))
     assert update_index(folder, sets).unchanged == 60

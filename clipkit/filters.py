@@ -145,7 +145,7 @@ class Filter:
             return pc.invert(found) if isinstance(op, ast.NotIn) else found
         if type(op) not in COMPARED:
             raise ClipkitError(f"the filter {self.text!r}: `is` goes with None; write ==")
-        return COMPARED[type(op)](self._value(left, table), self._value(right, table))
+        return COMPARED[type(op)](*_alike(self._value(left, table), self._value(right, table)))
 
     def _contained(self, left: ast.expr, right: ast.expr, table: pa.Table) -> Any:
         if isinstance(right, ast.List | ast.Tuple | ast.Set):
@@ -155,7 +155,7 @@ class Filter:
                 raise ClipkitError(f"the filter {self.text!r}: what `in` looks through is a list of values")
             found: Any = pa.scalar(False)
             for value in values:
-                found = pc.or_kleene(found, pc.equal(column, value))
+                found = pc.or_kleene(found, pc.equal(*_alike(column, value)))
             # A missing value is in no list, and it is not known to be in none either.
             return pc.if_else(pc.is_null(column), pa.scalar(None, pa.bool_()), found)
         return pc.match_substring(self._value(right, table), self._text(left))
@@ -172,6 +172,17 @@ class Filter:
                 f"the filter {self.text!r}: no column {name!r}{near}; there are {', '.join(table.column_names)}"
             )
         return table[name]
+
+
+def _alike(left: Any, right: Any) -> tuple[Any, Any]:
+    """Two values to compare; a text in quotes beside a date or a time is read as one (ISO 8601, UTC)."""
+    for text, other, in_order in ((left, right, True), (right, left, False)):
+        if isinstance(text, pa.Scalar) and pa.types.is_string(text.type) and pa.types.is_temporal(other.type):
+            kind = other.type
+            plain = pa.timestamp(kind.unit) if pa.types.is_timestamp(kind) else kind
+            read = text.cast(plain).cast(kind)
+            return (read, other) if in_order else (other, read)
+    return left, right
 
 
 def _kind(kind: pa.DataType) -> str:

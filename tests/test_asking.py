@@ -165,3 +165,22 @@ def test_a_question_in_words():
     assert Question(("a",), minus=("b", "c")).told == "a - b - c"
     with pytest.raises(ClipkitError, match="ask with a text"):
         Question()
+
+
+def test_columns_of_the_source_hide_nothing_that_the_command_says(run, pictures, model_dir, tmp_path):
+    lines = pictures.read_text().splitlines()[:5]
+    named = [f"{lines[0]}\tquery\tquestion\tvector", *(f"{line}\tcats\twhich?\tv" for line in lines[1:])]
+    (tmp_path / "list.tsv").write_text("\n".join(named))
+    source = (tmp_path / "list.tsv", "--image-root", pictures.parent)
+    assert run("embed", *source, "--model", model_dir, "--out", tmp_path / "emb").status == 0
+    assert run("build", tmp_path / "emb", "--out", tmp_path / "i").status == 0
+    call = ["search", tmp_path / "i", "-k", 2, "--html", tmp_path / "found.html", "--image-root", pictures.parent]
+    (row, _) = json.loads(run(*call, "a star", "--format", "json").out)
+    assert (row["query"], row["question"], row["vector"]) == ("cats", "which?", "v")
+    assert (tmp_path / "found.html").read_text().count("data:image/") == 2
+    (tmp_path / "q.txt").write_text("a star\na heart\n")
+    rows = json.loads(run(*call, "--file", tmp_path / "q.txt", "--with-vectors", "--format", "json").out)
+    assert [(row["query"], row["question"]) for row in rows] == [(1, "a star")] * 2 + [(2, "a heart")] * 2
+    assert (rows[0]["query_"], rows[0]["question_"], rows[0]["vector_"]) == ("cats", "which?", "v")
+    assert len(rows[0]["vector"]) == 32
+    assert (tmp_path / "found.html").read_text().count("data:image/") == 4

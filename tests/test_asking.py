@@ -135,18 +135,30 @@ def test_a_file_of_questions(run, refused, index, pictures, tmp_path):
     rows = json.loads(run("search", index, "--file", tmp_path / "q.jsonl", "-k", 2, "--format", "json").out)
     assert [(row["query"], row["rank"]) for row in rows] == [(n, r) for n in (1, 2, 3) for r in (1, 2)]
     assert rows[2]["question"] == "a + b - c"
-    (tmp_path / "q.txt").write_text("a red heart\n\na blue star\n")
+    (tmp_path / "q.jsonl").write_text(json.dumps({"text": "a\u2028b\x85c"}, ensure_ascii=False))
+    assert [question.told for question in open_questions(tmp_path / "q.jsonl")] == ["a\u2028b\x85c"]
+    (tmp_path / "q.txt").write_text("a red heart\r\n\na blue star\n")
     assert [question.told for question in open_questions(tmp_path / "q.txt")] == ["a red heart", "a blue star"]
     for text, said in {
         '{"txt": "a"}': "line 1: no field 'txt' in a question (did you mean 'text'?)",
         '{"text": "a"}\n{"text": "a", "weights": [1, 2]}': "line 2: the question has 1 parts and 2 weights",
         "[1]": "is an object",
+        '{"vector": 5}': "line 1: a question has texts",
+        '{"vector": {"x": 1}}': "line 1: a question has texts",
+        '{"vector": [null]}': "line 1: a question has texts",
+        '{"vector": "x.npy"}': "line 1: could not convert",
+        '{"text": "a"}\n{"text": "a", "weights": 1}': "line 2: a question has texts",
+        '{"image": 5}': "line 1: a question has texts",
         "{": "line 1",
         "": "holds no question",
     }.items():
         (tmp_path / "bad.jsonl").write_text(text)
         assert said in refused("search", index, "--file", tmp_path / "bad.jsonl")
     assert "no .npy file" in refused("search", index, "--vector", tmp_path / "q.txt")
+    (tmp_path / "none.npy").touch()
+    assert "no .npy file" in refused("search", index, "--vector", tmp_path / "none.npy")
+    np.savez(tmp_path / "more.npz", np.ones(32))
+    assert "archive of arrays" in refused("search", index, "--vector", tmp_path / "more.npz")
     np.save(tmp_path / "two.npy", np.zeros((2, 32)))
     assert "shape (2, 32)" in refused("search", index, "--vector", tmp_path / "two.npy")
 

@@ -572,3 +572,20 @@ def test_who_opens_it_while_it_changes_twice_gets_the_newest(tmp_path, monkeypat
     monkeypatch.setattr(*((Path, "read_text") if is_json else (np, "memmap")), reads)
     assert len(Index.open(folder)) == 399
     assert not late
+
+
+@pytest.mark.parametrize("keep", [0, 100])
+def test_a_cut_array_of_a_changed_index_is_named(tmp_path, keep):
+    folder, newer = two(tmp_path, "IVF-SQ8")
+    delete_rows(folder, where="width < 10")
+    for name, used in {
+        "dead/000002-000001-image.npy": lambda: Index.open(folder),
+        "queries/image.npy": lambda: update_index(folder, [newer]),
+        "codings/000001/image.mean.npy": lambda: update_index(folder, [newer]),
+    }.items():
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:keep])
+        with pytest.raises(ClipkitError, match=rf"{name} is .*cut or|{name} is missing or altered"):
+            used()
+        (folder / name).write_bytes(whole)
+    assert update_index(folder, [newer]).added == 200

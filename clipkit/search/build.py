@@ -216,9 +216,16 @@ def _keep_queries(out: Path, side: Side, queries: Queries) -> None:
 
 
 def kept_queries(folder: Path, side: Side) -> np.ndarray | None:
-    """What `_keep_queries` left, float32 ``[queries, dim]``."""
+    """What `_keep_queries` left, float32 ``[queries, dim]``.
+
+    Raises:
+        ClipkitError: where the file is cut or altered.
+    """
     path = folder / "queries" / f"{side}.npy"
-    return np.load(path).astype(np.float32) if path.is_file() else None
+    try:
+        return np.load(path).astype(np.float32) if path.is_file() else None
+    except (OSError, ValueError, EOFError) as error:
+        raise ClipkitError(f"{path} is cut or altered; build the index again") from error
 
 
 def _rows_of(embeddings: Embeddings, side: Side, rows: np.ndarray) -> np.ndarray:

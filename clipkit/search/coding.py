@@ -56,7 +56,7 @@ class Coding:
         mean = path.with_suffix(".mean.npy")
         try:
             self.mean: np.ndarray = np.load(mean)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise ClipkitError(f"{mean} is missing or altered; build the index again") from error
 
     def empty(self) -> Any:

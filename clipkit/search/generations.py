@@ -172,7 +172,7 @@ def read_dead(folder: Path, name: str, count: int) -> np.ndarray:
     """
     try:
         rows = np.load(folder / name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ClipkitError(f"{folder / name} is missing, cut or altered; build the index again") from error
     if len(rows) != count:
         raise ClipkitError(f"{folder / name} holds {len(rows):,} rows where {count:,} are expected; it was altered")

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipkit.artifact import Stage, atomic_write, read_manifest
+from clipkit.artifact import Stage, atomic_write, digest, read_manifest
 from clipkit.embeddings import Embeddings, Side, in_schema, joined_schema
 from clipkit.errors import ClipkitError
 from clipkit.figures import save_figure, tradeoff_figure
@@ -58,6 +58,7 @@ def build_index(
     wanted: Wanted | None = None,
     *,
     queries: np.ndarray | None = None,
+    queries_identity: str | None = None,
     model_reference: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -69,6 +70,8 @@ def build_index(
         wanted: what it is to be.
         queries: float32 ``[queries, dim]``, unit norm: texts of the people who will ask, to measure with in place of
             the captions.
+        queries_identity: what tells them from others; by default their numbers, which differ in their last digits
+            where texts are embedded on another machine.
         model_reference: what the manifest says of the model, by default what the first set says.
         overwrite: replace what is there.
 
@@ -82,7 +85,9 @@ def build_index(
     wanted = wanted or Wanted()
     pa.set_memory_pool(pa.system_memory_pool())  # Arrow's other pools keep tens of megabytes that were freed
     _check_models(sets)
-    made_from = {"embeddings": [s.manifest["identity"] for s in sets], "wanted": vars(wanted)}
+    made_from: dict[str, Any] = {"embeddings": [s.manifest["identity"] for s in sets], "wanted": vars(wanted)}
+    if queries is not None:
+        made_from["queries"] = queries_identity or digest(queries.tolist())
     stage = Stage(out, "index", made_from, inputs=[s.folder for s in sets], overwrite=overwrite)
     if stage.done:
         return read_manifest(out, "index")

@@ -589,3 +589,20 @@ def test_a_cut_array_of_a_changed_index_is_named(tmp_path, keep):
             used()
         (folder / name).write_bytes(whole)
     assert update_index(folder, [newer]).added == 200
+
+
+@pytest.mark.parametrize("sides", [("image",), ("image", "text")])
+def test_after_a_change_the_recall_is_kept_with_captions_and_without(tmp_path, sides, capsys):
+    folder = tmp_path / "i"
+    build_index([make_embeddings(tmp_path / "a", range(2000), sides=sides)], folder, Wanted(kind="IVF-SQ8"))
+    path = folder / "generations" / "000001.json"
+    state = json.loads(path.read_text())
+    state["efforts"]["image"] |= {"lists": 1, "rerank": 10}  # as if what is asked for had moved away
+    path.write_text(json.dumps(state))
+    asked = make_embeddings(tmp_path / "q", range(0, 2000, 9), version=1).vectors(sides[-1])
+    assert recall(Index.open(folder), asked) < 0.8
+    update_index(folder, [make_embeddings(tmp_path / "b", range(2000, 2100), sides=sides)])
+    opened = Index.open(folder)
+    assert opened.state.recall["image"] >= 0.95
+    assert recall(opened, asked) >= 0.9
+    assert "warning" not in capsys.readouterr().err

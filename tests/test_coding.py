@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -234,3 +235,18 @@ def test_of_fewer_vectors_than_dimensions_every_kind_can_be_built(vectors, tmp_p
     codes = read_codes(tmp_path / "codes.faiss", rows)
     _, found = codes.search(few.rows[:].astype(np.float32), rows)
     assert np.array_equal(np.sort(found, axis=1), np.tile(np.arange(rows), (rows, 1)))
+
+
+@pytest.mark.parametrize(("memory", "size"), [(2**30, 90_000), (SMALL, 1_000), (SMALL, 60_000)])
+def test_where_the_disk_is_full_it_is_said_and_nothing_is_left(vectors, tmp_path, memory, size):
+    """The codes take 96,000 bytes: in one file, or in pieces first and in lists then."""
+    kind, codes = KINDS["IVF-SQ8"], tmp_path / "c" / "codes.faiss"
+    train_coding(vectors, kind, tmp_path / "coding.faiss", rows=ROWS, memory=2**30)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(ClipkitError, match=r"^cannot write [^\n]*$"):
+            encode(Coding(tmp_path / "coding.faiss"), kind, vectors, codes, memory=memory)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name for path in (tmp_path / "c").iterdir()} <= {"codes.lists"}

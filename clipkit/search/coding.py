@@ -74,8 +74,7 @@ def read_codes(path: Path, rows: int) -> Any:
     try:
         index = _with_lists(path, lists) if lists.is_file() else faiss.read_index(str(path))
     except (RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[-160:]
-        raise ClipkitError(f"{path} is missing, cut or altered ({reason}); build the index again") from error
+        raise ClipkitError(f"{path} is missing, cut or altered ({_reason(error)}); build the index again") from error
     if index.ntotal != rows:
         raise ClipkitError(f"{path} holds {index.ntotal:,} vectors where {rows:,} are expected; build the index again")
     return index
@@ -179,8 +178,7 @@ def train_coding(
     index.train(sample)
     with atomic_write(path.with_suffix(".mean.npy")) as handle:
         np.save(handle, mean)
-    with atomic_write(path) as handle:
-        faiss.write_index(index, handle.name)
+    _write(index, path)
     give_back_freed_memory()
 
 
@@ -239,8 +237,7 @@ def encode(coding: Coding, kind: Kind, vectors: Vectors, path: Path, *, memory: 
             for block in _blocks(vectors, coding.mean, 0, rows):
                 codes.add(block)
         index = graph or index
-        with atomic_write(path) as handle:
-            faiss.write_index(index, handle.name)
+        _write(index, path)
         return
     pieces.mkdir(parents=True)
     try:
@@ -259,16 +256,30 @@ def _on_disk(coding: Coding, vectors: Vectors, path: Path, pieces: Path, room: i
                 first = start + index.ntotal
                 index.add_with_ids(block, np.arange(first, first + len(block)))
         made.append(str(pieces / f"{len(made)}.faiss"))
-        faiss.write_index(index, made[-1])
+        _write(index, Path(made[-1]))
         del index
         give_back_freed_memory()
     whole = coding.empty()
     lists = path.with_suffix(".lists")
-    merge_ondisk(whole, made, str(lists))
+    try:
+        merge_ondisk(whole, made, str(lists))
+    except RuntimeError as error:
+        raise ClipkitError(f"cannot write {lists}: {_reason(error)}") from error
     made_lists: Any = faiss.extract_index_ivf(whole).invlists
     faiss.downcast_InvertedLists(made_lists).filename = lists.name
+    _write(whole, path)
+
+
+def _write(index: Any, path: Path) -> None:
     with atomic_write(path) as handle:
-        faiss.write_index(whole, handle.name)
+        try:
+            faiss.write_index(index, handle.name)
+        except RuntimeError as error:  # so FAISS says that the disk is full
+            raise OSError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[-160:]
 
 
 def _blocks(vectors: Vectors, mean: np.ndarray, start: int, stop: int) -> Iterator[np.ndarray]:

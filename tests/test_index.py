@@ -497,7 +497,6 @@ def test_columns_that_only_some_segments_have_are_missing_in_the_others(tmp_path
             opened.count("image", "size > 3")
         assert opened.rows([3])[0] == {**opened.rows([3, 29])[0], "my lang": None, "width": 3.0}
         compact_index(folder)
-    np.save(tmp_path / "q.npy", opened.vectors([3])[0])
     vectors = "\n".join(json.dumps({"vector": row.tolist()}) for row in opened.vectors([3, 29]))
     (tmp_path / "q.jsonl").write_text(vectors)
     found = run("search", folder, "--file", tmp_path / "q.jsonl", "-k", 1, "--format", "csv")

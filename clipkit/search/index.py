@@ -250,8 +250,8 @@ class Index:
         with self._lock:
             masks = self._masks.get((side, where))
         if masks is None:
-            condition = Filter(where)
-            masks = [segment.passing(condition, self._schemas[side]) for segment in segments]
+            condition, schema = Filter(where), self._schemas[side]
+            masks = list[Passing | None](segment.passing(condition, schema) for segment in segments)
             with self._lock:
                 if len(self._masks) >= 8:  # the pages of one answer ask the same; many askers ask differently
                     self._masks.pop(next(iter(self._masks)))

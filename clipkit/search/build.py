@@ -17,7 +17,7 @@ from clipkit.errors import ClipkitError
 from clipkit.figures import save_figure, tradeoff_figure
 from clipkit.heap import give_back_freed_memory
 from clipkit.log import note
-from clipkit.search.choose import Choice, choose
+from clipkit.search.choose import Choice, allowed, choose
 from clipkit.search.coding import Coding, encode, lies_on_disk, read_codes, sample_rows, train_coding
 from clipkit.search.generations import Generation, SegmentState, commit
 from clipkit.search.kinds import KINDS, Effort
@@ -94,7 +94,7 @@ def build_index(
     sides: list[Side] = [side for side in ("image", "text") if any(side in s.sides for s in sets)]
     dim: int = sets[0].manifest["dim"]
     memory = wanted.memory or default_memory()
-    _refuse_full_disk(out, sets, sides, dim)
+    _refuse_full_disk(out, sets, dim, wanted, memory)
     for name in stage.pending(sides):
         side: Side = "image" if name == "image" else "text"
         rows = _write_first(out, side, sets)
@@ -180,13 +180,17 @@ def _refuse_twins(ids: np.ndarray, path: Path) -> None:
         )
 
 
-def _refuse_full_disk(out: Path, sets: Sequence[Embeddings], sides: Sequence[Side], dim: int) -> None:
-    """Vectors, codes of at most as much, and metadata; what is sampled to choose goes before the codes come."""
-    rows = sum(s.manifest["counts"][name] for s in sets for name in ("images", "captions"))
+def _refuse_full_disk(out: Path, sets: Sequence[Embeddings], dim: int, wanted: Wanted, memory: int) -> None:
+    """Vectors, codes of the largest kind that may be chosen, and metadata; samples go before the codes come."""
+    sizes = [sum(s.manifest["counts"][name] for s in sets) for name in ("images", "captions")]
+    rows, most = sum(sizes), max(sizes)  # of both sides, and of the larger, as each has its own kind and memory
     tables = sum(
         p.stat().st_size for s in sets for folder in ("metadata", "captions") for p in s.folder.glob(f"{folder}/*")
     )
-    needed, free = 4 * dim * rows + 4 * tables, shutil.disk_usage(out).free
+    kinds = [KINDS[wanted.kind]] if wanted.kind else allowed(list(KINDS.values()), most, dim, wanted.serve_memory)
+    # Lists on the disk are there in pieces first, and as a whole beside these.
+    codes = [kind.bytes_per_vector(dim) * (1 + lies_on_disk(kind, most, dim, memory)) for kind in kinds if kind.factory]
+    needed, free = rows * (2 * dim + max(codes, default=0)) + 4 * tables, shutil.disk_usage(out).free
     if needed > free:
         raise ClipkitError(
             f"the index of {rows:,} vectors takes up to {needed / 2**30:.2f} GiB and the disk of {out} has "

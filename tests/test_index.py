@@ -423,6 +423,8 @@ def test_what_cannot_be_changed(tmp_path, refused, run):
     folder, newer = two(tmp_path, "Flat")
     with pytest.raises(ClipkitError, match="holds no image of id 5"):
         delete_rows(folder, [5])
+    with pytest.raises(ClipkitError, match=f"no image of id {10**30}"):
+        delete_rows(folder, [5, 10**30])
     with pytest.raises(ClipkitError, match="no column 'size'"):
         delete_rows(folder, where="size > 3")
     with pytest.raises(ClipkitError, match="more than once"):

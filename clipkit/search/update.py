@@ -180,7 +180,10 @@ def delete_rows(folder: Path, ids: Sequence[int] = (), *, where: str | None = No
     """
     with _Change(folder) as change:
         there = _alive_ids(change)
-        wanted = np.asarray(ids, np.int64)
+        try:
+            wanted = np.asarray(ids, np.int64)
+        except OverflowError as error:
+            raise ClipkitError(f"{folder} holds no image of id {max(ids, key=abs)}: ids have 63 bits") from error
         unknown = np.setdiff1d(wanted, there)
         if len(unknown):
             raise ClipkitError(

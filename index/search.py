@@ -3,6 +3,7 @@
 The index knows which model it was made with and where; another model is refused.
 """
 
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def main(index: Path, device: str | None, model: str | None, fmt: str, html: Pat
         first = (asked["page"] - 1) * asked["k"] + 1
         rows = []
         for rank, (score, row) in enumerate(zip(found.scores[0], opened.rows(positions, side), strict=True), first):
-            said = {f"{name}_" if name in own else name: value for name, value in row.items()}
+            said = {f"{name}_" if name in own else name: _written(value) for name, value in row.items()}
             rows.append({**which, "rank": rank, "score": float(score), **said})  # sources keep these two names free
         if asked["with_vectors"]:
             for row, vector in zip(rows, opened.vectors(positions, side), strict=True):
@@ -106,6 +107,11 @@ def main(index: Path, device: str | None, model: str | None, fmt: str, html: Pat
         shown = (*(["query"] if "query" in own else []), "rank", "score", "image_path", "caption")
         rows = [{key: row.get(key) for key in shown} for row in rows]
     emit(rows, fmt)
+
+
+def _written(value: Any) -> Any:
+    # JSON has no word for infinity, and readers refuse what Python writes for it.
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _numbers(given: str | None) -> tuple[float, ...] | None:

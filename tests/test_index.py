@@ -607,3 +607,17 @@ def test_after_a_change_the_recall_is_kept_with_captions_and_without(tmp_path, s
     assert opened.state.recall["image"] >= 0.95
     assert recall(opened, asked) >= 0.9
     assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fmt", ["json", "jsonl"])
+def test_what_is_written_as_json_is_json(tmp_path, run, fmt):
+    made = with_column(make_embeddings(tmp_path / "e", range(4)), "share", [np.inf, -np.inf, np.nan, 0.5])
+    build_index([made], tmp_path / "i", Wanted(kind="Flat"))
+    assert Index.open(tmp_path / "i").positions(where="share > 0").tolist() == [0, 3]
+    np.save(tmp_path / "q.npy", np.ones(DIM))
+    out = run("search", tmp_path / "i", "--vector", tmp_path / "q.npy", "--format", fmt).out
+    lines = [out] if fmt == "json" else out.splitlines()
+    found = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    rows = found[0] if fmt == "json" else found
+    assert {row["key"]: row["share"] for row in rows}["00003.jpg"] == 0.5
+    assert [row["share"] for row in rows].count(None) == 3

@@ -5,6 +5,7 @@ rows of their own in ``captions/*.parquet``, each with the id and the row of its
 rows of both sides agree, as there.
 """
 
+import datetime
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -128,7 +129,9 @@ def _column(values: list[Any]) -> pa.Array:
 
 
 def _text(value: Any) -> str:
-    return well_formed(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+    if isinstance(value, str | datetime.date | datetime.time):
+        return well_formed(str(value))
+    return well_formed(json.dumps(value, ensure_ascii=False, default=str))
 
 
 def joined_tables(tables: Sequence[pa.Table]) -> pa.Table:
@@ -167,7 +170,8 @@ def in_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
             )
             columns.append(column if values is None else pa.array(values, pa.string()))
         else:
-            columns.append(column.cast(wanted.type))
+            # A whole number beyond 2⁵³ beside fractions is the nearest one that there is, as in JSON.
+            columns.append(column.cast(wanted.type, safe=not pa.types.is_floating(wanted.type)))
     return pa.table(columns, schema=schema)
 
 

@@ -5,7 +5,7 @@ Python: the text is parsed, and each node becomes one of Arrow's functions over 
 """
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,8 @@ class Filter:
         try:
             found = self._value(self._tree, table)
         except (pa.ArrowNotImplementedError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            kinds = ", ".join(f"{name}: {_kind(table.schema.field(name).type)}" for name in self.columns(table))
+            used = self.columns(table.column_names)
+            kinds = ", ".join(f"{name}: {_kind(table.schema.field(name).type)}" for name in used)
             reason = str(error).splitlines()[0]
             raise ClipkitError(f"the filter {self.text!r} does not fit the columns ({kinds}): {reason}") from error
         except RecursionError as error:
@@ -84,17 +85,25 @@ class Filter:
             raise ClipkitError(f"the filter {self.text!r} is no condition; {TOLD}")
         return pc.fill_null(found, False).to_numpy(zero_copy_only=False)
 
-    def columns(self, table: pa.Table) -> list[str]:
-        """The columns that it looks at."""
-        names = [node.id for node in ast.walk(self._tree) if isinstance(node, ast.Name)]
-        return [name for name in dict.fromkeys(names) if name in table.column_names]
+    def columns(self, known: Sequence[str]) -> list[str]:
+        """Those of these columns that it looks at."""
+        names = []
+        for node in ast.walk(self._tree):
+            match node:
+                case ast.Call(func=ast.Name(id="column"), args=[ast.Constant(value=str() as name)]) | ast.Name(id=name):
+                    names.append(name)
+        return [name for name in dict.fromkeys(names) if name in known]
 
     def _value(self, node: ast.expr, table: pa.Table) -> Any:
         match node:
             case ast.Constant(value=None):
                 raise ClipkitError(f"the filter {self.text!r} compares with None; write `column is None`")
-            case ast.Constant(value=bool() | int() | float() | str()):
-                return pa.scalar(node.value)
+            case ast.Constant(value=bool() | int() | float() | str() as value):
+                try:
+                    return pa.scalar(value)
+                except (OverflowError, UnicodeEncodeError):  # beyond 64 bits; half a character
+                    shown = str(value).encode("utf-8", "backslashreplace").decode()
+                    raise ClipkitError(f"the filter {self.text!r}: no column can hold {shown}") from None
             case ast.Name(id=name):
                 return self._column(name, table)
             case ast.Call(func=ast.Name(id="column"), args=[ast.Constant(value=str() as name)], keywords=[]):
@@ -136,7 +145,7 @@ class Filter:
             return pc.invert(found) if isinstance(op, ast.NotIn) else found
         if type(op) not in COMPARED:
             raise ClipkitError(f"the filter {self.text!r}: `is` goes with None; write ==")
-        return COMPARED[type(op)](self._value(left, table), self._value(right, table))
+        return COMPARED[type(op)](*_alike(self._value(left, table), self._value(right, table)))
 
     def _contained(self, left: ast.expr, right: ast.expr, table: pa.Table) -> Any:
         if isinstance(right, ast.List | ast.Tuple | ast.Set):
@@ -146,7 +155,7 @@ class Filter:
                 raise ClipkitError(f"the filter {self.text!r}: what `in` looks through is a list of values")
             found: Any = pa.scalar(False)
             for value in values:
-                found = pc.or_kleene(found, pc.equal(column, value))
+                found = pc.or_kleene(found, pc.equal(*_alike(column, value)))
             # A missing value is in no list, and it is not known to be in none either.
             return pc.if_else(pc.is_null(column), pa.scalar(None, pa.bool_()), found)
         return pc.match_substring(self._value(right, table), self._text(left))
@@ -163,6 +172,17 @@ class Filter:
                 f"the filter {self.text!r}: no column {name!r}{near}; there are {', '.join(table.column_names)}"
             )
         return table[name]
+
+
+def _alike(left: Any, right: Any) -> tuple[Any, Any]:
+    """Two values to compare; a text in quotes beside a date or a time is read as one (ISO 8601, UTC)."""
+    for text, other, in_order in ((left, right, True), (right, left, False)):
+        if isinstance(text, pa.Scalar) and pa.types.is_string(text.type) and pa.types.is_temporal(other.type):
+            kind = other.type
+            plain = pa.timestamp(kind.unit) if pa.types.is_timestamp(kind) else kind
+            read = text.cast(plain).cast(kind)
+            return (read, other) if in_order else (other, read)
+    return left, right
 
 
 def _kind(kind: pa.DataType) -> str:

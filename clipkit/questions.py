@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -85,8 +86,10 @@ def _vector(given: Path | tuple[float, ...]) -> np.ndarray:
         return np.array(given, np.float32)
     try:
         vector = np.load(given)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise ClipkitError(f"cannot read {given}: it is no .npy file of numbers ({error})") from error
+    if not isinstance(vector, np.ndarray):
+        raise ClipkitError(f"{given} is an archive of arrays; save one vector as .npy")
     if vector.ndim == 2 and len(vector) == 1:
         vector = vector[0]
     if vector.ndim != 1 or not np.issubdtype(vector.dtype, np.number):
@@ -101,7 +104,7 @@ def open_questions(path: Path) -> list[Question]:
         ClipkitError: naming the line that is wrong.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # a text may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise ClipkitError(f"cannot read {path}: {error}") from error
     found = []
@@ -111,6 +114,11 @@ def open_questions(path: Path) -> list[Question]:
                 found.append(_question(json.loads(line)) if path.suffix == ".jsonl" else Question((line,)))
             except (ValueError, ClipkitError) as error:
                 raise ClipkitError(f"{path}, line {number}: {error}") from error
+            except (TypeError, KeyError, OverflowError) as error:
+                raise ClipkitError(
+                    f"{path}, line {number}: a question has texts, paths of images, and vectors and weights of numbers "
+                    f"({error})"
+                ) from error
     if not found:
         raise ClipkitError(f"{path} holds no question")
     return found

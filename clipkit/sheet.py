@@ -13,21 +13,20 @@ from clipkit.report import Report
 __all__ = ["write_sheet"]
 
 
-def write_sheet(path: Path, questions: Sequence[str], rows: Sequence[dict[str, Any]], root: Path) -> None:
+def write_sheet(path: Path, questions: Sequence[str], answers: Sequence[Sequence[dict[str, Any]]], root: Path) -> None:
     """Write a self-contained page with the pictures of the rows under their questions.
 
     Args:
         path: of the page.
         questions: in words.
-        rows: of all questions: ``query`` (where there are several), ``rank``, ``score``, ``image_path``, ``caption``.
+        answers: the rows of each: ``rank``, ``score``, ``image_path``, ``caption``.
         root: where image paths start. A picture that is not there is told by its name.
     """
-    page = Report("Search", f"{len(rows):,} results")
-    for number, question in enumerate(questions, 1):
+    page = Report("Search", f"{sum(map(len, answers)):,} results")
+    for question, rows in zip(questions, answers, strict=True):
         page.heading(question)
-        own = [row for row in rows if row.get("query", 1) == number]
         shown, missing = [], []
-        for row in own:
+        for row in rows:
             label = f"{row['rank']}  {row['score']:.3f}  {row.get('caption') or row['image_path']}"
             picture = _picture(root / row["image_path"])
             if picture is None:

@@ -39,7 +39,7 @@ def main(
     The fastest kind is taken that finds the wanted share of what the exact search finds, asked with held-out captions,
     with --queries, or, where there are neither, with images. What was tried stands in OUT/manifest.json and as a plot.
     """
-    from clipkit.artifact import relative_to_artifact
+    from clipkit.artifact import digest, relative_to_artifact
     from clipkit.embeddings import Embeddings
     from clipkit.errors import ClipkitError
     from clipkit.log import note
@@ -49,7 +49,7 @@ def main(
     if verify:
         for opened in sets:
             opened.verify()
-    asked = None
+    asked = texts = None
     if queries is not None:
         try:
             texts = [line for line in queries.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -64,7 +64,15 @@ def main(
     if "path" in reference:
         reference["path"] = relative_to_artifact(sets[0].folder / reference["path"], out)
     wanted = Wanted(None if kind == "auto" else kind, recall, memory, serve_memory)
-    manifest = build_index(sets, out, wanted, queries=asked, model_reference=reference, overwrite=overwrite)
+    manifest = build_index(
+        sets,
+        out,
+        wanted,
+        queries=asked,
+        queries_identity=digest(texts),
+        model_reference=reference,
+        overwrite=overwrite,
+    )
     for side, rows in manifest["counts"].items():
         chosen = manifest["chosen"][side]
         note(

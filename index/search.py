@@ -3,6 +3,7 @@
 The index knows which model it was made with and where; another model is refused.
 """
 
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,9 @@ def main(index: Path, device: str | None, model: str | None, fmt: str, html: Pat
     needed = any(question.needs_model for question in questions)
     towers = load_model_of(opened.manifest, index, model, pick_device(device)) if needed else None
     side: Side = "text" if asked["side"] == "text" else "image"
-    rows: list[dict[str, Any]] = []
+    answers: list[list[dict[str, Any]]] = []
+    own = {"query", "question"} if asked["batch"] is not None else set()
+    own |= {"vector"} if asked["with_vectors"] else set()
     for number, question in enumerate(questions, 1):
         found = ask(
             opened,
@@ -86,20 +89,29 @@ def main(index: Path, device: str | None, model: str | None, fmt: str, html: Pat
             note(f"there are {len(positions):,} {side} results on this page; all of them are listed")
         which = {} if asked["batch"] is None else {"query": number, "question": question.told}
         first = (asked["page"] - 1) * asked["k"] + 1
+        rows = []
         for rank, (score, row) in enumerate(zip(found.scores[0], opened.rows(positions, side), strict=True), first):
-            rows.append({**which, "rank": rank, "score": float(score), **row})  # sources keep these two names free
+            said = {f"{name}_" if name in own else name: _written(value) for name, value in row.items()}
+            rows.append({**which, "rank": rank, "score": float(score), **said})  # sources keep these two names free
         if asked["with_vectors"]:
-            for row, vector in zip(rows[len(rows) - len(positions) :], opened.vectors(positions, side), strict=True):
+            for row, vector in zip(rows, opened.vectors(positions, side), strict=True):
                 row["vector"] = vector.tolist()
+        answers.append(rows)
     if html is not None:
         from clipkit.sheet import write_sheet
 
-        write_sheet(html, [question.told for question in questions], rows, asked["image_root"] or Path())
+        write_sheet(html, [question.told for question in questions], answers, asked["image_root"] or Path())
         note(f"{html}: the results as pictures")
+    rows = [row for answer in answers for row in answer]
     if fmt == "human":
-        shown = ("query", "rank", "score", "image_path", "caption")
-        rows = [{key: row.get(key) for key in shown if key != "query" or "query" in row} for row in rows]
+        shown = (*(["query"] if "query" in own else []), "rank", "score", "image_path", "caption")
+        rows = [{key: row.get(key) for key in shown} for row in rows]
     emit(rows, fmt)
+
+
+def _written(value: Any) -> Any:
+    # JSON has no word for infinity, and readers refuse what Python writes for it.
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _numbers(given: str | None) -> tuple[float, ...] | None:

@@ -105,6 +105,13 @@ def test_what_cannot_be_asked(opened):
         ask(opened, parts(2, -1.0, -1.0), fusion="rank")
     with pytest.raises(ClipkitError, match="no column 'size'"):
         ask(opened, parts(1, 1.0), collapse="size")
+    for fusion in ("early", "score", "rank"):
+        for size in (1, 16, 33):  # one number would be taken off every dimension
+            with pytest.raises(ClipkitError, match=rf"shape \({size},\) does not fit an index of dimension 32"):
+                ask(opened, [*parts(1, 1.0), Part(np.ones(size))], fusion=fusion)
+        for vector, weight in ((np.full(32, np.nan), -1.0), (np.arange(32.0), np.nan), (np.arange(32.0), np.inf)):
+            with pytest.raises(ClipkitError, match="NaN or infinity"):
+                ask(opened, [*parts(1, 1.0), Part(vector, weight)], fusion=fusion)
 
 
 def test_the_command_asks_with_all_of_it(run, index, pictures, model, tmp_path):
@@ -128,18 +135,30 @@ def test_a_file_of_questions(run, refused, index, pictures, tmp_path):
     rows = json.loads(run("search", index, "--file", tmp_path / "q.jsonl", "-k", 2, "--format", "json").out)
     assert [(row["query"], row["rank"]) for row in rows] == [(n, r) for n in (1, 2, 3) for r in (1, 2)]
     assert rows[2]["question"] == "a + b - c"
-    (tmp_path / "q.txt").write_text("a red heart\n\na blue star\n")
+    (tmp_path / "q.jsonl").write_text(json.dumps({"text": "a\u2028b\x85c"}, ensure_ascii=False))
+    assert [question.told for question in open_questions(tmp_path / "q.jsonl")] == ["a\u2028b\x85c"]
+    (tmp_path / "q.txt").write_text("a red heart\r\n\na blue star\n")
     assert [question.told for question in open_questions(tmp_path / "q.txt")] == ["a red heart", "a blue star"]
     for text, said in {
         '{"txt": "a"}': "line 1: no field 'txt' in a question (did you mean 'text'?)",
         '{"text": "a"}\n{"text": "a", "weights": [1, 2]}': "line 2: the question has 1 parts and 2 weights",
         "[1]": "is an object",
+        '{"vector": 5}': "line 1: a question has texts",
+        '{"vector": {"x": 1}}': "line 1: a question has texts",
+        '{"vector": [null]}': "line 1: a question has texts",
+        '{"vector": "x.npy"}': "line 1: could not convert",
+        '{"text": "a"}\n{"text": "a", "weights": 1}': "line 2: a question has texts",
+        '{"image": 5}': "line 1: a question has texts",
         "{": "line 1",
         "": "holds no question",
     }.items():
         (tmp_path / "bad.jsonl").write_text(text)
         assert said in refused("search", index, "--file", tmp_path / "bad.jsonl")
     assert "no .npy file" in refused("search", index, "--vector", tmp_path / "q.txt")
+    (tmp_path / "none.npy").touch()
+    assert "no .npy file" in refused("search", index, "--vector", tmp_path / "none.npy")
+    np.savez(tmp_path / "more.npz", np.ones(32))
+    assert "archive of arrays" in refused("search", index, "--vector", tmp_path / "more.npz")
     np.save(tmp_path / "two.npy", np.zeros((2, 32)))
     assert "shape (2, 32)" in refused("search", index, "--vector", tmp_path / "two.npy")
 
@@ -158,3 +177,22 @@ def test_a_question_in_words():
     assert Question(("a",), minus=("b", "c")).told == "a - b - c"
     with pytest.raises(ClipkitError, match="ask with a text"):
         Question()
+
+
+def test_columns_of_the_source_hide_nothing_that_the_command_says(run, pictures, model_dir, tmp_path):
+    lines = pictures.read_text().splitlines()[:5]
+    named = [f"{lines[0]}\tquery\tquestion\tvector", *(f"{line}\tcats\twhich?\tv" for line in lines[1:])]
+    (tmp_path / "list.tsv").write_text("\n".join(named))
+    source = (tmp_path / "list.tsv", "--image-root", pictures.parent)
+    assert run("embed", *source, "--model", model_dir, "--out", tmp_path / "emb").status == 0
+    assert run("build", tmp_path / "emb", "--out", tmp_path / "i").status == 0
+    call = ["search", tmp_path / "i", "-k", 2, "--html", tmp_path / "found.html", "--image-root", pictures.parent]
+    (row, _) = json.loads(run(*call, "a star", "--format", "json").out)
+    assert (row["query"], row["question"], row["vector"]) == ("cats", "which?", "v")
+    assert (tmp_path / "found.html").read_text().count("data:image/") == 2
+    (tmp_path / "q.txt").write_text("a star\na heart\n")
+    rows = json.loads(run(*call, "--file", tmp_path / "q.txt", "--with-vectors", "--format", "json").out)
+    assert [(row["query"], row["question"]) for row in rows] == [(1, "a star")] * 2 + [(2, "a heart")] * 2
+    assert (rows[0]["query_"], rows[0]["question_"], rows[0]["vector_"]) == ("cats", "which?", "v")
+    assert len(rows[0]["vector"]) == 32
+    assert (tmp_path / "found.html").read_text().count("data:image/") == 4

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from clipkit.embeddings import table_path, vectors_path
 from clipkit.errors import ClipkitError
+from clipkit.search import Wanted, build_index
 from clipkit.search.choose import choose
 from clipkit.search.coding import (
     Coding,
@@ -141,7 +143,10 @@ def test_what_does_not_fit_into_the_memory_it_is_served_from_is_not_tried(vector
     monkeypatch.setattr("clipkit.search.choose.SMALL", 0)
     how = {"floor": 0.9, "memory": 2**30, "kinds": [KINDS[k] for k in ("Flat", "IVF-SQ8", "RaBitQ", "HNSW")]}
     queries = Queries(questions, "")
+    there = []
+    monkeypatch.setattr("clipkit.search.choose.note", lambda _: there.extend((tmp_path / "a").rglob("codes.faiss")))
     free = choose(vectors, queries, serve_memory=None, scratch=tmp_path / "a", **how)
+    assert there == []  # each kind's goes before the next is built
     assert [each.kind for each in free.tried] == ["Flat", "IVF-SQ8", "RaBitQ", "HNSW"]
     reached = [each for each in free.tried if each.recall >= 0.9]
     assert free.kind.name == max(reached, key=lambda each: each.queries_per_second).kind
@@ -227,3 +232,50 @@ def peak(command):
         process.kill()
         process.wait()
     return most
+
+
+@pytest.mark.parametrize("kind", ["IVF-PQ", "OPQ", "RaBitQ"])
+@pytest.mark.parametrize("rows", [2, 17])
+def test_of_fewer_vectors_than_dimensions_every_kind_can_be_built(vectors, tmp_path, kind, rows):
+    dim = vectors.rows.shape[1]
+    few = Vectors(tmp_path / "v", write_vectors(tmp_path / "v", [vectors.rows[:rows]], dim), dim)
+    train_coding(few, KINDS[kind], tmp_path / "coding.faiss", rows=rows, memory=2**30)
+    encode(Coding(tmp_path / "coding.faiss"), KINDS[kind], few, tmp_path / "codes.faiss", memory=2**30)
+    codes = read_codes(tmp_path / "codes.faiss", rows)
+    _, found = codes.search(few.rows[:].astype(np.float32), rows)
+    assert np.array_equal(np.sort(found, axis=1), np.tile(np.arange(rows), (rows, 1)))
+
+
+@pytest.mark.parametrize(("memory", "size"), [(2**30, 90_000), (SMALL, 1_000), (SMALL, 60_000)])
+def test_where_the_disk_is_full_it_is_said_and_nothing_is_left(vectors, tmp_path, memory, size):
+    """The codes take 96,000 bytes: in one file, or in pieces first and in lists then."""
+    kind, codes = KINDS["IVF-SQ8"], tmp_path / "c" / "codes.faiss"
+    train_coding(vectors, kind, tmp_path / "coding.faiss", rows=ROWS, memory=2**30)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(ClipkitError, match=r"^cannot write [^\n]*$"):
+            encode(Coding(tmp_path / "coding.faiss"), kind, vectors, codes, memory=memory)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name for path in (tmp_path / "c").iterdir()} <= {"codes.lists"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "memory", "each"),
+    [("Flat", 2**30, 48), ("IVF-Flat", 2**30, 48 + 56), ("IVF-Flat", 100_000, 48 + 2 * 56), ("HNSW", 2**30, 48 + 292)],
+)
+def test_a_disk_that_does_not_hold_an_index_is_told_before(tmp_path, monkeypatch, kind, memory, each):
+    """Vectors of 2 bytes a dimension, codes with what a kind keeps beside them, and in pieces these are there twice."""
+    made = make_embeddings(tmp_path / "e", range(3000), dim=24, sides=("image",))
+    made.manifest["counts"]["captions"] = 0
+    tables = sum(path.stat().st_size for name in ("metadata", "captions") for path in made.folder.glob(f"{name}/*"))
+    usage = shutil.disk_usage(tmp_path)
+    free = 3000 * each + 4 * tables
+    monkeypatch.setattr("clipkit.search.build.shutil.disk_usage", lambda _: usage._replace(free=free - 1))
+    with pytest.raises(ClipkitError, match="make room"):
+        build_index([made], tmp_path / "i", Wanted(kind=kind, memory=memory))
+    monkeypatch.setattr("clipkit.search.build.shutil.disk_usage", lambda _: usage._replace(free=free))
+    monkeypatch.setattr("clipkit.search.build._write_first", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # it begins
+        build_index([made], tmp_path / "i", Wanted(kind=kind, memory=memory))

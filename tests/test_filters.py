@@ -1,5 +1,7 @@
 """Conditions on metadata mean what Python's comparisons mean, row by row, and nothing of them is ever run."""
 
+import datetime
+
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -52,6 +54,25 @@ def test_conditions(condition, rows):
     assert Filter(condition).rows(TABLE).nonzero()[0].tolist() == rows
 
 
+@pytest.mark.parametrize("zone", [None, "UTC", "Asia/Tokyo"])
+def test_dates_and_times(zone):
+    utc = datetime.UTC if zone else None
+    days = [datetime.datetime(2020, 1, 1, tzinfo=utc), datetime.datetime(2020, 5, 1, 12, 30, tzinfo=utc), None]
+    table = pa.table({"day": pa.array(days, pa.date32()), "at": pa.array(days, pa.timestamp("us", zone))})
+    for condition, rows in {
+        'day >= "2020-01-02"': [1],
+        '"2020-01-01" == day': [0],
+        'day in ["2020-05-01", "1999-01-01"]': [1],
+        'not day < "2020-05-01"': [1],
+        'at > "2020-01-01"': [1],
+        'at < "2020-05-01 12:30:01" and at > "2020-05-01T12:29"': [1],
+        "at is None and day is None": [2],
+    }.items():
+        assert Filter(condition).rows(table).nonzero()[0].tolist() == rows, condition
+    with pytest.raises(ClipkitError, match=r"does not fit the columns \(day: date32.*soon"):
+        Filter('day > "soon"').rows(table)
+
+
 @pytest.mark.parametrize(
     ("condition", "said"),
     [
@@ -74,6 +95,8 @@ def test_conditions(condition, rows):
         ('matches(lang, "(")', "Invalid regular expression"),
         ("not " * 3000 + "good", "deep"),
         ("\x00", "cannot be read"),
+        (f"width < {10**30}", f"no column can hold {10**30}"),
+        ('lang == "\\ud800"', r"no column can hold \ud800"),
     ],
 )
 def test_what_is_no_condition_is_told_in_one_line(condition, said):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from clipkit.artifact import Stage, hold
 from clipkit.embeddings import Embedded, Embeddings, write_part
 from clipkit.errors import ClipkitError
-from clipkit.search import KINDS, Effort, Index, Wanted, build_index
+from clipkit.search import KINDS, Effort, Index, Part, Wanted, ask, build_index
 from clipkit.search.update import compact_index, delete_rows, go_back, update_index
 from clipkit.search.vectors import Vectors, write_vectors
 from clipkit.sources import Sample
@@ -423,6 +423,8 @@ def test_what_cannot_be_changed(tmp_path, refused, run):
     folder, newer = two(tmp_path, "Flat")
     with pytest.raises(ClipkitError, match="holds no image of id 5"):
         delete_rows(folder, [5])
+    with pytest.raises(ClipkitError, match=f"no image of id {10**30}"):
+        delete_rows(folder, [5, 10**30])
     with pytest.raises(ClipkitError, match="no column 'size'"):
         delete_rows(folder, where="size > 3")
     with pytest.raises(ClipkitError, match="more than once"):
@@ -447,5 +449,175 @@ def test_everything_taken_away(tmp_path):
     opened = Index.open(folder)
     assert len(opened) == 0
     assert opened.search(np.ones((2, DIM)), 5).positions.shape == (2, 0)
+    for fusion in ("early", "score", "rank"):
+        parts = [Part(np.ones(DIM)), Part(np.arange(DIM))]
+        assert ask(opened, parts, 5, fusion=fusion, collapse=0.9).positions.shape == (1, 0)
     update_index(folder, [newer])
     assert len(Index.open(folder)) == 400
+
+
+@pytest.mark.parametrize("where", [None, "width < 30", "width < 35 or odd"])
+def test_copies_come_in_their_order_on_every_page(tmp_path, where, monkeypatch):
+    """Few different vectors, many times each: whatever k is, the same rows lead, and none is on two pages."""
+    monkeypatch.setattr("clipkit.search.segments.FEW", 30)
+    made = make_embeddings(tmp_path / "e", range(60))
+    path = made.folder / "img_emb" / "img_emb_0000.npy"
+    np.save(path, np.load(path)[np.random.default_rng(0).integers(0, 6, 60)])
+    build_index([made], tmp_path / "i", Wanted(kind="Flat"))
+    opened = Index.open(tmp_path / "i")
+    questions = unit(np.random.default_rng(7).normal(size=(9, DIM))).astype(np.float32)
+    chosen = opened.positions(where=where)
+    scores = questions.astype(np.float64) @ opened.vectors(chosen).astype(np.float64).T
+    wanted = chosen[np.argsort(-scores.round(9), axis=1, kind="stable")]  # a product differs in its last digit
+    for k in (1, 3, 10, 25, wanted.shape[1]):
+        assert np.array_equal(opened.search(questions, k, where=where).positions, wanted[:, :k]), k
+    pages = [ask(opened, [Part(questions[0])], 4, where=where, offset=at).positions[0] for at in range(0, 60, 4)]
+    assert np.concatenate(pages).tolist() == wanted[0].tolist()
+
+
+def with_column(made, name, values):
+    """Embeddings whose images have a column more, or another one of this name."""
+    path = made.folder / "metadata" / "metadata_0000.parquet"
+    table = pq.read_table(path)
+    if name in table.column_names:
+        table = table.drop_columns([name])
+    pq.write_table(table.append_column(name, pa.array(values)), path)
+    return Embeddings.open(made.folder)
+
+
+def test_columns_that_only_some_segments_have_are_missing_in_the_others(tmp_path, run):
+    folder = tmp_path / "i"
+    build_index([make_embeddings(tmp_path / "a", range(20))], folder, Wanted(kind="Flat"))
+    newer = with_column(make_embeddings(tmp_path / "b", range(20, 30)), "my lang", ["en", None] * 5)
+    update_index(folder, [with_column(newer, "width", [n + 0.5 for n in range(10)])])
+    for _ in range(2):  # as it was changed, and put together
+        opened = Index.open(folder)
+        assert opened.positions(where='column("my lang") == "en"').tolist() == [20, 22, 24, 26, 28]
+        assert opened.positions(where='column("my lang") is None and width > 8').tolist() == [*range(9, 20), 29]
+        assert opened.count("text", '"e" in column("my lang")') == 5
+        with pytest.raises(ClipkitError, match=r"no column 'size'; there are .*my lang"):
+            opened.count("image", "size > 3")
+        assert opened.rows([3])[0] == {**opened.rows([3, 29])[0], "my lang": None, "width": 3.0}
+        compact_index(folder)
+    vectors = "\n".join(json.dumps({"vector": row.tolist()}) for row in opened.vectors([3, 29]))
+    (tmp_path / "q.jsonl").write_text(vectors)
+    found = run("search", folder, "--file", tmp_path / "q.jsonl", "-k", 1, "--format", "csv")
+    assert (found.status, found.out.count("\n")) == (0, 3)
+
+
+def test_what_is_the_same_in_another_type_is_no_change(tmp_path):
+    """Folders whose columns differ in type are kept as one type, and the same folders change nothing."""
+    whole = make_embeddings(tmp_path / "a", range(20))
+    halves = with_column(make_embeddings(tmp_path / "b", range(20, 40)), "width", [n + 0.5 for n in range(20)])
+    texts = with_column(make_embeddings(tmp_path / "c", range(40, 60)), "odd", ["yes"] * 20)
+    texts = with_column(texts, "width", [2**60 + n for n in range(20)])
+    folder, sets = tmp_path / "i", [whole, halves, texts]
+    build_index(sets, folder, Wanted(kind="Flat"))
+    assert update_index(folder, sets).unchanged == 60
+    assert update_index(folder, [whole]).nothing
+    changed = with_column(make_embeddings(tmp_path / "d", range(20)), "width", [*range(19), 99])
+    assert (update_index(folder, [changed]).replaced, update_index(folder, [changed, halves]).replaced) == (1, 0)
+
+
+def test_an_index_of_images_is_not_changed_by_captions(tmp_path):
+    folder, both = tmp_path / "i", make_embeddings(tmp_path / "b", range(20))
+    build_index([make_embeddings(tmp_path / "a", range(20), sides=("image",))], folder, Wanted(kind="Flat"))
+    assert update_index(folder, [both]).nothing
+    with pytest.raises(ClipkitError, match="holds text vectors only"):
+        update_index(folder, [make_embeddings(tmp_path / "c", range(20, 30), sides=("text",))])
+
+
+def test_killed_with_lists_on_the_disk_a_change_goes_on_with_more_memory(tmp_path, monkeypatch):
+    folder, newer = two(tmp_path, "IVF-SQ8")
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("clipkit.search.coding.lies_on_disk", lambda *_: True)
+        patch.setattr("clipkit.search.update._measured", dies)
+        with pytest.raises(KeyboardInterrupt):
+            update_index(folder, [newer])
+    assert list((folder / "segments" / "000002").glob("*.lists"))
+    assert update_index(folder, [newer]).added == 200
+    assert recall(Index.open(folder), newer.vectors("text")[::9], exact=True) == 1
+
+
+def test_copies_are_twins_and_what_has_no_value_is_none(tmp_path):
+    made = make_embeddings(tmp_path / "e", range(40), dim=96)
+    path = made.folder / "img_emb" / "img_emb_0000.npy"
+    np.save(path, np.load(path)[np.arange(40) // 2])
+    build_index([with_column(made, "tag", [None, "None", "a", "a"] * 10)], tmp_path / "i", Wanted(kind="Flat"))
+    opened, parts = Index.open(tmp_path / "i"), [Part(np.ones(96))]
+    assert sorted(ask(opened, parts, 40, collapse=1.0).positions[0].tolist()) == list(range(0, 40, 2))
+    tags = [row["tag"] for row in ask(opened, parts, 40, collapse="tag").rows[0]]
+    assert (tags.count(None), tags.count("None"), tags.count("a")) == (10, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["generations/000001.json", "segments/000001/image.vectors.faiss"])
+def test_who_opens_it_while_it_changes_twice_gets_the_newest(tmp_path, monkeypatch, name):
+    """At the moment before a file of the state that was read is opened, two changes have cleared it away."""
+    folder, newer = two(tmp_path, "Flat")
+    late = [newer]
+    is_json = name.endswith(".json")
+    read_file = Path.read_text if is_json else np.memmap
+
+    def reads(path, *args, **options):
+        if Path(path) == folder / name and late:
+            update_index(folder, [late.pop()], gone=True)
+            compact_index(folder)
+            delete_rows(folder, where="width == 599")
+            assert not (folder / name).exists()
+        return read_file(path, *args, **options)
+
+    monkeypatch.setattr(*((Path, "read_text") if is_json else (np, "memmap")), reads)
+    assert len(Index.open(folder)) == 399
+    assert not late
+
+
+@pytest.mark.parametrize("keep", [0, 100])
+def test_a_cut_array_of_a_changed_index_is_named(tmp_path, keep):
+    folder, newer = two(tmp_path, "IVF-SQ8")
+    delete_rows(folder, where="width < 10")
+    for name, used in {
+        "dead/000002-000001-image.npy": lambda: Index.open(folder),
+        "queries/image.npy": lambda: update_index(folder, [newer]),
+        "codings/000001/image.mean.npy": lambda: update_index(folder, [newer]),
+    }.items():
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:keep])
+        with pytest.raises(ClipkitError, match=rf"{name} is .*cut or|{name} is missing or altered"):
+            used()
+        (folder / name).write_bytes(whole)
+    assert update_index(folder, [newer]).added == 200
+
+
+@pytest.mark.parametrize("sides", [("image",), ("image", "text")])
+def test_after_a_change_the_recall_is_kept_with_captions_and_without(tmp_path, sides, capsys):
+    folder = tmp_path / "i"
+    build_index([make_embeddings(tmp_path / "a", range(2000), sides=sides)], folder, Wanted(kind="IVF-SQ8"))
+    path = folder / "generations" / "000001.json"
+    state = json.loads(path.read_text())
+    state["efforts"]["image"] |= {"lists": 1, "rerank": 10}  # as if what is asked for had moved away
+    path.write_text(json.dumps(state))
+    asked = make_embeddings(tmp_path / "q", range(0, 2000, 9), version=1).vectors(sides[-1])
+    assert recall(Index.open(folder), asked) < 0.8
+    update_index(folder, [make_embeddings(tmp_path / "b", range(2000, 2100), sides=sides)])
+    opened = Index.open(folder)
+    assert opened.state.recall["image"] >= 0.95
+    assert recall(opened, asked) >= 0.9
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fmt", ["json", "jsonl"])
+def test_what_is_written_as_json_is_json(tmp_path, run, fmt):
+    made = with_column(make_embeddings(tmp_path / "e", range(4)), "share", [np.inf, -np.inf, np.nan, 0.5])
+    build_index([made], tmp_path / "i", Wanted(kind="Flat"))
+    assert Index.open(tmp_path / "i").positions(where="share > 0").tolist() == [0, 3]
+    np.save(tmp_path / "q.npy", np.ones(DIM))
+    out = run("search", tmp_path / "i", "--vector", tmp_path / "q.npy", "--format", fmt).out
+    lines = [out] if fmt == "json" else out.splitlines()
+    found = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    rows = found[0] if fmt == "json" else found
+    assert {row["key"]: row["share"] for row in rows}["00003.jpg"] == 0.5
+    assert [row["share"] for row in rows].count(None) == 3

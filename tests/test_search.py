@@ -154,3 +154,15 @@ def test_wrong_questions(refused, index, tmp_path):
     assert "no such folder" in refused("search", tmp_path / "none", "x")
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     assert "is no clipkit artifact" in refused("search", tmp_path, "x")
+
+
+def test_other_questions_to_measure_with_are_another_build(run, refused, embeddings, model_dir, tmp_path):
+    (tmp_path / "a.txt").write_text("a red heart\na star\n")
+    (tmp_path / "b.txt").write_text("a blue star\n")
+    build = ["build", embeddings, "--model", model_dir, "--out", tmp_path / "i"]
+    assert run(*build, "--queries", tmp_path / "a.txt").status == 0
+    assert run(*build, "--queries", tmp_path / "a.txt").status == 0
+    for other in ([], ["--queries", tmp_path / "b.txt"]):
+        assert "made from other input or settings" in refused(*build, *other)
+    assert run(*build, "--queries", tmp_path / "b.txt", "--overwrite").status == 0
+    assert np.load(tmp_path / "i" / "queries" / "image.npy").shape == (1, 32)

@@ -15,7 +15,7 @@ __all__ = ["Fusion", "Part", "ask", "fused_vector"]
 Fusion = Literal["early", "score", "rank"]
 RANK_OFFSET = 60  # of reciprocal rank fusion, as Cormack et al. 2009 found best
 DEPTH = 100  # of each part's own list, at least, where lists are joined
-SHORT = 1e-6  # a sum of vectors as short as this points nowhere
+SHORT = 1e-6  # a sum of vectors as short as this points nowhere, and cosines this near are the same
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,18 @@ def ask(
         Scores and positions ``[1, at most k]``, best first.
 
     Raises:
-        ClipkitError: for what `Index.search` refuses, parts that cancel each other, or a column that is not there.
+        ClipkitError: for what `Index.search` refuses, parts that cancel each other or are not finite, or a column that
+            is not there.
     """
+    for part in parts:
+        if part.vector.shape != (index.dim,):
+            raise ClipkitError(f"a vector of shape {part.vector.shape} does not fit an index of dimension {index.dim}")
+        if not np.isfinite([part.weight, *part.vector]).all():
+            raise ClipkitError("a vector or a weight of the question holds NaN or infinity; leave it out")
     everything = index.count(side)
     if collapse is not None and not isinstance(collapse, float | int):
         _check_column(index, side, collapse)
-    depth = min(everything, max(1, offset + k))
+    depth = max(1, min(everything, offset + k))  # where there is nothing, that is what is found
     while True:
         scores, positions = _joined(index, parts, depth, side, fusion, where, exact)
         kept = positions >= 0
@@ -144,13 +150,16 @@ def _first_of_twins(index: Index, side: Side, positions: np.ndarray, collapse: s
         seen: set[Any] = set()
         for at, row in enumerate(index.rows(positions, side)):
             value = row.get(collapse)
-            if value is None or str(value) not in seen:  # what has no value is no twin of anything
+            if value is None:  # is no twin of anything
                 first.append(at)
-            seen.add(str(value))
+            elif str(value) not in seen:
+                first.append(at)
+                seen.add(str(value))
         return first
     vectors = index.vectors(positions, side).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     for at in range(len(positions)):
-        if not first or (vectors[first] @ vectors[at]).max() < collapse:
+        # The cosine of a vector with its copy is 1 but for the last digits.
+        if not first or (vectors[first] @ vectors[at]).max() < collapse - SHORT:
             first.append(at)
     return first

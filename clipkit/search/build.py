@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipkit.artifact import Stage, atomic_write, read_manifest
+from clipkit.artifact import Stage, atomic_write, digest, read_manifest
 from clipkit.embeddings import Embeddings, Side, in_schema, joined_schema
 from clipkit.errors import ClipkitError
 from clipkit.figures import save_figure, tradeoff_figure
 from clipkit.heap import give_back_freed_memory
 from clipkit.log import note
-from clipkit.search.choose import Choice, choose
+from clipkit.search.choose import Choice, allowed, choose
 from clipkit.search.coding import Coding, encode, lies_on_disk, read_codes, sample_rows, train_coding
 from clipkit.search.generations import Generation, SegmentState, commit
 from clipkit.search.kinds import KINDS, Effort
@@ -58,6 +58,7 @@ def build_index(
     wanted: Wanted | None = None,
     *,
     queries: np.ndarray | None = None,
+    queries_identity: str | None = None,
     model_reference: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -69,6 +70,8 @@ def build_index(
         wanted: what it is to be.
         queries: float32 ``[queries, dim]``, unit norm: texts of the people who will ask, to measure with in place of
             the captions.
+        queries_identity: what tells them from others; by default their numbers, which differ in their last digits
+            where texts are embedded on another machine.
         model_reference: what the manifest says of the model, by default what the first set says.
         overwrite: replace what is there.
 
@@ -82,14 +85,16 @@ def build_index(
     wanted = wanted or Wanted()
     pa.set_memory_pool(pa.system_memory_pool())  # Arrow's other pools keep tens of megabytes that were freed
     _check_models(sets)
-    made_from = {"embeddings": [s.manifest["identity"] for s in sets], "wanted": vars(wanted)}
+    made_from: dict[str, Any] = {"embeddings": [s.manifest["identity"] for s in sets], "wanted": vars(wanted)}
+    if queries is not None:
+        made_from["queries"] = queries_identity or digest(queries.tolist())
     stage = Stage(out, "index", made_from, inputs=[s.folder for s in sets], overwrite=overwrite)
     if stage.done:
         return read_manifest(out, "index")
     sides: list[Side] = [side for side in ("image", "text") if any(side in s.sides for s in sets)]
     dim: int = sets[0].manifest["dim"]
     memory = wanted.memory or default_memory()
-    _refuse_full_disk(out, sets, sides, dim)
+    _refuse_full_disk(out, sets, dim, wanted, memory)
     for name in stage.pending(sides):
         side: Side = "image" if name == "image" else "text"
         rows = _write_first(out, side, sets)
@@ -175,13 +180,17 @@ def _refuse_twins(ids: np.ndarray, path: Path) -> None:
         )
 
 
-def _refuse_full_disk(out: Path, sets: Sequence[Embeddings], sides: Sequence[Side], dim: int) -> None:
-    """Vectors, codes of at most as much, and metadata; what is sampled to choose goes before the codes come."""
-    rows = sum(s.manifest["counts"][name] for s in sets for name in ("images", "captions"))
+def _refuse_full_disk(out: Path, sets: Sequence[Embeddings], dim: int, wanted: Wanted, memory: int) -> None:
+    """Vectors, codes of the largest kind that may be chosen, and metadata; samples go before the codes come."""
+    sizes = [sum(s.manifest["counts"][name] for s in sets) for name in ("images", "captions")]
+    rows, most = sum(sizes), max(sizes)  # of both sides, and of the larger, as each has its own kind and memory
     tables = sum(
         p.stat().st_size for s in sets for folder in ("metadata", "captions") for p in s.folder.glob(f"{folder}/*")
     )
-    needed, free = 4 * dim * rows + 4 * tables, shutil.disk_usage(out).free
+    kinds = [KINDS[wanted.kind]] if wanted.kind else allowed(list(KINDS.values()), most, dim, wanted.serve_memory)
+    # Lists on the disk are there in pieces first, and as a whole beside these.
+    codes = [kind.bytes_per_vector(dim) * (1 + lies_on_disk(kind, most, dim, memory)) for kind in kinds if kind.factory]
+    needed, free = rows * (2 * dim + max(codes, default=0)) + 4 * tables, shutil.disk_usage(out).free
     if needed > free:
         raise ClipkitError(
             f"the index of {rows:,} vectors takes up to {needed / 2**30:.2f} GiB and the disk of {out} has "
@@ -216,9 +225,16 @@ def _keep_queries(out: Path, side: Side, queries: Queries) -> None:
 
 
 def kept_queries(folder: Path, side: Side) -> np.ndarray | None:
-    """What `_keep_queries` left, float32 ``[queries, dim]``."""
+    """What `_keep_queries` left, float32 ``[queries, dim]``.
+
+    Raises:
+        ClipkitError: where the file is cut or altered.
+    """
     path = folder / "queries" / f"{side}.npy"
-    return np.load(path).astype(np.float32) if path.is_file() else None
+    try:
+        return np.load(path).astype(np.float32) if path.is_file() else None
+    except (OSError, ValueError, EOFError) as error:
+        raise ClipkitError(f"{path} is cut or altered; build the index again") from error
 
 
 def _rows_of(embeddings: Embeddings, side: Side, rows: np.ndarray) -> np.ndarray:
@@ -276,7 +292,6 @@ def _built(out: Path, side: Side, vectors: Vectors, choice: Choice, truth: Truth
     note(f"{side}: {choice.kind.name} of {rows:,} vectors")
     on_disk = lies_on_disk(choice.kind, rows, dim, memory)
     train_coding(vectors, choice.kind, coding, rows=rows, memory=memory, on_disk=on_disk)
-    codes_path(out, FIRST, side).with_suffix(".lists").unlink(missing_ok=True)  # of another kind
     encode(Coding(coding), choice.kind, vectors, codes_path(out, FIRST, side), memory=memory)
     codes = read_codes(codes_path(out, FIRST, side), rows)
     effort, recall, speed = tune_and_measure(codes, vectors, truth, floor)

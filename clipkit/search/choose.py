@@ -1,5 +1,6 @@
 """Which kind of index: several are built, of a sample of the vectors where these are many, and measured."""
 
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from clipkit.search.kinds import KINDS, TUNED_FOR, Effort, Kind, lists_for
 from clipkit.search.measure import Queries, Truth, seconds_per_query, tune_and_measure
 from clipkit.search.vectors import Vectors, write_vectors
 
-__all__ = ["Choice", "Tried", "choose"]
+__all__ = ["Choice", "Tried", "allowed", "choose"]
 
 PILOT = 200_000  # vectors on which kinds are compared before the best is built on all
 SMALL = 20_000_000  # numbers (vectors times dimensions) that are compared in full in a few milliseconds
@@ -143,7 +144,7 @@ def choose(
         ClipkitError: where no kind fits into the memory.
     """
     rows, dim = vectors.rows.shape
-    fitting = [k for k in kinds if serve_memory is None or rows * k.bytes_per_vector(dim) <= serve_memory]
+    fitting = allowed(kinds, rows, dim, serve_memory)
     fitting = [k for k in fitting if can_be_built(k, rows, dim, memory)]
     if not fitting:
         least = min(kinds, key=lambda kind: kind.bytes_per_vector(dim))
@@ -169,6 +170,7 @@ def choose(
             each = (
                 flat(sample, asked, rows) if kind.is_flat else try_kind(kind, sample, truth, folder, least=least, **how)
             )
+            shutil.rmtree(folder)  # the disk need not hold the codes of all kinds at once
             if kind.has_lists:
                 # All kinds have the same lists. The first, whose codes lose next to nothing, needs the fewest of them.
                 least = max(least, each.effort.lists // 2)
@@ -185,6 +187,11 @@ def choose(
         why = f"none reached a recall@10 of {floor:g}; the one that found most"
     best, *others = good
     return Choice(KINDS[best.kind], best.effort, best.recall, tried, why, tuple(KINDS[each.kind] for each in others))
+
+
+def allowed(kinds: Sequence[Kind], rows: int, dim: int, serve_memory: int | None) -> list[Kind]:
+    """Those that the memory which an index is served from holds, in bytes; None for as much as they want."""
+    return [kind for kind in kinds if serve_memory is None or rows * kind.bytes_per_vector(dim) <= serve_memory]
 
 
 def _sample(vectors: Vectors, queries: Queries, path: Path) -> tuple[Vectors, Queries]:

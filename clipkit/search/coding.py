@@ -37,6 +37,7 @@ BLOCK = 8192  # vectors in float32 at a time: 16 MiB at 512 dimensions
 PER_LIST = 64  # sampled vectors per inverted list; FAISS asks for 39 at least and looks at 256 at most
 ROUNDS = 6  # of k-means. Twice as many, of twice as many vectors, take four times as long and find 1 % more at best
 OPQ_SAMPLE = 20_000  # vectors that a rotation is learned from
+LEAST = 16 * 39  # vectors: so many FAISS asks for to tell 16 values of a code apart
 GROWTH = 2.2  # lists grow by doubling, and for a moment stand there twice
 
 
@@ -55,7 +56,7 @@ class Coding:
         mean = path.with_suffix(".mean.npy")
         try:
             self.mean: np.ndarray = np.load(mean)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise ClipkitError(f"{mean} is missing or altered; build the index again") from error
 
     def empty(self) -> Any:
@@ -73,8 +74,7 @@ def read_codes(path: Path, rows: int) -> Any:
     try:
         index = _with_lists(path, lists) if lists.is_file() else faiss.read_index(str(path))
     except (RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[-160:]
-        raise ClipkitError(f"{path} is missing, cut or altered ({reason}); build the index again") from error
+        raise ClipkitError(f"{path} is missing, cut or altered ({_reason(error)}); build the index again") from error
     if index.ntotal != rows:
         raise ClipkitError(f"{path} holds {index.ntotal:,} vectors where {rows:,} are expected; build the index again")
     return index
@@ -162,6 +162,8 @@ def train_coding(
     if not kind.has_lists:
         sample += mean
         mean = np.zeros_like(mean)
+    if kind.has_lists and len(sample) < (least := max(dim, LEAST)):
+        sample = np.resize(sample, (least, dim))  # again and again; FAISS learns a rotation beyond the end of fewer
     if isinstance(index, faiss.IndexPreTransform):
         rotation = faiss.downcast_VectorTransform(index.chain.at(0))
         if isinstance(rotation, faiss.OPQMatrix):
@@ -169,15 +171,14 @@ def train_coding(
             quantizer = faiss.ProductQuantizer(dim, inner.pq.M, inner.pq.nbits)  # it would learn for 8 bits otherwise
             rotation.pq, rotation.niter, rotation.niter_pq_0 = quantizer, 8, 8  # of 50 and 40: it is slow
         # Learning one turns, codes and decodes the sample again and again, each time into new memory.
-        rotation.train(sample[: min(OPQ_SAMPLE, max(1024, memory // 16 // (4 * dim)))])
+        rotation.train(sample[: min(OPQ_SAMPLE, max(1024, dim, memory // 16 // (4 * dim)))])
         lists = rotation.apply(lists)  # type: ignore[call-overload]  # a rotation takes centres to centres
     if kind.has_lists and lists is not None:
         faiss.downcast_index(faiss.extract_index_ivf(index).quantizer).add(lists)  # which leaves no k-means to be done
     index.train(sample)
     with atomic_write(path.with_suffix(".mean.npy")) as handle:
         np.save(handle, mean)
-    with atomic_write(path) as handle:
-        faiss.write_index(index, handle.name)
+    _write(index, path)
     give_back_freed_memory()
 
 
@@ -215,6 +216,10 @@ def encode(coding: Coding, kind: Kind, vectors: Vectors, path: Path, *, memory: 
         ClipkitError: where the memory does not hold what this kind must keep in it, or the disk is full.
     """
     rows, dim = vectors.rows.shape
+    pieces = path.with_name(f".{path.name}.pieces")
+    # What another kind left, or a run that was killed and had less memory: codes in memory have none of it beside them.
+    path.with_suffix(".lists").unlink(missing_ok=True)
+    shutil.rmtree(pieces, ignore_errors=True)
     index = coding.empty()
     in_memory = not lies_on_disk(kind, rows, dim, memory)
     if not in_memory and isinstance(faiss.downcast_index(faiss.extract_index_ivf(index)), faiss.IndexIVFFastScan):
@@ -232,11 +237,8 @@ def encode(coding: Coding, kind: Kind, vectors: Vectors, path: Path, *, memory: 
             for block in _blocks(vectors, coding.mean, 0, rows):
                 codes.add(block)
         index = graph or index
-        with atomic_write(path) as handle:
-            faiss.write_index(index, handle.name)
+        _write(index, path)
         return
-    pieces = path.with_name(f".{path.name}.pieces")
-    shutil.rmtree(pieces, ignore_errors=True)
     pieces.mkdir(parents=True)
     try:
         _on_disk(coding, vectors, path, pieces, _room(kind, dim, memory))
@@ -254,16 +256,30 @@ def _on_disk(coding: Coding, vectors: Vectors, path: Path, pieces: Path, room: i
                 first = start + index.ntotal
                 index.add_with_ids(block, np.arange(first, first + len(block)))
         made.append(str(pieces / f"{len(made)}.faiss"))
-        faiss.write_index(index, made[-1])
+        _write(index, Path(made[-1]))
         del index
         give_back_freed_memory()
     whole = coding.empty()
     lists = path.with_suffix(".lists")
-    merge_ondisk(whole, made, str(lists))
+    try:
+        merge_ondisk(whole, made, str(lists))
+    except RuntimeError as error:
+        raise ClipkitError(f"cannot write {lists}: {_reason(error)}") from error
     made_lists: Any = faiss.extract_index_ivf(whole).invlists
     faiss.downcast_InvertedLists(made_lists).filename = lists.name
+    _write(whole, path)
+
+
+def _write(index: Any, path: Path) -> None:
     with atomic_write(path) as handle:
-        faiss.write_index(whole, handle.name)
+        try:
+            faiss.write_index(index, handle.name)
+        except RuntimeError as error:  # so FAISS says that the disk is full
+            raise OSError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[-160:]
 
 
 def _blocks(vectors: Vectors, mean: np.ndarray, start: int, stop: int) -> Iterator[np.ndarray]:

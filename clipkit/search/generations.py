@@ -16,7 +16,17 @@ from clipkit.artifact import atomic_write, read_json, write_json
 from clipkit.embeddings import Side
 from clipkit.errors import ClipkitError
 
-__all__ = ["Generation", "SegmentState", "commit", "current", "go_back", "read_dead", "write_dead"]
+__all__ = [
+    "Generation",
+    "SegmentState",
+    "commit",
+    "current",
+    "current_number",
+    "go_back",
+    "read",
+    "read_dead",
+    "write_dead",
+]
 
 POINTER = "current.json"
 
@@ -82,10 +92,19 @@ def current(folder: Path) -> Generation:
     Raises:
         ClipkitError: where the files are missing or altered.
     """
+    return read(folder, current_number(folder))
+
+
+def current_number(folder: Path) -> int:
+    """The number of the generation that counts.
+
+    Raises:
+        ClipkitError: where the file is missing or altered.
+    """
     told = read_json(folder / POINTER)
     if not isinstance(told, dict) or not isinstance(told.get("generation"), int):
         raise ClipkitError(f"{folder / POINTER} was altered; build the index again")
-    return read(folder, told["generation"])
+    return told["generation"]
 
 
 def read(folder: Path, number: int) -> Generation:
@@ -153,7 +172,7 @@ def read_dead(folder: Path, name: str, count: int) -> np.ndarray:
     """
     try:
         rows = np.load(folder / name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ClipkitError(f"{folder / name} is missing, cut or altered; build the index again") from error
     if len(rows) != count:
         raise ClipkitError(f"{folder / name} holds {len(rows):,} rows where {count:,} are expected; it was altered")

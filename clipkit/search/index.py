@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 
 from clipkit.artifact import read_manifest
-from clipkit.embeddings import Side, joined_tables
+from clipkit.embeddings import Side, in_schema, joined_schema
 from clipkit.errors import ClipkitError
 from clipkit.filters import Filter
-from clipkit.search.generations import Generation, current
+from clipkit.search.generations import Generation, current_number, read
 from clipkit.search.kinds import Effort
 from clipkit.search.segments import Passing, Segment
 from clipkit.search.vectors import refuse_bad_vectors
@@ -62,6 +62,11 @@ class Index:
             side: [Segment(folder, s, side, self.dim) for s in state.segments if s.rows.get(side)]
             for side in state.sides
         }
+        # An update may bring columns that were not there before, or leave some out: all segments are seen with all.
+        self._schemas = {
+            side: joined_schema([segment.table.schema for segment in segments])
+            for side, segments in self._segments.items()
+        }
         self._starts = {
             side: np.cumsum([0, *(segment.rows for segment in segments)]) for side, segments in self._segments.items()
         }
@@ -78,13 +83,13 @@ class Index:
         folder = Path(folder)
         manifest = read_manifest(folder, "index")
         while True:
-            state = current(folder)
+            number = current_number(folder)
             try:
-                return cls(folder, manifest, state)
+                return cls(folder, manifest, read(folder, number))
             except ClipkitError:
-                if current(folder).number == state.number:
+                if current_number(folder) == number:
                     raise
-                # Changed twice since its state was read, and cleared away: there is a newer one.
+                # Changed twice since its number was read, and cleared away: there is a newer one.
 
     @property
     def fingerprint(self) -> str:
@@ -156,8 +161,9 @@ class Index:
             else:
                 coded.append((start, segment, passing, harder))
         if len(coded) == 1:
-            start, segment, *how = coded[0]
-            parts.append(_moved(segment.reranked(queries, k, *how), start))
+            start, segment, passing, harder = coded[0]
+            # All that were scored again, as `_best` knows which of equal ones are first.
+            parts.append(_moved(segment.reranked(queries, max(k, harder.rerank), passing, harder), start))
         elif chosen is not None and coded:
             # As one index over all segments would: the best of all by code, and those again by their vectors.
             found = [_moved(segment.by_code(queries, chosen.rerank, *how), start) for start, segment, *how in coded]
@@ -198,11 +204,12 @@ class Index:
         tables, order = [], []
         for number, at in self._by_segment(wanted, side):
             segment = self._segments[side][number]
-            tables.append(segment.table.take(pa.array(wanted[at] - self._starts[side][number])))
+            chosen = segment.table.take(pa.array(wanted[at] - self._starts[side][number]))
+            tables.append(in_schema(chosen, self._schemas[side]))
             order.append(at)
         if not tables:
             return []
-        found = joined_tables(tables)
+        found = pa.concat_tables(tables).combine_chunks()
         return found.take(pa.array(np.argsort(np.concatenate(order), kind="stable"))).to_pylist()
 
     def vectors(self, positions: Sequence[int] | np.ndarray, side: Side = "image") -> np.ndarray:
@@ -243,8 +250,8 @@ class Index:
         with self._lock:
             masks = self._masks.get((side, where))
         if masks is None:
-            condition = Filter(where)
-            masks = [segment.passing(condition) for segment in segments]
+            condition, schema = Filter(where), self._schemas[side]
+            masks = list[Passing | None](segment.passing(condition, schema) for segment in segments)
             with self._lock:
                 if len(self._masks) >= 8:  # the pages of one answer ask the same; many askers ask differently
                     self._masks.pop(next(iter(self._masks)))

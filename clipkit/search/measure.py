@@ -16,7 +16,16 @@ import numpy as np
 from clipkit.search.kinds import TUNED_FOR, Effort, parameters, reranking
 from clipkit.search.vectors import Vectors
 
-__all__ = ["Queries", "Truth", "measure", "seconds_per_query", "share_found", "tune", "tune_and_measure"]
+__all__ = [
+    "Queries",
+    "Truth",
+    "measure",
+    "seconds_per_query",
+    "share_found",
+    "tune",
+    "tune_and_measure",
+    "without_self",
+]
 
 DEEPEST = 1000  # candidates that are scored again at the most
 TIE = np.float32(1e-5)  # scores that differ by less are equal: sums in another order
@@ -67,7 +76,7 @@ class Truth:
                 found = faiss.knn(queries.vectors, block, k, metric=faiss.METRIC_INNER_PRODUCT)
             heap.add_result(np.ascontiguousarray(found[0]), np.ascontiguousarray(found[1] + start))
         heap.finalize()
-        scores = _without_self(heap.D, heap.I, queries.own)
+        scores = without_self(heap.D, heap.I, queries.own)
         self.worst = -np.sort(-scores, axis=1)[:, self.k - 1 : self.k]
         self._good = np.sort(np.where(scores >= self.worst - TIE, heap.I, -1), axis=1)
 
@@ -107,7 +116,8 @@ def share_found(scores: np.ndarray, worst: np.ndarray, k: int) -> float:
     return float((scores[:, :k] >= worst - TIE).sum() / (len(scores) * k))
 
 
-def _without_self(scores: np.ndarray, rows: np.ndarray, own: np.ndarray | None) -> np.ndarray:
+def without_self(scores: np.ndarray, rows: np.ndarray, own: np.ndarray | None) -> np.ndarray:
+    """The scores, -inf where a row is the query's own."""
     return scores if own is None else np.where(rows == own[:, None], -np.inf, scores)
 
 
@@ -170,7 +180,7 @@ def _searched(refined: Any, queries: Queries, effort: Effort) -> np.ndarray:
     k = min(TUNED_FOR + (queries.own is not None), effort.rerank, refined.ntotal)
     scores, rows = refined.search(queries.vectors, k, params=reranking(refined, effort, k))
     scores = np.where(rows < 0, -np.inf, scores)
-    return -np.sort(-_without_self(scores, rows, queries.own), axis=1)
+    return -np.sort(-without_self(scores, rows, queries.own), axis=1)
 
 
 def seconds_per_query(search: Callable[[np.ndarray], object], queries: Queries) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from clipkit.artifact import atomic_write
-from clipkit.embeddings import Side
+from clipkit.embeddings import Side, in_schema
 from clipkit.errors import ClipkitError
 from clipkit.filters import Filter
 from clipkit.search.coding import read_codes
@@ -129,11 +129,16 @@ class Segment:
         """Which rows are not gone, bool ``[rows]``."""
         return np.ones(self.rows, bool) if self.alive is None else self.alive.rows
 
-    def passing(self, where: Filter | None) -> Passing | None:
-        """Which rows may be found; None where all may."""
-        if where is None:
-            return self.alive
-        found = where.rows(self.table)
+    def passing(self, where: Filter, schema: pa.Schema) -> Passing:
+        """Which rows may be found.
+
+        Args:
+            where: must hold for them.
+            schema: of the whole index: a column that this segment has not is missing in all its rows.
+        """
+        used, own = where.columns(schema.names), self.table.schema
+        seen = [own.field(f.name) if f.name in own.names and f.name not in used else f for f in schema]
+        found = where.rows(in_schema(self.table, pa.schema(seen)))
         return Passing(found if self.alive is None else found & self.alive.rows)
 
     def effort_among(self, passing: Passing | None, effort: Effort) -> Effort | None:
@@ -188,7 +193,25 @@ class Segment:
         return refined.search(queries, k, params=reranking(refined, effort, k, passing and passing.selector))
 
     def in_full(self, queries: np.ndarray, k: int, passing: Passing | None) -> tuple[np.ndarray, np.ndarray]:
-        """As `by_code`, of all rows that pass, with exact scores."""
+        """As `by_code`, of all rows that pass, with exact scores; where the k-th shares its score, the first rows."""
+        scores, rows = self._compared(queries, k + 1, passing)
+        # FAISS keeps any rows of the last score. One more than k shows where there are others, which are few or copies.
+        deep, open_ = k, np.flatnonzero((rows[:, k] >= 0) & (scores[:, k] == scores[:, k - 1]))
+        scores, rows = _in_order(scores, rows, k)
+        while len(open_):
+            deep *= 4
+            more = self._compared(queries[open_], deep, passing)
+            scores[open_], rows[open_] = _in_order(*more, k)
+            open_ = open_[(more[1][:, -1] >= 0) & (more[0][:, -1] == more[0][:, k - 1])]
+        return scores, rows
+
+    def _compared(self, queries: np.ndarray, k: int, passing: Passing | None) -> tuple[np.ndarray, np.ndarray]:
         if passing is not None and (passing.count <= FEW or passing.count / self.rows <= PART_IN_FULL):
             return self.vectors.search_among(queries, k, passing.numbers)
         return self.vectors.search(queries, k, passing and passing.selector)
+
+
+def _in_order(scores: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first k; of equal scores the lower row is first, and -1, which is no row, comes last."""
+    order = np.lexsort((rows, -np.where(rows < 0, -np.inf, scores)), axis=1)[:, :k]
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)

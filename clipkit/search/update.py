@@ -17,14 +17,14 @@ import pyarrow as pa
 from clipkit.artifact import hold, read_manifest
 from clipkit.embeddings import Embeddings, Side, image_id_column, in_schema, joined_schema
 from clipkit.errors import ClipkitError
-from clipkit.log import note
+from clipkit.log import note, warn
 from clipkit.search import generations
 from clipkit.search.build import default_memory, kept_queries
 from clipkit.search.coding import Coding, encode, sample_rows
 from clipkit.search.generations import Generation, SegmentState, commit, current, write_dead
 from clipkit.search.index import Index
 from clipkit.search.kinds import KINDS, TUNED_FOR, Effort
-from clipkit.search.measure import share_found
+from clipkit.search.measure import share_found, without_self
 from clipkit.search.segments import codes_path, table_path, vectors_path, write_table
 from clipkit.search.vectors import Vectors, write_vectors
 
@@ -139,6 +139,11 @@ def update_index(folder: Path, sets: Sequence[Embeddings], *, gone: bool = False
                     f"{folder} is of model {own}, {given.folder} of {other}; embed with the index's model, or build "
                     "another index"
                 )
+            if not set(given.sides) & set(change.state.sides):
+                raise ClipkitError(
+                    f"{given.folder} holds {' and '.join(given.sides)} vectors only, and {folder} none of them; build "
+                    "another index of both"
+                )
         ids = np.concatenate([np.zeros(0, np.int64), *(table["id"].to_numpy() for s in sets for table in s.tables())])
         if len(np.unique(ids)) < len(ids):
             raise ClipkitError(
@@ -149,7 +154,7 @@ def update_index(folder: Path, sets: Sequence[Embeddings], *, gone: bool = False
         changed = np.zeros(len(ids), bool)
         common = ids[~new]
         if len(common):
-            before, after = _digests_of_index(change, common), _digests_of_sets(sets, common)
+            before, after = _digests(change, sets, common)
             changed[~new] = [before[i] != after[i] for i in common.tolist()]
         missing = np.setdiff1d(there, ids) if gone else np.zeros(0, np.int64)
         counts = Changed(change.number, int(new.sum()), int(changed.sum()), len(missing), int((~new & ~changed).sum()))
@@ -175,7 +180,10 @@ def delete_rows(folder: Path, ids: Sequence[int] = (), *, where: str | None = No
     """
     with _Change(folder) as change:
         there = _alive_ids(change)
-        wanted = np.asarray(ids, np.int64)
+        try:
+            wanted = np.asarray(ids, np.int64)
+        except OverflowError as error:
+            raise ClipkitError(f"{folder} holds no image of id {max(ids, key=abs)}: ids have 63 bits") from error
         unknown = np.setdiff1d(wanted, there)
         if len(unknown):
             raise ClipkitError(
@@ -265,35 +273,44 @@ def _rows_of(sets: Sequence[Embeddings], side: Side, wanted: np.ndarray) -> Iter
             yield in_schema(table.filter(pa.array(np.isin(table[column].to_numpy(), wanted))), schema)
 
 
-def _digests_of_index(change: _Change, ids: np.ndarray) -> dict[int, bytes]:
-    found = {i: hashlib.blake2b(digest_size=16) for i in ids.tolist()}
+def _digests(change: _Change, sets: Sequence[Embeddings], ids: np.ndarray) -> tuple[dict[int, bytes], dict[int, bytes]]:
+    """Of images as the index holds them and as the sets do, on the sides that the index has."""
+    there, given = ({i: hashlib.blake2b(digest_size=16) for i in ids.tolist()} for _ in range(2))
     for side in change.state.sides:
-        for segment in change.index.segments(side):
-            _digest(found, side, segment.vectors.rows, segment.table, segment.findable())
-    return {i: each.digest() for i, each in found.items()}
+        segments, holders = change.index.segments(side), [each for each in sets if side in each.sides]
+        # A column whose types differ among folders is kept as one that goes for all: both are told as that.
+        own = joined_schema([schema for each in holders for schema in each.index_schemas(side)])
+        kinds = joined_schema([own, *(segment.table.schema for segment in segments)])
+        for segment in segments:
+            _digest(there, side, segment.vectors.rows, segment.table, segment.findable(), [kinds])
+        for each in holders:
+            for block, table in zip(each.blocks(side), each.index_tables(side), strict=True):
+                _digest(given, side, block, table, np.ones(len(block), bool), [own, kinds])
+    before, after = ({i: each.digest() for i, each in found.items()} for found in (there, given))
+    return before, after
 
 
-def _digests_of_sets(sets: Sequence[Embeddings], ids: np.ndarray) -> dict[int, bytes]:
-    found = {i: hashlib.blake2b(digest_size=16) for i in ids.tolist()}
-    sides: list[Side] = ["image", "text"]
-    for side in sides:
-        for each in sets:
-            if side in each.sides:
-                for block, table in zip(each.blocks(side), each.index_tables(side), strict=True):
-                    _digest(found, side, block, table, np.ones(len(block), bool))
-    return {i: each.digest() for i, each in found.items()}
+def _digest(
+    found: dict[int, Any],
+    side: Side,
+    vectors: np.ndarray,
+    table: pa.Table,
+    alive: np.ndarray,
+    schemas: Sequence[pa.Schema],
+) -> None:
+    """Add rows, brought into each schema in turn, to the digests of their images.
 
-
-def _digest(found: dict[int, Any], side: Side, vectors: np.ndarray, table: pa.Table, alive: np.ndarray) -> None:
-    """Add rows to the digests of their images; a value that is missing is as a column that is not there."""
+    A value that is missing is as a column that is not there.
+    """
     column = image_id_column(side)
     ids = table[column].to_numpy()
     chosen = np.flatnonzero(alive & np.isin(ids, np.fromiter(found, np.int64, len(found))))
     for start in range(0, len(chosen), BLOCK):
         rows = chosen[start : start + BLOCK]
-        for i, vector, row in zip(
-            ids[rows].tolist(), vectors[rows], table.take(pa.array(rows)).to_pylist(), strict=True
-        ):
+        taken = table.take(pa.array(rows))
+        for schema in schemas:
+            taken = in_schema(taken, schema)
+        for i, vector, row in zip(ids[rows].tolist(), vectors[rows], taken.to_pylist(), strict=True):
             known = {name: value for name, value in row.items() if value is not None}
             found[i].update(vector.tobytes())
             found[i].update(json.dumps(known, sort_keys=True, default=str).encode("utf-8", "surrogatepass"))
@@ -303,20 +320,20 @@ def _measured(folder: Path, manifest: dict[str, Any], state: Generation, floor: 
     """The state with its recall measured again, and more effort where it had fallen below the floor."""
     index = Index(folder, manifest, state)
     for side, told in state.efforts.items():
-        asked = kept_queries(folder, side)
-        count = state.count(side)
-        if asked is None or not count:
+        asked, own = _questions(index, side)
+        k = min(TUNED_FOR, state.count(side) - (own is not None))
+        if k < 1 or not len(asked):
             continue
-        asked = asked[sample_rows(len(asked), ASKED)]
-        exact = index.search(asked, TUNED_FOR, side, exact=True).scores
+        exact = _scores(index, asked, own, k, side, exact=True)
         effort = Effort(**told)
         while True:
-            found = index.search(asked, TUNED_FOR, side, effort=effort).scores
-            recall = share_found(found, exact[:, -1:], exact.shape[1])
+            recall = share_found(_scores(index, asked, own, k, side, effort=effort), exact[:, -1:], k)
             harder = effort.doubled()
             if recall >= floor or harder == effort:
                 break
             effort = harder
+        if recall < floor:
+            warn(f"{side}: recall@10 is {recall:.3f} where {floor:g} was wanted, and more does not help; build anew")
         if effort.as_json() != told:
             note(f"{side}: looks harder now, to keep a recall@10 of {floor:g}")
         state = replace(
@@ -325,3 +342,19 @@ def _measured(folder: Path, manifest: dict[str, Any], state: Generation, floor: 
             recall={**state.recall, side: recall},
         )
     return state
+
+
+def _questions(index: Index, side: Side) -> tuple[np.ndarray, np.ndarray | None]:
+    """What the index was measured with; where that was vectors of its own, of those that it holds now, and where."""
+    kept = kept_queries(index.folder, side)
+    if kept is not None:
+        return kept[sample_rows(len(kept), ASKED)], None
+    there = index.positions(side)
+    own = there[sample_rows(len(there), ASKED)]
+    return index.vectors(own, side).astype(np.float32), own
+
+
+def _scores(index: Index, asked: np.ndarray, own: np.ndarray | None, k: int, side: Side, **how: Any) -> np.ndarray:
+    """The k best scores, best first; a vector of the index is no answer to itself."""
+    found = index.search(asked, k + (own is not None), side, **how)
+    return -np.sort(-without_self(found.scores, found.positions, own), axis=1)[:, :k]

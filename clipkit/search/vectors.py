@@ -93,8 +93,11 @@ class Vectors:
                 f"{path} holds {held[0]:,} vectors of dimension {held[1]} where {rows:,} of {dim} are expected; it was "
                 "altered, build the index again"
             )
-        self.rows = np.memmap(path, np.float16, "r", size - rows * dim * 2, (rows, dim)) if rows else _none(dim)
-        """float16 ``[rows, dim]``."""
+        try:
+            self.rows = np.memmap(path, np.float16, "r", size - rows * dim * 2, (rows, dim)) if rows else _none(dim)
+            """float16 ``[rows, dim]``."""
+        except OSError as error:  # a change may clear it away at this moment
+            raise ClipkitError(f"{path} is missing; build the index again") from error
 
     def search(self, queries: np.ndarray, k: int, selector: Any = None) -> tuple[np.ndarray, np.ndarray]:
         """The best k of all rows, or of those that a FAISS selector lets pass, by inner product.

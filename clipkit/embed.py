@@ -218,9 +218,8 @@ def _make_part(
     _refuse_nan(found)
     files = {**write_part(out, name, found, sides), **write_stamps(out, name, rows, stamps, found)}
     counts = {"images": len(found.samples), "captions": len(found.captions)}
-    taken, unread = sum(row in kept for row in found.rows), set(found.unread)
-    left_out = [line | {"unread": True} if line["row"] in unread else line for line in found.left_out]
-    return {**counts, "left_out": left_out, "files": dict(sorted(files.items())), "taken": taken}
+    taken = sum(row in kept for row in found.rows)
+    return {**counts, "left_out": found.ledger(), "files": dict(sorted(files.items())), "taken": taken}
 
 
 def _refuse_nan(found: Embedded) -> None:

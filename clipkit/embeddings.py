@@ -71,6 +71,11 @@ class Embedded:
     unread: list[int] = field(default_factory=list)
     """The source rows among these that could not be read, and may be another time."""
 
+    def ledger(self) -> list[dict[str, Any]]:
+        """The lines of what could not be used; with ``unread``, true, of what could not be read."""
+        unread = set(self.unread)
+        return [line | {"unread": True} if line["row"] in unread else line for line in self.left_out]
+
 
 def image_id_column(side: Side) -> str:
     """The column of a side's metadata that holds the id of a row's image."""

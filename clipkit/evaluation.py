@@ -210,7 +210,7 @@ def evaluate_stored_classes(
     """As `evaluate_zeroshot`, of embeddings on the disk.
 
     Args:
-        ranks: see `evaluate_retrieval`; the model embeds the prompts.
+        ranks: that embed the prompts; the first does the rest.
         stored: with images.
         classes, labels: see `classes_of`; an image of none is left out.
         prompts: with ``{}``, see `class_vectors`.
@@ -218,12 +218,17 @@ def evaluate_stored_classes(
         compat: see `evaluate_retrieval`.
     """
     vectors = class_vectors(classes, prompts, ranks.texts)
-    images, known = stored.image, labels >= 0
-    if not known.all():
-        ends = np.cumsum([len(part) for part in images])[:-1]
-        images = [part[own] for part, own in zip(images, np.split(known, ends), strict=True) if own.any()]
-    further = Further(digest([stored.of(), list(classes), labels.tolist()]), compat)
-    found = ranks.by_the_first(lambda: measure_classes(images, vectors, labels[known], ks, classes, further))
+    known = labels >= 0
+
+    def work() -> Evaluation:
+        images = stored.image
+        if not known.all():
+            ends = np.cumsum([len(part) for part in images])[:-1]
+            images = [part[own] for part, own in zip(images, np.split(known, ends), strict=True) if own.any()]
+        further = Further(digest([stored.of(), list(classes), labels.tolist()]), compat)
+        return measure_classes(images, vectors, labels[known], ks, classes, further)
+
+    found = ranks.by_the_first(work)
     strays = [{"key": key, "reason": "stands in no class's folder"} for key in _keys(stored, ~known)]
     return replace(found, left_out=[*(line for line in stored.left_out if "row" in line), *strays])
 

@@ -187,9 +187,7 @@ class SharedWork:
         def work() -> SharedImages:
             rows = self.own(len(source), self.batch_size)
             found = self._towers.images(source, rows, self.batch_size, self.show)
-            unread = set(found.unread)
-            lines = [line | {"unread": True} if line["row"] in unread else line for line in found.left_out]
-            return SharedImages(found.image, found.rows, [s.captions for s in found.samples], lines)
+            return SharedImages(found.image, found.rows, [s.captions for s in found.samples], found.ledger())
 
         parts = self.together(work)
         return SharedImages(

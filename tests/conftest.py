@@ -25,6 +25,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -203,3 +204,18 @@ def trained(recipe, shards, tmp_path_factory):
     out = tmp_path_factory.mktemp("trained") / "run"
     assert run_job("train", [str(recipe), "--set", f"data.train={shards}", "--out", str(out)]) == 0
     return out
+
+
+@pytest.fixture
+def memory(tmp_path):
+    """A folder in fsspec's memory, named for the test; gives its URL and a function that copies a folder there."""
+    files = fsspec.filesystem("memory")
+    root = f"/{tmp_path.parent.name}-{tmp_path.name}"
+
+    def put(folder, name=""):
+        for path in folder.rglob("*"):
+            if path.is_file():
+                files.pipe("/".join(filter(None, [root, name, str(path.relative_to(folder))])), path.read_bytes())
+
+    yield f"memory:/{root}", put
+    files.rm(root, recursive=True)

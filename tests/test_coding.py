@@ -29,7 +29,7 @@ from clipkit.search.coding import (
 from clipkit.search.kinds import KINDS, Effort, lists_for, parameters
 from clipkit.search.measure import Queries, Truth, measure, tune, tune_and_measure
 from clipkit.search.vectors import Vectors, write_vectors
-from tests.test_index import make_embeddings
+from tests.indexes import make_embeddings
 
 ROWS, DIM = 3000, 24
 # Learning 256 centres for each part of a vector takes its time.

@@ -115,7 +115,7 @@ def embed(
     starts = range(0, len(source), part_size)
     digits = max(4, len(str(len(starts) - 1)))
     names = [f"{number:0{digits}d}" for number in range(len(starts))]
-    with compiled(model, size) if compile else nullcontext():
+    with compiled(model, model.image_block(size)) if compile else nullcontext():
         for name in stage.pending(names):
             start = starts[int(name)]
             rows = range(start, min(start + part_size, len(source)))

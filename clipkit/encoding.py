@@ -21,6 +21,7 @@ from clipkit.processes import in_loader_processes
 from clipkit.reuse import Kept
 from clipkit.sources import Sample, Source
 from clipkit.towers import DualEncoder
+from clipkit.towers.dual_encoder import in_blocks
 
 __all__ = ["embed_source"]
 
@@ -51,8 +52,8 @@ def embed_source(
         sides: images, texts or both. A sample whose image is unusable is left out of both.
         rows: which samples; all of them when not given.
         batch_size: images at a time, those of so many rows: an image that cannot be used shifts no other into another
-            batch. So the same rows give the same bits, whichever part of the source they are embedded with, as long
-            as it begins at a multiple of this. Captions go four times as many at a time, short ones first.
+            batch. They are encoded in blocks of one height (see `DualEncoder.image_block`), so an image's embedding is
+            the same whichever others are embedded with it.
         threads: that decode; 0 for none beside this one; when not given, as many as this process's share of the cores.
         workers: processes that decode in place of threads; 0 for none. When not given, none where that share is a few
             cores, or there are few samples, or they are fetched from elsewhere, or a GPU decodes; else one per core
@@ -68,7 +69,11 @@ def embed_source(
     found = Embedded(np.zeros(0), np.zeros(0), [], [], np.zeros(0, np.int64))
     image_of_text: list[int] = []
     known_texts: dict[int, np.ndarray] = {}
-    images = _Rows(model.embed_dim, lambda pixels: _encoded(model.encode_image(_stacked(pixels, model.device))))
+    block = model.image_block(batch_size)
+    images = _Rows(
+        model.embed_dim,
+        lambda pixels: in_blocks(model.encode_image, _stacked(pixels, model.device), block).cpu().numpy(),
+    )
 
     def load(i: int) -> _Loaded:
         before, pixels = kept.get(i), None
@@ -204,10 +209,6 @@ def _stacked(pixels: list[Any], device: torch.device) -> torch.Tensor:
     if all(isinstance(each, np.ndarray) for each in pixels):
         return torch.from_numpy(np.stack(pixels)).to(device)
     return torch.stack([torch.as_tensor(each).to(device) for each in pixels])  # some were decoded there
-
-
-def _encoded(vectors: torch.Tensor) -> np.ndarray:
-    return vectors.cpu().numpy()
 
 
 class _Rows:

@@ -41,6 +41,11 @@ def tar_of(path: Path, members: Mapping[str, bytes] | Iterable[tuple[str, bytes]
     return path
 
 
+def distinct(rows: torch.Tensor) -> int:
+    """How many rows a tower is asked for, those that only fill up a block left out."""
+    return len(torch.unique(rows.flatten(1), dim=0))
+
+
 def fake_tokens(texts: list[str]) -> torch.Tensor:
     """Stands in for a tokenizer: length and first letter."""
     return torch.tensor([[len(text), ord(text[0])] for text in texts])

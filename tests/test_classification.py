@@ -23,19 +23,20 @@ from clipkit.sources import open_source
 from clipkit.towers import DualEncoder
 from clipkit.zeroshot import ablate, prompt_set
 from tests.conftest import tiny_model
+from tests.samples import distinct
 
 LABELS = ["red heart", "blue star", "green ring"]
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How many rows each call of a tower had."""
+    """How many rows each call of a tower was for."""
     found = {"image": [], "text": []}
     for side, name in (("image", "encode_image"), ("text", "encode_text")):
         whole = getattr(DualEncoder, name)
 
         def counted(self, rows, side=side, whole=whole):
-            found[side].append(len(rows))
+            found[side].append(distinct(rows))
             return whole(self, rows)
 
         monkeypatch.setattr(DualEncoder, name, counted)

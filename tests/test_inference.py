@@ -16,7 +16,7 @@ from clipkit.embeddings import Embeddings
 from clipkit.encoding import embed_source
 from clipkit.inference import cast_for_inference, compiling_pays, find_batch_size
 from clipkit.sources import open_source
-from clipkit.towers import load_model
+from clipkit.towers import DualEncoder, load_model
 
 
 def test_bf16_is_close_to_fp32(pictures, model_dir):
@@ -45,7 +45,6 @@ def test_compiled_it_is_close_to_what_it_was(pictures, model_dir, tmp_path):
         subprocess.run(command, check=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
         found[name] = Embeddings.open(tmp_path / name).vectors()
     assert np.abs(found["plain"] - found["compiled"]).max() < 2e-3  # they are kept as float16
-    assert np.array_equal(found["plain"][40:], found["compiled"][40:])  # no whole batch
 
 
 @pytest.mark.parametrize(
@@ -65,6 +64,8 @@ def test_the_batch_that_is_found_is_the_least_that_is_fast(model, monkeypatch, s
         return speeds[size]
 
     monkeypatch.setattr(inference, "_speed", speed)
+    assert find_batch_size(model, ("image",), 10**6) == 32  # on a CPU any batch is as fast
+    monkeypatch.setattr(DualEncoder, "device", torch.device("mps"))
     assert find_batch_size(model, ("image",), 10**6) == chosen
     assert find_batch_size(model, ("image",), 100) == 32  # not worth trying
 

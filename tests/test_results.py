@@ -18,6 +18,7 @@ from clipkit.sources.folder import FolderSource
 from clipkit.tasks import evaluate, open_task
 from clipkit.towers import DualEncoder
 from tests.conftest import make_pictures, tiny_model
+from tests.samples import distinct
 from tests.test_benchmarks import CLASSES, PROMPTS, write
 
 
@@ -29,7 +30,7 @@ def towers(monkeypatch):
         whole = getattr(DualEncoder, name)
 
         def counted(self, rows, side=side, whole=whole):
-            calls[side] += len(rows)
+            calls[side] += distinct(rows)
             return whole(self, rows)
 
         monkeypatch.setattr(DualEncoder, name, counted)

@@ -19,7 +19,7 @@ from clipkit.pack import pack
 from clipkit.sources import open_source
 from tests.conftest import tiny_model
 from tests.kills import contents
-from tests.samples import photo
+from tests.samples import distinct, photo
 
 
 class Counted:
@@ -35,7 +35,7 @@ class Counted:
             return decode(*args)
 
         def counted_image(pixels):
-            self.images += len(pixels)
+            self.images += distinct(pixels)
             return image(pixels)
 
         def counted_tokenize(texts):

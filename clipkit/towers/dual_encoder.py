@@ -22,14 +22,32 @@ from clipkit.errors import ClipkitError
 from clipkit.preprocess import Preprocess
 from clipkit.towers.layers import Layout, Side, under
 
-__all__ = ["BACKBONE", "MODEL_FILE", "DualEncoder", "Tokenizer"]
+__all__ = ["BACKBONE", "MODEL_FILE", "DualEncoder", "Tokenizer", "in_blocks"]
 
 MODEL_FILE = "clipkit.json"
 BACKBONE = "backbone."  # what the names of a `DualEncoder`'s weights begin with, and its library's own do not
 GRAIN = 2  # tokens; with 1 batches get so small that nothing is gained, with 8 a fifth is lost
+CPU_IMAGES, CPU_TOKENS, GPU_TOKENS = 8, 128, 8192  # of a block; see `DualEncoder.image_block`
+TEXTS = 4096  # that are put in order of their lengths together
 PROBES = ("a photo of a cat.", "Ünïcode 漢字 42!", "two  spaces, UPPER case", "")
 
 Tokenizer = Callable[[list[str]], Tensor]
+
+
+def in_blocks(encode: Callable[[Tensor], Tensor], rows: Tensor, height: int) -> Tensor:
+    """Encode rows in blocks of one height; the last one is filled up with copies of a row of it.
+
+    Args:
+        encode: takes ``[height, …]`` and gives a row for each.
+        rows: ``[n, …]``, one at least.
+        height: of the blocks.
+    """
+    found = []
+    for block in rows.split(height):
+        missing = height - len(block)
+        filled = torch.cat([block, block[:1].expand(missing, *block.shape[1:])]) if missing else block
+        found.append(encode(filled)[: len(block)])
+    return torch.cat(found)
 
 
 class DualEncoder(nn.Module, ABC):
@@ -156,6 +174,23 @@ class DualEncoder(nn.Module, ABC):
         scale = self.logit_scale.reshape(()).float().exp()
         return self.encode_image(pixels), self.encode_text(tokens), scale, bias
 
+    def image_block(self, batch_size: int) -> int:
+        """How many images are encoded at once where each embedding is to be the same whichever others are beside it.
+
+        A matrix product rounds by its height: an image alone would get another embedding than the same image in a
+        batch. In blocks of one height, the last one filled up (see `in_blocks`), it gets one. On a CPU 8 images are as
+        fast each as 64 are (a ViT-B/32: 107 and 112 ms in fp32, 50 and 53 in bf16, on one core), and one image takes
+        no longer than 8; a GPU is kept busy by whole batches only.
+
+        Args:
+            batch_size: at most so many.
+        """
+        return min(batch_size, CPU_IMAGES) if self.device.type == "cpu" else batch_size
+
+    def text_block(self, length: int, batch_size: int) -> int:
+        """As `image_block`, of texts of so many tokens: 128 tokens at once on a CPU, 8,192 on a GPU."""
+        return max(1, min(batch_size, (CPU_TOKENS if self.device.type == "cpu" else GPU_TOKENS) // length))
+
     def tokenize(self, texts: Sequence[str]) -> Int64[Tensor, "n context"]:
         """Tokens of the texts, padded and cut to the context length."""
         return self.tokenizer(list(texts))
@@ -261,10 +296,11 @@ class DualEncoder(nn.Module, ABC):
 
         For a large set use `clipkit.embed`, which decodes in parallel and keeps what it has done.
         """
-        rows = [np.zeros((0, self.embed_dim), np.float32)]
-        for start in range(0, len(images), batch_size):
-            pixels = np.stack([self.load_image(image) for image in images[start : start + batch_size]])
-            rows.append(self.encode_image(torch.from_numpy(pixels).to(self.device)).cpu().numpy())
+        rows, block = [np.zeros((0, self.embed_dim), np.float32)], self.image_block(batch_size)
+        for start in range(0, len(images), block):
+            pixels = np.stack([self.load_image(image) for image in images[start : start + block]])
+            vectors = in_blocks(self.encode_image, torch.from_numpy(pixels).to(self.device), block)
+            rows.append(vectors.cpu().numpy())
         return np.concatenate(rows)
 
     @torch.inference_mode()
@@ -272,25 +308,24 @@ class DualEncoder(nn.Module, ABC):
         """Embeddings of texts, float32 ``[n, dim]``, unit norm.
 
         Texts of like length are encoded together, each at no more than `GRAIN` - 1 tokens beyond what it needs: prompts
-        and captions have 8 to 24 tokens, and contexts 77. So a text's last bits depend on how many others are encoded
-        with it, but not on which.
+        and captions have 8 to 24 tokens, and contexts 77. They go in blocks whose height is decided by their length
+        alone (see `text_block`), so a text's embedding is the same whichever others there are.
 
         Args:
             texts: any number.
-            batch_size: at most so many at a time. Every so many of them, in the order of their lengths, are cut into
-                batches by themselves, so that parts of a sorted list at such places give the same bits as the list.
+            batch_size: at most so many at a time.
         """
         found = np.empty((len(texts), self.embed_dim), np.float32)
         order = sorted(range(len(texts)), key=lambda at: len(texts[at]))
-        for start in range(0, len(texts), batch_size):
-            chosen = order[start : start + batch_size]
+        # Tokens of many at a time, so that few blocks have to be filled up, and not of all: they are 600 bytes a text.
+        for start in range(0, len(texts), TEXTS):
+            chosen = order[start : start + TEXTS]
             tokens = self.tokenize([texts[at] for at in chosen])
             kept = -(-self._needed_lengths(tokens) // GRAIN) * GRAIN
             for length in kept.unique().tolist():
-                among = kept == length
-                found[np.array(chosen)[among.numpy()]] = (
-                    self.encode_text(tokens[among, :length].to(self.device)).cpu().numpy()
-                )
+                among, block = kept == length, self.text_block(length, batch_size)
+                some = tokens[among, :length].to(self.device)
+                found[np.array(chosen)[among.numpy()]] = in_blocks(self.encode_text, some, block).cpu().numpy()
         return found
 
     @functools.cached_property

@@ -11,6 +11,7 @@ from clipkit.classification import Images
 from clipkit.errors import ClipkitError
 from clipkit.labels import LabelSet, truth_of
 from clipkit.lazy_model import LazyModel
+from clipkit.products import inner_products
 from clipkit.zeroshot import ablate, class_vectors
 
 __all__ = ["ablate_prompts"]
@@ -50,7 +51,7 @@ def ablate_prompts(
             return cached_texts(texts, model, cache)
 
         whole = class_vectors(labels, prompts, embed)
-        together = float(((vectors @ whole.T).argmax(axis=1) == truth[known]).mean())
+        together = float((inner_products(vectors, whole).argmax(axis=1) == truth[known]).mean())
         for each in ablate(labels, prompts, embed, vectors, truth[known]):
             single = np.isnan(each.without)
             yield {

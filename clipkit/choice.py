@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from clipkit.errors import ClipkitError
+from clipkit.products import paired_products
 from clipkit.ranking import TIE, refuse_bad_scores
 
 __all__ = ["WINOGROUND_CHANCE", "choice_per_sample", "choice_scores", "winoground_per_sample"]
@@ -30,7 +31,7 @@ def choice_scores(
     found = np.empty((len(image), image.shape[1], text.shape[1]), np.float32)
     for start in range(0, len(image), CHUNK):
         rows = slice(start, start + CHUNK)
-        found[rows] = np.einsum("nid,ntd->nit", image[rows], text[rows], dtype=np.float64)
+        found[rows] = paired_products(image[rows], text[rows])
     return found
 
 

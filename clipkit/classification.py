@@ -27,6 +27,7 @@ from clipkit.errors import ClipkitError
 from clipkit.labels import LabelSet, as_label_set
 from clipkit.lazy_model import LazyModel
 from clipkit.model_specs import refuse_another
+from clipkit.products import inner_products, on_grid
 from clipkit.sources import Globs, Sample, Source, open_source
 from clipkit.zeroshot import PROMPTS, class_vectors
 
@@ -217,7 +218,7 @@ def classify_images(
     top: int = 5,
     weights: Sequence[float] | None = None,
 ) -> Decisions:
-    """Decide for every image.
+    """Decide for every image. What is said of one is the same to the last digit whichever others are asked for.
 
     Args:
         images: with embeddings by as many models as there are classifiers.
@@ -226,11 +227,12 @@ def classify_images(
         top: how many classes to keep.
         weights: of the classifiers.
     """
+    gridded = [on_grid(one.vectors) for one in classifiers]
     parts = []
     for start in range(0, len(images), CHUNK):
         at = slice(start, min(start + CHUNK, len(images)))
-        blocks = [images.block(number, at).astype(np.float32) for number in range(len(classifiers))]
-        cosines = [block @ one.vectors.T for block, one in zip(blocks, classifiers, strict=True)]
+        blocks = [images.block(number, at) for number in range(len(classifiers))]
+        cosines = [inner_products(block, names, gridded=True) for block, names in zip(blocks, gridded, strict=True)]
         each = [one.shares(block, near) for one, block, near in zip(classifiers, blocks, cosines, strict=True)]
         shares = each[0] if len(each) == 1 else fused(each, weights)
         parts.append(decide(shares, cosines[0] if len(each) == 1 else None, rule, top))

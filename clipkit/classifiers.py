@@ -18,6 +18,7 @@ from clipkit.few_shot import FewShot
 from clipkit.labels import LabelSet
 from clipkit.lazy_model import LazyModel
 from clipkit.linear_probe import folds_of
+from clipkit.products import inner_products
 
 __all__ = [
     "METHODS",
@@ -158,7 +159,7 @@ def fit_classifiers(
         few, by_name = None, None
         if examples is not None:
             features = examples.vectors(number)
-            by_name = scale * (features @ plain.vectors.T).astype(np.float64)
+            by_name = scale * inner_products(features, plain.vectors)
             if learn is not None:
                 few = learn(features, examples.truth, plain.vectors, scale, groups=examples.groups)
             held.append((by_name, by_name if few is None else few.held_out))

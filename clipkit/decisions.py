@@ -148,7 +148,7 @@ def decide(
         statuses[np.isin(order[:, 0], rule.background)] = BACKGROUND
     order = order[:, :kept]
     near = np.full(order.shape, np.nan) if cosines is None else np.take_along_axis(cosines, order, 1)
-    groups = [shares[:, list(members)].sum(1) for members in rule.groups]
+    groups = [np.take(shares, members, axis=1).sum(axis=1) for members in rule.groups]
     return Decisions(
         order.astype(np.int32),
         near.astype(np.float32),

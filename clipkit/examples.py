@@ -16,6 +16,7 @@ from clipkit.errors import BadSample, ClipkitError, did_you_mean
 from clipkit.labels import LabelSet, plain_name, truth_of
 from clipkit.lazy_model import LazyModel
 from clipkit.log import note
+from clipkit.products import inner_products
 from clipkit.sources import open_source
 from clipkit.sources.base import content_hash
 
@@ -80,7 +81,7 @@ class Examples:
         own = self.vectors(0) if unknown.any() else None
         for start in range(0, len(images) if own is not None else 0, CHUNK):
             some = slice(start, start + CHUNK)
-            near = images.block(0, some).astype(np.float32) @ own.T  # type: ignore[union-attr]
+            near = inner_products(images.block(0, some), own)  # type: ignore[arg-type]
             found[some] |= unknown[some] & (near.max(axis=1) >= SAME)
         return found
 

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from clipkit.calibration import fit_temperature, log_loss
 from clipkit.errors import ClipkitError
 from clipkit.linear_probe import CLOSE, Linear, choose_strength, fit_linear
+from clipkit.products import inner_products, on_grid
 
 __all__ = ["ALPHAS", "BETAS", "STRENGTHS", "WEIGHTS", "FewShot", "lifted", "linear", "prototypes", "tip_adapter"]
 
@@ -91,9 +92,8 @@ def prototypes(
     best = _best(base, tried, known, labels, judged, has, USUAL["weight"])
 
     def logits(some: Array) -> Array:
-        some = some.astype(np.float64)
-        names = some @ text.T
-        return lifted(scale * names, scale * best * (some @ means.T - names), has[None])
+        names = inner_products(some, text)
+        return lifted(scale * names, scale * best * (inner_products(some, means) - names), has[None])
 
     return FewShot(logits, lifted(base, best * away, known), judged, {"weight": best})
 
@@ -131,18 +131,19 @@ def tip_adapter(
     hot = np.zeros((len(labels), classes))
     hot[np.arange(len(labels)), labels] = 1
     usual = len(labels) / has.sum()
+    examples = on_grid(features)
 
     def cache(some: Array, beta: float, mine: Array | None = None) -> Array:
         """``[n, classes]``: what the examples tell, those of an image's own group left out where it has one."""
         parts = []
         rows = max(1, ROWS // len(labels))
         for start in range(0, len(some), rows):
-            near = np.exp(-beta * (1 - some[start : start + rows] @ features.T))
+            near = np.exp(-beta * (1 - inner_products(some[start : start + rows], examples, gridded=True)))
             counts = np.broadcast_to(hot.sum(axis=0), (len(near), classes))
             if mine is not None:
                 others = groups[None] != mine[start : start + rows, None]
                 near, counts = near * others, others @ hot
-            parts.append(near @ hot * (usual / np.maximum(counts, 1)))
+            parts.append(inner_products(near, hot.T) * (usual / np.maximum(counts, 1)))
         return np.concatenate(parts) if parts else np.zeros((0, classes))
 
     def tried() -> Iterator[tuple[tuple[float, float], Array]]:
@@ -154,8 +155,7 @@ def tip_adapter(
     held = lifted(base, alpha * cache(features, beta, groups), known)  # again: kept, they would be 88 of these
 
     def logits(some: Array) -> Array:
-        some = some.astype(np.float64)
-        return lifted(scale * (some @ text.T), alpha * cache(some, beta), has[None])
+        return lifted(scale * inner_products(some, text), alpha * cache(some, beta), has[None])
 
     return FewShot(logits, held, judged, {"alpha": alpha, "beta": beta})
 
@@ -194,7 +194,11 @@ def linear(
     else:
         strength, held = USUAL["strength"], features.astype(np.float64) @ start.weights.T
     fitted = fit_linear(features, labels, classes, strength=strength, start=start)
-    return FewShot(lambda some: fitted.logits(some.astype(np.float64)), held, judged, {"strength": strength})
+
+    def logits(some: Array) -> Array:
+        return inner_products(some, fitted.weights) + fitted.bias
+
+    return FewShot(logits, held, judged, {"strength": strength})
 
 
 def lifted(

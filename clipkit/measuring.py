@@ -29,6 +29,7 @@ from clipkit.metrics_compat import (
     clip_benchmark_mean_average_precision,
     clip_benchmark_retrieval,
 )
+from clipkit.products import inner_products
 from clipkit.ranking import Vectors, mean, rank_pairs
 
 __all__ = [
@@ -207,7 +208,7 @@ def measure_classes(
 def _nearest(image: Vectors, vectors: Array) -> Array:
     parts = [image] if isinstance(image, np.ndarray) else image
     blocks = (part[at : at + CHUNK] for part in parts for at in range(0, len(part), CHUNK))
-    return np.concatenate([(block.astype(np.float32) @ vectors.T).argmax(axis=1) for block in blocks])
+    return np.concatenate([inner_products(block, vectors).argmax(axis=1) for block in blocks])
 
 
 def _confused(said: Array, labels: Array, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -233,7 +234,7 @@ def measure_labels(image: Array, vectors: Array, labels: Array, further: Further
         labels: bool ``[n, classes]``.
         further: what else is wanted.
     """
-    scores = image.astype(np.float32) @ vectors.T.astype(np.float32)
+    scores = inner_products(image, vectors).astype(np.float32)
     found = _evaluation(
         {MEAN_AVERAGE_PRECISION: mean_average_precision(scores, labels)},
         {MEAN_AVERAGE_PRECISION: chance_of(labels)},

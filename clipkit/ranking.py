@@ -1,8 +1,9 @@
 """Where relevant items rank among all others: counted exactly, block by block, and what the counts are worth.
 
-Scores are float32 inner products of unit-norm vectors; such that differ by no more than 1e-6 are ties, as the same
-product comes out a few units of the last place apart in different rows of a matrix. Ties are resolved as if in random
-order, and the expected value is given: vectors that all coincide are worth exactly what guessing would be.
+Scores are inner products of unit-norm vectors, exact on the grid of `clipkit.products`, so that no figure depends on
+how the work is cut; such that differ by no more than 1e-6 are ties, as the towers' own rounding tells no more. Ties are
+resolved as if in random order, and the expected value is given: vectors that all coincide are worth exactly what
+guessing would be.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from clipkit.errors import ClipkitError
+from clipkit.products import on_grid, paired_products
 
 __all__ = [
     "TIE",
@@ -31,7 +33,7 @@ Array = np.ndarray
 Vectors = Float[Array, "_ _"] | Sequence[Float[Array, "_ _"]]
 """Floats ``[rows, dim]`` of any precision, in one array or in several that follow each other; memory-mapped or not."""
 TIE = np.float32(1e-6)
-BLOCK = 4096  # rows of either side at a time: 64 MiB of scores
+BLOCK = 4096  # rows of the left at a time, and half as many of the right: 64 MiB of scores
 STRIP = 128  # rows of scores that are counted at a time: 2 MiB stay in the cache. No more than a byte can count
 HALF = 1e-9  # a share that lies no further from a half is one
 
@@ -123,9 +125,9 @@ def rank_pairs(
     """Rank each left vector's own right one among all right ones, and the best own left one of each right among all.
 
     Captions are left and images right, or images left and classes right. Every score is computed once, for both
-    directions, and none is kept: with b = 4,096 rows of either side at a time the memory is ``4 b² + 12 b dim`` bytes
-    (92 MB at 512 dimensions) and some 60 bytes per row of both sides, whatever their number. Where one is
-    memory-mapped it is read once (left), or once for every b rows of the left (right).
+    directions, and none is kept: with b = 4,096 rows of the left and half as many of the right at a time the memory is
+    ``4 b² + 32 b dim`` bytes (134 MB at 512 dimensions) and some 60 bytes per row of both sides, whatever their number.
+    Where one is memory-mapped it is read once (left), or once for every b rows of the left (right).
 
     Args:
         left: unit-norm vectors ``[left, dim]``.
@@ -142,21 +144,20 @@ def rank_pairs(
     """
     lefts, rights = _Rows(left, names[0]), _Rows(right, names[1])
     _check(lefts, rights, right_of_left, names)
-    # One product per pair, in float64: what is compared with it errs by float32, it does not.
-    own = np.empty(len(lefts), np.float32)
+    own = np.empty(len(lefts))
     for start, stop in _blocks(len(lefts)):
         others = rights.take(right_of_left[start:stop])
-        own[start:stop] = np.einsum("nd,nd->n", lefts.block(start, stop), others, dtype=np.float64)
-    best = np.full(len(rights), -np.inf, np.float32)
+        own[start:stop] = paired_products(lefts.block(start, stop)[:, None], others[:, None])[:, 0, 0]
+    best = np.full(len(rights), -np.inf)
     np.maximum.at(best, right_of_left, own)
     found = np.zeros((2, len(lefts)), np.int64), np.zeros((2, len(rights)), np.int64)
-    height, width = (min(BLOCK, len(rows)) for rows in (lefts, rights))
-    scores_at, above_at = np.empty(height * width, np.float32), np.empty(min(STRIP, height) * width, bool)
+    height, width = min(BLOCK, len(lefts)), min(max(1, BLOCK // 2), len(rights))
+    scores_at, above_at = np.empty(height * width), np.empty(min(STRIP, height) * width, bool)
     for start, stop in _blocks(len(lefts)):
-        block, belongs = lefts.block(start, stop), right_of_left[start:stop]
-        for first, last in _blocks(len(rights)):
+        block, belongs = on_grid(lefts.block(start, stop)), right_of_left[start:stop]
+        for first, last in _blocks(len(rights), max(1, BLOCK // 2)):
             scores = scores_at[: (stop - start) * (last - first)].reshape(stop - start, last - first)
-            np.matmul(block, rights.block(first, last).T, out=scores)
+            np.matmul(block, on_grid(rights.block(first, last)).T, out=scores)
             pairs = np.flatnonzero((first <= belongs) & (belongs < last))
             scores[pairs, belongs[pairs] - first] = -np.inf  # what is relevant has been counted with its own scores
             for top in range(0, len(scores), STRIP):
@@ -199,8 +200,9 @@ def _check(lefts: _Rows, rights: _Rows, right_of_left: Array, names: tuple[str, 
         )
 
 
-def _blocks(count: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + BLOCK, count)) for start in range(0, count, BLOCK))
+def _blocks(count: int, size: int | None = None) -> Iterator[tuple[int, int]]:
+    size = BLOCK if size is None else size
+    return ((start, min(start + size, count)) for start in range(0, count, size))
 
 
 def _per_row(flags: Array) -> Array:

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 
 from clipkit.errors import ClipkitError, did_you_mean
 from clipkit.labels import LabelSet, as_label_set
+from clipkit.products import inner_products
 
 __all__ = ["PROMPTS", "Ablation", "ablate", "class_vectors", "prompt_set"]
 
@@ -97,7 +98,7 @@ def ablate(
 
     def accuracy(some: Sequence[str]) -> float:
         vectors = class_vectors(known, some, lambda wanted: vector_of[[row[text] for text in wanted]])
-        return float(((images @ vectors.T).argmax(axis=1) == truth).mean())
+        return float((inner_products(images, vectors).argmax(axis=1) == truth).mean())
 
     found = []
     for at, prompt in enumerate(prompts):

@@ -11,7 +11,7 @@ JOBS = [path for folder in ("train", "index", "eval") for path in sorted((ROOT /
 
 # A module may import modules of lower floors, and of its own floor where the package says so.
 FLOORS = [
-    {"checksums", "errors", "hardware", "renewal", "stopping", "step"},
+    {"checksums", "errors", "hardware", "renewal", "stopping", "step", "products"},
     {
         "log",
         "artifact",

@@ -8,6 +8,7 @@ import numpy as np
 
 from clipkit.embeddings import Side
 from clipkit.errors import ClipkitError
+from clipkit.products import inner_products, on_grid
 from clipkit.search.index import Found, Index
 
 __all__ = ["Fusion", "Part", "ask", "fused_vector"]
@@ -126,14 +127,15 @@ def _joined(
     positions = np.unique(found.positions[found.positions >= 0])
     if not len(positions):
         return np.zeros(0, np.float32), positions
-    cosines = vectors @ index.vectors(positions, side).astype(np.float32).T
-    weights = np.array([part.weight for part in parts], np.float32)
+    cosines = inner_products(vectors, index.vectors(positions, side))
+    weights = np.array([part.weight for part in parts])[:, None]
     if fusion == "rank":
         ranks = np.argsort(np.argsort(-cosines, axis=1, kind="stable"), axis=1, kind="stable") + 1
-        scores = weights @ (1 / (RANK_OFFSET + ranks)).astype(np.float32)
+        of_parts = 1 / (RANK_OFFSET + ranks)
     else:
         spread = cosines.std(axis=1, keepdims=True)
-        scores = weights @ ((cosines - cosines.mean(axis=1, keepdims=True)) / np.maximum(spread, SHORT))
+        of_parts = (cosines - cosines.mean(axis=1, keepdims=True)) / np.maximum(spread, SHORT)
+    scores = (weights * of_parts).sum(axis=0).astype(np.float32)
     order = np.lexsort((positions, -scores))[:depth]
     return scores[order], positions[order]
 
@@ -157,7 +159,7 @@ def _first_of_twins(index: Index, side: Side, positions: np.ndarray, collapse: s
                 seen.add(str(value))
         return first
     vectors = index.vectors(positions, side).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors = on_grid(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
     for at in range(len(positions)):
         # The cosine of a vector with its copy is 1 but for the last digits.
         if not first or (vectors[first] @ vectors[at]).max() < collapse - SHORT:

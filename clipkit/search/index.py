@@ -134,7 +134,7 @@ class Index:
 
         Returns:
             Scores and positions, each ``[queries, min(k, rows)]``, best first, and rows of metadata; of equal scores
-            the first row is first.
+            the first row is first. A score is the same whatever else is asked or looked at.
 
         Raises:
             ClipkitError: for a wrong dimension, NaN, k < 1, a side that the index does not hold, or a filter that
@@ -162,8 +162,7 @@ class Index:
                 coded.append((start, segment, passing, harder))
         if len(coded) == 1:
             start, segment, passing, harder = coded[0]
-            # All that were scored again, as `_best` knows which of equal ones are first.
-            parts.append(_moved(segment.reranked(queries, max(k, harder.rerank), passing, harder), start))
+            parts.append(_moved(segment.reranked(queries, k, passing, harder), start))
         elif chosen is not None and coded:
             # As one index over all segments would: the best of all by code, and those again by their vectors.
             found = [_moved(segment.by_code(queries, chosen.rerank, *how), start) for start, segment, *how in coded]

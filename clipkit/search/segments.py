@@ -21,6 +21,8 @@ from clipkit.search.vectors import Vectors
 
 __all__ = ["Passing", "Segment", "codes_path", "read_table", "table_path", "vectors_path", "write_table"]
 
+SPARE = 8  # rows beyond the k that are wanted
+ERROR = 2e-6  # of FAISS's float32 scores of unit vectors, with room
 FEW = 20_000  # rows: so many are compared in full faster than lists can be read
 CODES_FASTER = 3  # times, than whole vectors are compared; those that do not pass cost their code's time, too
 PART_IN_FULL = 0.05  # of a segment: up to here the rows that pass are gathered, beyond them all are walked through
@@ -188,22 +190,42 @@ class Segment:
     def reranked(
         self, queries: np.ndarray, k: int, passing: Passing | None, effort: Effort
     ) -> tuple[np.ndarray, np.ndarray]:
-        """As `by_code`, of the best `effort.rerank` by code the best k by their vectors, with their exact scores."""
+        """As `by_code`, of the best `effort.rerank` by code the best k by their vectors, with exact scores."""
         refined: Any = self._refined
-        return refined.search(queries, k, params=reranking(refined, effort, k, passing and passing.selector))
+        deep = max(k, effort.rerank)
+        how = reranking(refined, effort, deep, passing and passing.selector)
+        scores, rows = refined.search(queries, deep, params=how)
+        return self._settled(queries, scores, rows, k)[:2]
 
     def in_full(self, queries: np.ndarray, k: int, passing: Passing | None) -> tuple[np.ndarray, np.ndarray]:
         """As `by_code`, of all rows that pass, with exact scores; where the k-th shares its score, the first rows."""
-        scores, rows = self._compared(queries, k + 1, passing)
-        # FAISS keeps any rows of the last score. One more than k shows where there are others, which are few or copies.
-        deep, open_ = k, np.flatnonzero((rows[:, k] >= 0) & (scores[:, k] == scores[:, k - 1]))
-        scores, rows = _in_order(scores, rows, k)
+        # FAISS keeps any rows of the last score. Some more than k show where others are as near: few, or copies.
+        deep = k + SPARE
+        scores, rows, undecided = self._settled(queries, *self._compared(queries, deep, passing), k)
+        open_ = np.flatnonzero(undecided)
         while len(open_):
             deep *= 4
-            more = self._compared(queries[open_], deep, passing)
-            scores[open_], rows[open_] = _in_order(*more, k)
-            open_ = open_[(more[1][:, -1] >= 0) & (more[0][:, -1] == more[0][:, k - 1])]
+            some = queries[open_]
+            scores[open_], rows[open_], undecided = self._settled(some, *self._compared(some, deep, passing), k)
+            open_ = open_[undecided]
         return scores, rows
+
+    def _settled(
+        self, queries: np.ndarray, scores: np.ndarray, rows: np.ndarray, k: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The best k of what FAISS found, by scores that depend on nothing else that is asked; of equal ones the first.
+
+        FAISS's scores err in their last digits, differently with the number of questions and of threads. So all rows
+        are scored again that are as near as that to the k-th.
+
+        Returns:
+            Scores and rows ``[queries, k]``, and for which queries a row that was not found might be among them, bool.
+        """
+        reach = scores[:, k - 1] - ERROR * np.linalg.norm(queries, axis=1)
+        near = (rows >= 0) & (scores >= reach[:, None])
+        width = max(k, int(near.sum(axis=1).max(initial=0)))
+        exact = self.vectors.scores(queries, rows[:, :width])
+        return *_in_order(exact, rows[:, :width], k), near[:, -1]
 
     def _compared(self, queries: np.ndarray, k: int, passing: Passing | None) -> tuple[np.ndarray, np.ndarray]:
         if passing is not None and (passing.count <= FEW or passing.count / self.rows <= PART_IN_FULL):

@@ -8,7 +8,7 @@ import numpy as np
 from clipkit.cache import Cache
 from clipkit.cached import cached_texts
 from clipkit.classification import Images
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.labels import LabelSet, truth_of
 from clipkit.lazy_model import LazyModel
 from clipkit.products import inner_products

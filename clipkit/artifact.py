@@ -10,17 +10,16 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
 import shutil
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError, atomic_write, read_json, write_json
 from clipkit.renewal import PLAN, beside, is_held, mend, one_at_a_time, others, put_in_place, remove_folder, share, tidy
 
 __all__ = [
@@ -28,17 +27,13 @@ __all__ = [
     "VERSION",
     "WORK",
     "Stage",
-    "atomic_write",
     "digest",
     "hold",
     "kind_of",
-    "read_json",
     "read_manifest",
     "refuse_own_input",
     "relative_to_artifact",
-    "remove_folder",
     "state_of",
-    "write_json",
     "write_ledger",
 ]
 
@@ -52,51 +47,6 @@ def digest(value: Any) -> str:
     """A short hash of any JSON-able value, the same for equal values on every machine."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a file beside `path` and move it there when the block ends well; on any error nothing is left.
-
-    The data is flushed to the disk before the rename, so a power cut leaves the old file or the new one.
-    """
-    # Threads, and processes of several machines on one disk, may write the same file at once.
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # What is no Unicode, as in names of files that are not UTF-8, becomes an escape, which JSON reads back.
-        text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "", "errors": "backslashreplace"}
-        with scratch.open(mode, **text) as handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        scratch.replace(path)
-    except OSError as error:
-        raise ClipkitError(f"cannot write {path}: {error.strerror or error}; nothing of it was kept") from error
-    finally:
-        with contextlib.suppress(OSError):  # a read-only disk refuses to remove what is not there, too
-            scratch.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` atomically as indented JSON."""
-    with atomic_write(path, "w") as handle:
-        json.dump(value, handle, indent=2, ensure_ascii=False)
-        handle.write("\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        ClipkitError: where it is missing, unreadable or cut.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ClipkitError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ClipkitError(f"{path} is not valid JSON ({error}); it was cut or edited") from error
 
 
 def kind_of(folder: Path) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from clipkit.comparison import differences, lower_is_better, unpacked
 from clipkit.confidence import Interval
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.results import Result
 
 __all__ = ["Change", "beside", "changes", "changes_of_all", "matches", "matching"]

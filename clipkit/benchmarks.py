@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from clipkit.errors import BadSample, ClipkitError
+from clipkit.core import BadSample, ClipkitError
 from clipkit.sources import Sample, Source, Stamp
 from clipkit.sources.packed import ShardSource
 

@@ -6,7 +6,6 @@ one that cannot be written is left as it is.
 
 import hashlib
 import json
-import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -16,9 +15,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from clipkit.log import warn
+from clipkit.core import warn
 
-__all__ = ["Cache", "Entry", "cache_folder", "entry_key"]
+__all__ = ["Cache", "Entry", "entry_key"]
 
 Value = TypeVar("Value")
 AT_ONCE = 500  # keys in one query; SQLite takes 32,766 variables at the most, and older ones 999
@@ -36,12 +35,6 @@ class Entry(NamedTuple):
     vector: np.ndarray | None
     """float32 ``[dim]``."""
     reason: str | None = None
-
-
-def cache_folder() -> Path:
-    """Where things are kept that can be made again: ``$CLIPKIT_CACHE``, else ``clipkit`` in the user's cache folder."""
-    own = os.environ.get("CLIPKIT_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipkit"
 
 
 def entry_key(*facts: object) -> bytes:

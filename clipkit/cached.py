@@ -6,12 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-import clipkit
 from clipkit.cache import Cache, Entry, entry_key
+from clipkit.core import BadSample, ClipkitError, UnreadSample, __version__, progress
 from clipkit.embeddings import Embedded
-from clipkit.errors import BadSample, ClipkitError, UnreadSample
 from clipkit.lazy_model import LazyModel
-from clipkit.log import progress
 from clipkit.reuse import Kept
 from clipkit.sources import Sample, Source
 from clipkit.zeroshot import prompt_set
@@ -83,7 +81,7 @@ def cached_images(
 def cached_texts(texts: Sequence[str], model: LazyModel, cache: Cache, batch_size: int = 256) -> np.ndarray:
     """Embed texts, or take them from the cache; float32 ``[n, dim]``, unit norm. Each is encoded once."""
     facts = model.facts
-    of_model = ("text", clipkit.__version__, facts.fingerprint, facts.precision)
+    of_model = ("text", __version__, facts.fingerprint, facts.precision)
     keys = [entry_key(*of_model, text) for text in texts]
     vectors = {key: entry.vector for key, entry in cache.entries(list(dict.fromkeys(keys))).items()}
     missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in vectors}
@@ -114,7 +112,7 @@ def _keys(source: Source, rows: range, model: LazyModel, decoding: str) -> dict[
     # The stamps of a source are of names within it.
     where = source.spec if "://" in source.spec else str(Path(source.spec).resolve())
     # Another version may decode otherwise. Entries under "image" hold faults of words, too, and are of no use.
-    of_model = ("image alone", clipkit.__version__, facts.fingerprint, facts.precision, decoding, where)
+    of_model = ("image alone", __version__, facts.fingerprint, facts.precision, decoding, where)
     stamps = {row: source.stamp(row).image for row in rows}
     return {row: entry_key(*of_model, stamp) for row, stamp in stamps.items() if stamp is not None}
 

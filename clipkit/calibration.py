@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from clipkit.confidence import binomial_tail
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.ranking import refuse_bad_scores
 
 __all__ = [

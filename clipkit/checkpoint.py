@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from clipkit.artifact import MODEL_FOLDER, read_json
+from clipkit.artifact import MODEL_FOLDER
 from clipkit.checkpoint_files import (
     STATE,
     checkpoints,
@@ -41,8 +41,7 @@ from clipkit.checkpoint_files import (
     scratch_folder,
     seal,
 )
-from clipkit.errors import ClipkitError
-from clipkit.log import warn
+from clipkit.core import ClipkitError, read_json, warn
 from clipkit.towers import DualEncoder
 from clipkit.towers.dual_encoder import BACKBONE
 

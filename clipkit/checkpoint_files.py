@@ -13,10 +13,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from clipkit.artifact import digest, read_json, remove_folder, write_json
-from clipkit.errors import ClipkitError
-from clipkit.log import warn
-from clipkit.renewal import sync_folder
+from clipkit.artifact import digest, remove_folder
+from clipkit.core import ClipkitError, read_json, sync_folder, warn, write_json
 
 __all__ = [
     "STATE",

@@ -7,7 +7,7 @@ exactly chance. The papers count it as wrong, CLIP_benchmark as a win of the fir
 import numpy as np
 from jaxtyping import Float, Int
 
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.products import paired_products
 from clipkit.ranking import TIE, refuse_bad_scores
 

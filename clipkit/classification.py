@@ -10,6 +10,7 @@ import numpy as np
 
 from clipkit.cache import Cache
 from clipkit.cached import cached_images, cached_texts
+from clipkit.core import ClipkitError
 from clipkit.decisions import (
     CHUNK,
     OK,
@@ -23,7 +24,6 @@ from clipkit.decisions import (
     probabilities,
 )
 from clipkit.embeddings import Embeddings, stored_kind
-from clipkit.errors import ClipkitError
 from clipkit.labels import LabelSet, as_label_set
 from clipkit.lazy_model import LazyModel
 from clipkit.model_specs import refuse_another

@@ -11,8 +11,8 @@ from clipkit import few_shot
 from clipkit.cache import Cache, entry_key
 from clipkit.calibration import COLDEST, HOTTEST, auroc, calibration_error, fit_temperature, precision_threshold
 from clipkit.classification import Classifier, zero_shot
+from clipkit.core import ClipkitError
 from clipkit.decisions import fused, probabilities
-from clipkit.errors import ClipkitError
 from clipkit.examples import Examples
 from clipkit.few_shot import FewShot
 from clipkit.labels import LabelSet

@@ -11,13 +11,11 @@ from clipkit.calibration import reliability
 from clipkit.classification import Images
 from clipkit.classifiers import Fit, Threshold, ranked
 from clipkit.confidence import Interval, wilson_interval
+from clipkit.core import BadSample, Report, confusion_figure, reliability_figure
 from clipkit.decisions import OK, Decisions
 from clipkit.decode import decode
-from clipkit.errors import BadSample
-from clipkit.figures import confusion_figure, reliability_figure
 from clipkit.labels import LabelSet
 from clipkit.metrics import confusion_matrix
-from clipkit.report import Report
 
 __all__ = ["accuracy", "pictures", "write_report"]
 

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipkit.classification import Images
+from clipkit.core import ClipkitError, meter, note, warn
 from clipkit.decisions import STATUSES, Decisions
-from clipkit.errors import ClipkitError
 from clipkit.labels import LabelSet
-from clipkit.log import meter, note, warn
 from clipkit.placing import Refused, carry_out, settle, undo
 from clipkit.sort_journal import Journal, is_begun
 from clipkit.sorting import BACKGROUND, UNSURE, How, Item, Step, folders_of, plan

@@ -20,9 +20,7 @@ from typing import Any
 
 import click
 
-import clipkit
-from clipkit.errors import ClipkitError, did_you_mean
-from clipkit.log import FORMATS
+from clipkit.core import FORMATS, ClipkitError, __version__, did_you_mean
 
 __all__ = [
     "Job",
@@ -282,7 +280,7 @@ def run_job(verb: str, args: list[str]) -> int:
 
 def _overview() -> str:
     verbs = jobs()
-    lines = [f"clipkit {clipkit.__version__}: {(clipkit.__doc__ or '').partition(chr(10))[0]}", ""]
+    lines = [f"clipkit {__version__}: {first_line(Path(__file__).with_name('__init__.py'))}.", ""]
     lines += ["usage: clipkit VERB [OPTIONS] ...      clipkit VERB --help tells more", ""]
     for name in FOLDERS:
         lines.append(f"{name}/")
@@ -333,7 +331,7 @@ def main(args: list[str] | None = None) -> None:
         click.echo(_overview())
         sys.exit(0)
     if args[0] in ("-V", "--version"):
-        click.echo(f"clipkit {clipkit.__version__}")
+        click.echo(f"clipkit {__version__}")
         sys.exit(0)
     verb, rest = args[0], args[1:]
     if verb == "recipes":

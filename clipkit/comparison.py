@@ -24,7 +24,7 @@ from clipkit.confidence import (
     unit_share_of,
     wilson_interval,
 )
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.metrics import RetrievalRanks, retrieval_per_sample
 from clipkit.ranking import Ranks, median_rank_of, recall_at_k
 

@@ -4,48 +4,17 @@ Precedence: defaults < recipe YAML < ``--set a.b=c``, each later one over the ea
 name the nearest key. What a run resolved to stands in its folder as ``config.yaml`` and can be trained from again.
 """
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from clipkit.errors import ClipkitError, did_you_mean
+from clipkit.core import ClipkitError, explain_validation, load_yaml
 from clipkit.settings import CHANGEABLE, LENGTHS, TrainConfig
 
-__all__ = [
-    "changed_keys",
-    "dump_yaml",
-    "explain_validation",
-    "flat",
-    "load_config",
-    "load_yaml",
-]
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads ``1e-3`` as a string; here it is a number, as everybody means it."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)([eE][-+]?\d+)$"),
-    list("-+.0123456789"),
-)
-
-
-def load_yaml(text: str, where: str) -> Any:
-    """Parse YAML.
-
-    Raises:
-        ClipkitError: naming `where` and the line.
-    """
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ClipkitError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+__all__ = ["changed_keys", "dump_yaml", "flat", "load_config"]
 
 
 def dump_yaml(config: BaseModel) -> str:
@@ -99,34 +68,6 @@ def _apply(values: dict[str, Any], override: str) -> None:
         node[part] = child
         node = child
     node[path[-1]] = load_yaml(text, f"--set {override}")
-
-
-def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted key that a settings model has."""
-    keys = []
-    for name, field in model.model_fields.items():
-        keys.append(prefix + name)
-        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                keys += known_keys(kind, f"{prefix}{name}.")
-    return keys
-
-
-def explain_validation(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """One line for the first thing that is wrong, in the user's keys."""
-    # Of a union's complaints the deepest one is about the branch that the user meant.
-    problem = max(error.errors(), key=lambda e: (e["type"] == "extra_forbidden", len(e["loc"])))
-    # pydantic puts the union's branch into the location; the user never wrote that.
-    parts = [str(p) for p in problem["loc"] if p not in ("str", "ModelConfig", "list[PartConfig]")]
-    key = prefix + ".".join(parts)
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {key}{did_you_mean(key, known_keys(model, prefix))}"
-    if problem["type"] == "missing":
-        return f"{key} is not set"
-    message = problem["msg"].removeprefix("Value error, ")
-    given = problem.get("input")
-    shown = "" if isinstance(given, Mapping) else f", got {given!r}"
-    return f"{key}: {message}{shown}" if key else message
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

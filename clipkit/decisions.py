@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from jaxtyping import Float
 
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 
 __all__ = [
     "BACKGROUND",

@@ -17,7 +17,7 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from clipkit.errors import BadSample, UnreadSample
+from clipkit.core import BadSample, UnreadSample
 
 __all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "Encoded", "decode", "identify", "to_rgb"]
 

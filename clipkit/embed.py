@@ -12,11 +12,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from clipkit.artifact import Stage, read_manifest, state_of, write_ledger
-from clipkit.embeddings import Embedded, Embeddings, Side, table_path, write_part
+from clipkit.core import BadSample, ClipkitError, Side, UnreadSample, keep_freed_memory, settled_precision
+from clipkit.embeddings import Embedded, Embeddings, table_path, write_part
 from clipkit.encoding import embed_source
-from clipkit.errors import BadSample, ClipkitError, UnreadSample
-from clipkit.heap import keep_freed_memory
-from clipkit.inference import cast_for_inference, compiled, compiling_pays, find_batch_size, settled_precision
+from clipkit.inference import cast_for_inference, compiled, compiling_pays, find_batch_size
 from clipkit.pixels import Decoding, shown
 from clipkit.reuse import Known, part_files, refuse_unlike, write_stamps
 from clipkit.sources import Source, Stamp, check_ids

@@ -16,17 +16,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipkit.artifact import atomic_write, kind_of, read_manifest
+from clipkit.artifact import kind_of, read_manifest
 from clipkit.checksums import Checksum, Hashed, flaw, size_flaw
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError, Side, atomic_write
 from clipkit.shards import well_formed
 from clipkit.sources import Sample
 
 __all__ = [
-    "SIDES",
     "Embedded",
     "Embeddings",
-    "Side",
     "image_id_column",
     "in_schema",
     "joined_schema",
@@ -37,9 +35,6 @@ __all__ = [
     "write_part",
     "write_table",
 ]
-
-Side = Literal["image", "text"]
-SIDES: tuple[Side, ...] = ("image", "text")
 FOLDERS: dict[Side, str] = {"image": "img_emb", "text": "text_emb"}
 TABLES: dict[Side, str] = {"image": "metadata", "text": "captions"}
 

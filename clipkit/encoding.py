@@ -10,14 +10,21 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from clipkit.embeddings import Embedded, Side
-from clipkit.errors import BadSample, ClipkitError, UnreadSample
+from clipkit.core import (
+    FEW_CORES,
+    BadSample,
+    ClipkitError,
+    Side,
+    UnreadSample,
+    cores,
+    in_loader_processes,
+    in_threads,
+    processes_here,
+    progress,
+)
+from clipkit.embeddings import Embedded
 from clipkit.inference import evaluating
-from clipkit.launch import processes_here
-from clipkit.log import progress
-from clipkit.parallel import FEW_CORES, cores, in_threads
 from clipkit.pixels import Decoding, Shown, decoded, shown
-from clipkit.processes import in_loader_processes
 from clipkit.reuse import Kept
 from clipkit.sources import Sample, Source
 from clipkit.towers import DualEncoder

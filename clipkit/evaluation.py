@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 
 from clipkit.artifact import digest
-from clipkit.errors import ClipkitError, did_you_mean
+from clipkit.core import ClipkitError, did_you_mean, meter, note
 from clipkit.instances import Instances
 from clipkit.labels import plain_name
-from clipkit.log import meter, note
 from clipkit.measuring import (
     Evaluation,
     Further,

@@ -4,13 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clipkit.artifact import atomic_write, write_json
 from clipkit.baselines import Change
 from clipkit.comparison import lower_is_better
-from clipkit.errors import ClipkitError
-from clipkit.figures import whisker_figure
+from clipkit.core import ClipkitError, Report, atomic_write, whisker_figure, write_json
 from clipkit.measuring import COMPAT
-from clipkit.report import Report
 from clipkit.results import Differences, Result, as_clip_benchmark, markdown, readable
 
 __all__ = ["SUFFIXES", "check_name", "write_page", "write_results"]

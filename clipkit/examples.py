@@ -10,12 +10,11 @@ import numpy as np
 
 from clipkit.cache import Cache
 from clipkit.classification import Images, open_images
+from clipkit.core import BadSample, ClipkitError, did_you_mean, note
 from clipkit.decisions import CHUNK
 from clipkit.embeddings import stored_kind
-from clipkit.errors import BadSample, ClipkitError, did_you_mean
 from clipkit.labels import LabelSet, plain_name, truth_of
 from clipkit.lazy_model import LazyModel
-from clipkit.log import note
 from clipkit.products import inner_products
 from clipkit.sources import open_source
 from clipkit.sources.base import content_hash

@@ -11,14 +11,11 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from clipkit.core import BadSample, ClipkitError, Report, heat_figure, progress
 from clipkit.decisions import probabilities
 from clipkit.decode import decode, to_rgb
-from clipkit.errors import BadSample, ClipkitError
-from clipkit.figures import heat_figure
 from clipkit.inference import evaluating
-from clipkit.log import progress
 from clipkit.relevance import cell_means, spread, windows
-from clipkit.report import Report
 from clipkit.towers import DualEncoder
 from clipkit.towers.attention import NoAttention, attention_relevance, patch_tokens
 

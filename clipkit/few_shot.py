@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from clipkit.calibration import fit_temperature, log_loss
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.linear_probe import CLOSE, Linear, choose_strength, fit_linear
 from clipkit.products import inner_products, on_grid
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from clipkit.calibration import fit_temperature, log_loss
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.linear_probe import STRENGTHS, Linear, choose_strength, fit_linear
 
 __all__ = [

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.settings import GuardConfig
 
 __all__ = ["Guard"]

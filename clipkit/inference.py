@@ -6,20 +6,11 @@ from contextlib import contextmanager
 
 import torch
 
-from clipkit.embeddings import Side
-from clipkit.hardware import fast_bf16
-from clipkit.log import warn
+from clipkit.core import Side, settled_precision, warn
 from clipkit.towers import DualEncoder
 from clipkit.towers.dual_encoder import GRAIN
 
-__all__ = [
-    "cast_for_inference",
-    "compiled",
-    "compiling_pays",
-    "evaluating",
-    "find_batch_size",
-    "settled_precision",
-]
+__all__ = ["cast_for_inference", "compiled", "compiling_pays", "evaluating", "find_batch_size"]
 
 # Compiling a ViT-B/32 takes 10 s on two cores and saves a seventh of 16 ms per image, so it pays from 5,000 on.
 WORTH_COMPILING = 10_000
@@ -35,11 +26,6 @@ def cast_for_inference(model: DualEncoder, precision: str) -> DualEncoder:
     """
     model.backbone.to(torch.bfloat16 if settled_precision(precision, model.device) == "bf16" else torch.float32)
     return model.eval()
-
-
-def settled_precision(precision: str, device: torch.device) -> str:
-    """``bf16`` or ``fp32``: what a precision (see `cast_for_inference`) means on a device."""
-    return precision if precision != "auto" else "bf16" if fast_bf16(device) else "fp32"
 
 
 def find_batch_size(model: DualEncoder, sides: Sequence[Side], samples: int) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 
 from clipkit.artifact import digest
 from clipkit.benchmarks import is_benchmark, open_benchmark
-from clipkit.errors import BadSample, ClipkitError
+from clipkit.core import BadSample, ClipkitError
 from clipkit.lists import LIST_SUFFIXES, read_rows
 from clipkit.sources import Source
 from clipkit.sources.named import NamedImages

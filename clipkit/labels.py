@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.errors import ClipkitError, did_you_mean
+from clipkit.core import ClipkitError, did_you_mean
 
 __all__ = ["Label", "LabelSet", "as_label_set", "parse_labels", "plain_name", "truth_of"]
 
@@ -151,7 +151,7 @@ def parse_labels(given: str) -> LabelSet:
         raise ClipkitError(f"{given} is not UTF-8 text: {error}") from error
     if path.suffix not in (".yaml", ".yml"):
         return LabelSet(tuple(Label(line.strip()) for line in text.splitlines() if line.strip()))
-    from clipkit.config import load_yaml
+    from clipkit.core import load_yaml
 
     return _Reader(given).label_set(load_yaml(text, given))
 

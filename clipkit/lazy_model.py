@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import clipkit
 from clipkit.cache import Cache, entry_key
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError, __version__
 from clipkit.model_specs import model_folder
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ class LazyModel:
         self._cache = cache
         folder = model_folder(spec)
         # What `auto` means is a matter of the machine, and home folders are shared between machines.
-        where = (platform.node(), clipkit.__version__, device, precision)
+        where = (platform.node(), __version__, device, precision)
         self._key = None if folder is None else entry_key("model", *where, str(folder.resolve()), _stamps(folder))
 
     @classmethod
@@ -92,9 +91,9 @@ class LazyModel:
 
     @functools.cached_property
     def _loaded(self) -> "tuple[DualEncoder, ModelFacts]":
-        from clipkit.heap import keep_freed_memory
-        from clipkit.inference import cast_for_inference, settled_precision
-        from clipkit.towers import load_model, pick_device
+        from clipkit.core import keep_freed_memory, pick_device, settled_precision
+        from clipkit.inference import cast_for_inference
+        from clipkit.towers import load_model
 
         towers = load_model(self.spec, pick_device(self.device))
         # Before the cast, which changes the values that the fingerprint is made of.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clipkit.checkpoint import Snapshot, load_checkpoint, take_snapshot
-from clipkit.heap import keep_freed_memory
+from clipkit.core import keep_freed_memory
 from clipkit.optim import make_optimizers, set_rate
 from clipkit.ranks import Ranks, whole
 from clipkit.settings import TowersConfig, TrainConfig

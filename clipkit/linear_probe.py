@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 
 __all__ = ["CLOSE", "STRENGTHS", "Linear", "Sweep", "choose_strength", "fit_linear", "folds_of"]
 

@@ -10,8 +10,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipkit.errors import ClipkitError
-from clipkit.log import warn
+from clipkit.core import ClipkitError, warn
 from clipkit.storage import is_remote, read_bytes
 
 __all__ = ["LIST_SUFFIXES", "read_rows"]

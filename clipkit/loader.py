@@ -20,13 +20,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from clipkit.augment import Augmentation, Waiting, augmented_pixels
+from clipkit.core import FEW_CORES, BadSample, ClipkitError, Threads, cores, in_loader_processes, processes_here
 from clipkit.decode import Encoded
-from clipkit.errors import BadSample, ClipkitError
 from clipkit.gpu_decode import can_wait, decode_waiting
-from clipkit.launch import processes_here
-from clipkit.parallel import FEW_CORES, Threads, cores
 from clipkit.preprocess import Preprocess
-from clipkit.processes import in_loader_processes
 from clipkit.settings import DataConfig
 from clipkit.shards import Shards
 from clipkit.sources import text_id

@@ -12,7 +12,7 @@ import numpy as np
 from clipkit.average_precision import chance_of, mean_average_precision
 from clipkit.choice import WINOGROUND_CHANCE, choice_per_sample, choice_scores, winoground_per_sample
 from clipkit.comparison import MEAN_AVERAGE_PRECISION, Samples, intervals_of, packed, served_share
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.metrics import (
     clamped,
     confusion_matrix,

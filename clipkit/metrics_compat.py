@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from clipkit.choice import choice_scores
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 
 __all__ = [
     "clip_benchmark_choice",

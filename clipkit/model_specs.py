@@ -6,7 +6,7 @@ from typing import Any
 
 from clipkit.artifact import MODEL_FOLDER
 from clipkit.checkpoint_files import best_checkpoint, checkpoint_name, checkpoints
-from clipkit.errors import ClipkitError, did_you_mean
+from clipkit.core import ClipkitError, did_you_mean
 
 __all__ = ["model_folder", "refuse_another", "spec_of"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clipkit import loss
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.loader import Batch
 from clipkit.settings import TrainConfig
 from clipkit.step import Objective

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from clipkit.hardware import fast_bf16
+from clipkit.core import fast_bf16
 from clipkit.settings import OptimConfig
 
 __all__ = ["Muon", "learning_rate", "make_optimizers", "parameter_groups", "set_rate"]

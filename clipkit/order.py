@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 
 __all__ = ["Mixture", "Order", "permuted"]
 

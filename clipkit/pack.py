@@ -12,10 +12,8 @@ from typing import Any
 import numpy as np
 
 from clipkit.artifact import Stage, read_manifest, write_ledger
+from clipkit.core import BadSample, ClipkitError, in_processes, in_threads, meter
 from clipkit.decode import IMAGE_SUFFIXES, identify
-from clipkit.errors import BadSample, ClipkitError
-from clipkit.log import meter
-from clipkit.parallel import in_processes, in_threads
 from clipkit.shards import load_writer, write_shard
 from clipkit.shrink import shrink
 from clipkit.sources import Sample, Source, check_ids, sample_id

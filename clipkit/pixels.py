@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from clipkit.augment import Augmentation, Waiting, crop_pixels
+from clipkit.core import BadSample
 from clipkit.decode import Encoded
-from clipkit.errors import BadSample
 from clipkit.preprocess import Preprocess
 from clipkit.sources import Sample
 

@@ -17,8 +17,7 @@ from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 
-from clipkit.errors import ClipkitError
-from clipkit.renewal import sync_folder
+from clipkit.core import ClipkitError, sync_folder
 from clipkit.sort_journal import JOURNAL, Journal, Record
 from clipkit.sorting import How, Step, plain_form
 

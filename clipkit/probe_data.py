@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipkit.benchmarks import is_benchmark, open_benchmark
-from clipkit.errors import BadSample, ClipkitError, UnreadSample, did_you_mean
+from clipkit.core import BadSample, ClipkitError, UnreadSample, did_you_mean, note
 from clipkit.evaluation import class_folders
-from clipkit.log import note
 from clipkit.sources import Sample, Selected, Source, open_source, sample_id
 from clipkit.sources.base import RESERVED, content_hash, hash_of
 from clipkit.sources.folder import FolderSource

@@ -10,7 +10,7 @@ import numpy as np
 from clipkit.comparison import Samples as Kept
 from clipkit.comparison import packed
 from clipkit.confidence import Interval, bootstrap, class_mean_of, mean_of, paired_bootstrap, wilson_interval
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.fusion_probe import (
     IMAGE,
     TEXT,

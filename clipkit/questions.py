@@ -9,7 +9,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from clipkit.errors import ClipkitError, did_you_mean
+from clipkit.core import ClipkitError, did_you_mean
 from clipkit.search import Part
 from clipkit.towers import DualEncoder
 

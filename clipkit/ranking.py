@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.products import on_grid, paired_products
 
 __all__ = [

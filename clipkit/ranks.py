@@ -23,11 +23,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from clipkit.config import flat
-from clipkit.errors import ClipkitError
-from clipkit.hardware import fast_bf16
-from clipkit.launch import launched
+from clipkit.core import ClipkitError, fast_bf16, launched, pick_device
 from clipkit.settings import TrainConfig
-from clipkit.towers import DualEncoder, pick_device
+from clipkit.towers import DualEncoder
 
 __all__ = ["Ranks", "set_seed", "whole"]
 

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError, sync_folder
 
 __all__ = [
     "PLAN",
@@ -28,7 +28,6 @@ __all__ = [
     "put_in_place",
     "remove_folder",
     "share",
-    "sync_folder",
     "tidy",
 ]
 
@@ -190,12 +189,3 @@ def _sync(folder: Path) -> None:
         if path.is_dir():
             sync_folder(path)
     sync_folder(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """See to it that the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import clipkit
-from clipkit.artifact import read_json
 from clipkit.cache import entry_key
 from clipkit.comparison import differences, unpacked
 from clipkit.confidence import Interval
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError, read_json
 from clipkit.measuring import COMPAT, Evaluation
 from clipkit.shared_work import SharedWork
 

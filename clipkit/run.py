@@ -10,18 +10,15 @@ from clipkit.artifact import (
     MODEL_FOLDER,
     VERSION,
     WORK,
-    atomic_write,
     digest,
     hold,
     kind_of,
-    read_json,
     refuse_own_input,
     remove_folder,
-    write_json,
     write_ledger,
 )
 from clipkit.config import changed_keys, dump_yaml, load_config
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError, atomic_write, read_json, write_json
 from clipkit.settings import TrainConfig
 from clipkit.towers import DualEncoder
 

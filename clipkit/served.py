@@ -4,8 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from clipkit.embeddings import Side
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError, Side
 from clipkit.stored import Stored
 
 __all__ = ["served_hits"]

@@ -6,9 +6,9 @@ Reading recipes, overrides and their errors are `clipkit.config`. Unknown keys a
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError, Positive, Settings, Share
 
 __all__ = [
     "CHANGEABLE",
@@ -29,15 +29,6 @@ __all__ = [
     "TrainConfig",
     "ValidationConfig",
 ]
-
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Settings(BaseModel):
-    """Base of every group of settings: unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class ModelConfig(Settings):

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.artifact import WORK, kind_of, read_manifest
+from clipkit.core import ClipkitError
 from clipkit.decode import IMAGE_SUFFIXES
-from clipkit.errors import ClipkitError
 from clipkit.storage import list_files
 
 __all__ = ["brace_expand", "expand", "is_shard_spec", "manifest_records", "named_tars", "remote_tars", "shard_names"]

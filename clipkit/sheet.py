@@ -6,9 +6,8 @@ from typing import Any
 
 from PIL import Image
 
+from clipkit.core import BadSample, Report
 from clipkit.decode import decode
-from clipkit.errors import BadSample
-from clipkit.report import Report
 
 __all__ = ["write_sheet"]
 

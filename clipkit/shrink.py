@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from PIL import ExifTags, Image, ImageOps
 
+from clipkit.core import BadSample
 from clipkit.decode import to_rgb
-from clipkit.errors import BadSample
 
 __all__ = ["Shrunk", "shrink"]
 

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from clipkit.errors import ClipkitError
-from clipkit.renewal import one_at_a_time, sync_folder
+from clipkit.core import ClipkitError, sync_folder
+from clipkit.renewal import one_at_a_time
 from clipkit.sorting import How
 
 __all__ = ["JOURNAL", "Journal", "Record", "is_begun"]

@@ -20,21 +20,9 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, BinaryIO, TypeVar
 
-from clipkit.artifact import atomic_write
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError, atomic_write
 
-__all__ = [
-    "describe",
-    "fetch",
-    "is_pipe",
-    "is_remote",
-    "list_files",
-    "open_stream",
-    "read_bytes",
-    "size_of",
-    "stamp",
-    "user_cache",
-]
+__all__ = ["describe", "fetch", "is_pipe", "is_remote", "list_files", "open_stream", "read_bytes", "size_of", "stamp"]
 
 TIMEOUT = 60.0  # seconds without a byte
 RETRIES = 3  # after the first attempt
@@ -61,13 +49,6 @@ def is_remote(spec: str) -> bool:
 def is_pipe(spec: str) -> bool:
     """Whether `spec` is ``pipe:COMMAND``, a shell command whose output is meant, as webdataset writes it."""
     return spec.startswith("pipe:")
-
-
-def user_cache() -> Path:
-    """Where clipkit keeps what it fetched: $CLIPKIT_CACHE, else $XDG_CACHE_HOME/clipkit, else ~/.cache/clipkit."""
-    if own := os.environ.get("CLIPKIT_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipkit"
 
 
 def read_bytes(

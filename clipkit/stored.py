@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clipkit.artifact import digest, kind_of
-from clipkit.embeddings import Embeddings, Side
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError, Side
+from clipkit.embeddings import Embeddings
 
 if TYPE_CHECKING:
     from clipkit.search import Index

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipkit.artifact import digest
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.order import permuted
 from clipkit.shard_specs import brace_expand
 from clipkit.shards import image_extension

@@ -17,13 +17,19 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from clipkit.config import explain_validation, load_yaml
+from clipkit.core import (
+    ClipkitError,
+    Gather,
+    did_you_mean,
+    explain_validation,
+    gather_objects,
+    load_yaml,
+    note,
+    on_each,
+)
 from clipkit.embeddings import stored_kind
-from clipkit.errors import ClipkitError, did_you_mean
-from clipkit.log import note
 from clipkit.measuring import Evaluation
 from clipkit.results import Result
-from clipkit.shared_work import Gather, gather_objects, on_each
 from clipkit.tasks import OPENERS, Task, open_task
 
 __all__ = ["DatasetConfig", "SuiteConfig", "load_suite", "run_suite"]

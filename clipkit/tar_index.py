@@ -22,11 +22,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipkit.artifact import atomic_write, write_json
+from clipkit.core import ClipkitError, atomic_write, note, user_cache, write_json
 from clipkit.decode import IMAGE_SUFFIXES
-from clipkit.errors import ClipkitError
-from clipkit.log import note
-from clipkit.storage import user_cache
 
 __all__ = [
     "DEFECTS_SUFFIX",

@@ -11,8 +11,8 @@ from typing import Any
 
 from clipkit.benchmarks import Benchmark, is_benchmark, open_benchmark
 from clipkit.cache import Cache
+from clipkit.core import ClipkitError, gathering, note, on_each
 from clipkit.embeddings import stored_kind
-from clipkit.errors import ClipkitError
 from clipkit.evaluation import (
     RETRIEVAL_KS,
     ZEROSHOT_KS,
@@ -29,13 +29,12 @@ from clipkit.evaluation import (
 )
 from clipkit.instances import open_instances
 from clipkit.lazy_model import LazyModel
-from clipkit.log import note
 from clipkit.metrics import clamped
 from clipkit.model_specs import refuse_another, spec_of
 from clipkit.probe_data import open_probe
 from clipkit.probes import PROBE_KS, evaluate_probe
 from clipkit.results import known_or_new
-from clipkit.shared_work import SharedWork, gathering, on_each
+from clipkit.shared_work import SharedWork
 from clipkit.sources import Source, open_source
 from clipkit.stored import Stored, open_stored
 from clipkit.zeroshot import prompt_set

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
-from clipkit.embeddings import SIDES, Embeddings, Side, table_path
-from clipkit.errors import ClipkitError
+from clipkit.core import SIDES, ClipkitError, Side
+from clipkit.embeddings import Embeddings, table_path
 from clipkit.settings import DataConfig
 from clipkit.sources import text_id
 from clipkit.trainset import TrainData

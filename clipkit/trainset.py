@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from clipkit.artifact import digest
-from clipkit.errors import BadSample, ClipkitError
+from clipkit.core import BadSample, ClipkitError
 from clipkit.order import Mixture, Order
 from clipkit.settings import DataConfig
 from clipkit.shard_specs import shard_names

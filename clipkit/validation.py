@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from clipkit.comparison import lower_is_better
-from clipkit.errors import ClipkitError, did_you_mean
+from clipkit.core import ClipkitError, Gather, did_you_mean, warn
 from clipkit.evaluation import (
     RETRIEVAL_KS,
     ZEROSHOT_KS,
@@ -20,10 +20,9 @@ from clipkit.evaluation import (
     open_classes,
 )
 from clipkit.inference import cast_for_inference, evaluating
-from clipkit.log import warn
 from clipkit.metrics import guessed_retrieval, retrieval_figures, zeroshot_chance
 from clipkit.settings import ValidationConfig
-from clipkit.shared_work import Gather, SharedWork
+from clipkit.shared_work import SharedWork
 from clipkit.sources import Source, open_source
 from clipkit.towers import DualEncoder
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from clipkit.errors import ClipkitError, did_you_mean
+from clipkit.core import ClipkitError, did_you_mean
 from clipkit.labels import LabelSet, as_label_set
 from clipkit.products import inner_products
 

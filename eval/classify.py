@@ -105,19 +105,18 @@ def main(source: str | None, labels: str | None, models: tuple[str, ...], fmt: s
     """
     from clipkit.ablation import ablate_prompts
     from clipkit.artifact import read_manifest
-    from clipkit.cache import Cache, cache_folder
+    from clipkit.cache import Cache
     from clipkit.cached import cached_prompts
     from clipkit.classification import classify_images, open_images, rows_of, summary
     from clipkit.classifiers import fit_classifiers, wanted_threshold
     from clipkit.classify_report import accuracy, pictures, write_report
     from clipkit.classify_sort import Sorter, undo_sort
+    from clipkit.core import ClipkitError, cache_folder, emit, note, warn
     from clipkit.decisions import Rule
     from clipkit.embeddings import stored_kind
-    from clipkit.errors import ClipkitError
     from clipkit.examples import open_examples
     from clipkit.labels import parse_labels, truth_of
     from clipkit.lazy_model import LazyModel
-    from clipkit.log import emit, note, warn
     from clipkit.model_specs import spec_of
     from clipkit.sources import Globs, open_source
 
@@ -221,7 +220,7 @@ def main(source: str | None, labels: str | None, models: tuple[str, ...], fmt: s
 
 def tell_unreadable(read: int, unreadable: Sequence[dict[str, Any]]) -> None:
     """Name what cannot be read, the first of many."""
-    from clipkit.log import note, warn
+    from clipkit.core import note, warn
 
     if not unreadable:
         return

@@ -32,7 +32,7 @@ def main(pictures: int, seed: int, overrides: tuple[str, ...], out: Path, overwr
     import numpy as np
 
     from clipkit.artifact import Stage
-    from clipkit.log import note
+    from clipkit.core import note
     from clipkit.scenes import COLOURS, SHAPES, held_out_pairs
 
     stage = Stage(out, "demo", {"pictures": pictures, "seed": seed, "overrides": list(overrides)}, overwrite=overwrite)
@@ -89,7 +89,7 @@ def draw_pictures(folder: Path, pairs: list[tuple[str, str]], count: int, seed: 
 
     import numpy as np
 
-    from clipkit.artifact import atomic_write
+    from clipkit.core import atomic_write
     from clipkit.scenes import caption, draw, random_scene
 
     if folder.with_suffix(".tsv").is_file():
@@ -116,7 +116,7 @@ def join_lists(folder: Path, parts: list[str], out: Path) -> Path:
 
 def step(title: str, verb: str, *args: object) -> None:
     """Say what comes and run a verb."""
-    from clipkit.log import note
+    from clipkit.core import note
 
     note(title)
     run_or_stop(verb, args)
@@ -136,7 +136,7 @@ def run_or_stop(verb: str, args: Sequence[object]) -> None:
     Raises:
         ClipkitError: where it does not end with status 0.
     """
-    from clipkit.errors import ClipkitError
+    from clipkit.core import ClipkitError
 
     if run_job(verb, [str(arg) for arg in args]):
         raise ClipkitError(f"the demo stopped at `clipkit {verb}`; what it said stands above")
@@ -155,10 +155,8 @@ def write_report(
     """The page and report.json beside it; returns the figures."""
     import numpy as np
 
-    from clipkit.artifact import write_json
-    from clipkit.figures import confusion_figure, curve_figure
+    from clipkit.core import Report, confusion_figure, curve_figure, write_json
     from clipkit.metrics import confusion_matrix
-    from clipkit.report import Report
     from clipkit.scenes import COLOURS, SHAPES
 
     def names_in(row: dict[str, Any]) -> list[str]:

@@ -49,8 +49,8 @@ def main(image: Path, texts: tuple[str, ...], model: str | None, out: Path | Non
     cells from the top, and each cell's box (left, top, right, bottom) in pixels of the image. One scale of colours
     holds for all texts.
     """
+    from clipkit.core import ClipkitError
     from clipkit.decode import IMAGE_SUFFIXES
-    from clipkit.errors import ClipkitError
 
     for text in texts:
         if Path(text).suffix.lower() in IMAGE_SUFFIXES and Path(text).is_file():
@@ -63,10 +63,9 @@ def main(image: Path, texts: tuple[str, ...], model: str | None, out: Path | Non
         raise ClipkitError(f"--out {out} is the image itself; name another file")
     if model is None:
         raise ClipkitError("name the model to explain with: --model RUN (or open_clip:NAME/TAG, or hf:ORG/NAME)")
+    from clipkit.core import emit, note, pick_device, save_figure
     from clipkit.explanation import check_texts, explain
-    from clipkit.figures import save_figure
-    from clipkit.log import emit, note
-    from clipkit.towers import load_model, pick_device
+    from clipkit.towers import load_model
 
     check_texts(texts, contrast=asked["contrast"])
     towers = load_model(model, pick_device(asked.pop("device")))

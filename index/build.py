@@ -40,9 +40,8 @@ def main(
     with --queries, or, where there are neither, with images. What was tried stands in OUT/manifest.json and as a plot.
     """
     from clipkit.artifact import digest, relative_to_artifact
+    from clipkit.core import ClipkitError, note
     from clipkit.embeddings import Embeddings
-    from clipkit.errors import ClipkitError
-    from clipkit.log import note
     from clipkit.search import Wanted, build_index
 
     sets = [Embeddings.open(folder) for folder in embeddings]

@@ -84,12 +84,10 @@ def main(
     changed since OUT was made (by name, size and time, or their shard's checksum) are not read again, and what could
     not be read is tried again; OUT stays as it is until the new one, which is made beside it, takes its place.
     """
+    from clipkit.core import SIDES, ClipkitError, Side, note, pick_device, warn
     from clipkit.embed import embed
-    from clipkit.embeddings import SIDES, Side
-    from clipkit.errors import ClipkitError
-    from clipkit.log import note, warn
     from clipkit.sources import Globs, open_source
-    from clipkit.towers import load_model, model_reference, pick_device
+    from clipkit.towers import load_model, model_reference
 
     if workers and (threads or decoding == "gpu"):
         raise ClipkitError("--workers are processes that decode on the CPU; leave out --threads and --decode gpu")

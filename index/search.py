@@ -50,12 +50,10 @@ def main(index: Path, device: str | None, model: str | None, fmt: str, html: Pat
     --file of questions, each row starts with the number and the text of its question; in JSONL a question is an
     object with any of text, image, vector, minus, minus_image (a value or a list) and weights.
     """
-    from clipkit.embeddings import Side
-    from clipkit.errors import ClipkitError
-    from clipkit.log import emit, note
+    from clipkit.core import ClipkitError, Side, emit, note, pick_device
     from clipkit.questions import Question, open_questions
     from clipkit.search import Index, ask
-    from clipkit.towers import load_model_of, pick_device
+    from clipkit.towers import load_model_of
 
     if asked["with_vectors"] and fmt not in ("json", "jsonl"):
         raise ClipkitError("--with-vectors goes with --format json or jsonl")
@@ -115,7 +113,7 @@ def _written(value: Any) -> Any:
 
 
 def _numbers(given: str | None) -> tuple[float, ...] | None:
-    from clipkit.errors import ClipkitError
+    from clipkit.core import ClipkitError
 
     if given is None:
         return None

@@ -30,9 +30,8 @@ def main(
     memory: int | None,
 ) -> None:
     """Change INDEX: bring it up to date with EMBEDDINGS (new images are added, changed ones replaced), or as told."""
+    from clipkit.core import ClipkitError, note
     from clipkit.embeddings import Embeddings
-    from clipkit.errors import ClipkitError
-    from clipkit.log import note
     from clipkit.search import Index
     from clipkit.search.update import compact_index, delete_rows, go_back, update_index
 

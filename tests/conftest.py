@@ -12,10 +12,24 @@ if BESIDE_OTHERS:
 from jaxtyping import install_import_hook
 
 # Shapes and dtypes in signatures are checked while testing and cost nothing otherwise.
-HOOKED = ["loss", "metrics", "metrics_compat", "ranking", "average_precision", "choice", "confidence", "calibration"]
-HOOKED += ["linear_probe", "few_shot", "fusion_probe", "attention_probe", "zeroshot", "decisions", "relevance"]
-HOOKED += ["towers.dual_encoder"]
-HOOKED = [f"clipkit.{name}" for name in HOOKED]
+HOOKED = [
+    "clipkit.loss",
+    "clipkit.metrics",
+    "clipkit.metrics_compat",
+    "clipkit.ranking",
+    "clipkit.average_precision",
+    "clipkit.choice",
+    "clipkit.confidence",
+    "clipkit.calibration",
+    "clipkit.linear_probe",
+    "clipkit.few_shot",
+    "clipkit.fusion_probe",
+    "clipkit.attention_probe",
+    "clipkit.zeroshot",
+    "clipkit.decisions",
+    "clipkit.relevance",
+    "clipkit.towers.dual_encoder",
+]
 hook = install_import_hook(HOOKED, "beartype.beartype")
 
 import csv

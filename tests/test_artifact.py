@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from clipkit import renewal
-from clipkit.artifact import Stage, atomic_write, read_json, read_manifest
-from clipkit.errors import ClipkitError
+from clipkit.artifact import Stage, read_manifest
+from clipkit.core import ClipkitError, atomic_write, read_json
 from tests.kills import contents, killed
 
 

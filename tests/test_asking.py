@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from clipkit.core import ClipkitError
 from clipkit.embeddings import Embeddings
-from clipkit.errors import ClipkitError
 from clipkit.questions import Question, open_questions
 from clipkit.search import Index, Part, ask
 from clipkit.search.asking import fused_vector

@@ -12,8 +12,8 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 from clipkit.augment import Augmentation, augmented_pixels
+from clipkit.core import BadSample
 from clipkit.decode import decode
-from clipkit.errors import BadSample
 from clipkit.preprocess import Preprocess
 from clipkit.settings import AugmentConfig
 

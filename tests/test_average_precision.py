@@ -16,7 +16,7 @@ from clipkit.average_precision import (
     mean_average_precision,
     mean_average_precision_of,
 )
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 
 
 def in_order(positive):

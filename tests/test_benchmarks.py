@@ -8,7 +8,7 @@ import pytest
 import webdataset
 
 from clipkit.benchmarks import is_benchmark, open_benchmark
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from tests.samples import encoded, photo
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from clipkit import cache as room
-from clipkit.cache import Cache, Entry, cache_folder, entry_key
+from clipkit.cache import Cache, Entry, entry_key
+from clipkit.core import cache_folder
 from tests.kills import FORK
 
 

@@ -22,8 +22,8 @@ from clipkit.calibration import (
     risk_coverage,
 )
 from clipkit.confidence import clopper_pearson_interval
+from clipkit.core import ClipkitError
 from clipkit.decisions import probabilities
-from clipkit.errors import ClipkitError
 
 
 @given(st.integers(1, 60), st.integers(0, 10**6), st.integers(1, 20), st.booleans())

@@ -10,15 +10,15 @@ import pytest
 from PIL import Image, ImageFilter
 
 from clipkit import decode
-from clipkit.artifact import read_json
 from clipkit.check.scan import KINDS, SAMPLE, scan
+from clipkit.core import read_json
 from clipkit.pack import pack
 from clipkit.shards import Shards
 from clipkit.sources import open_source
 from clipkit.towers.tokens import token_counter
 from tests.conftest import make_pictures
+from tests.core.test_html_report import assert_refers_to_nothing_outside
 from tests.samples import encoded, photo, tar_of
-from tests.test_report import assert_refers_to_nothing_outside
 
 
 def jpeg(seed: int) -> bytes:

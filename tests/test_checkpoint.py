@@ -22,7 +22,7 @@ from clipkit.checkpoint import (
     take_snapshot,
 )
 from clipkit.checkpoint_files import best_checkpoint
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.optim import parameter_groups
 from clipkit.run import Run
 from clipkit.settings import TrainConfig

@@ -17,7 +17,7 @@ import torch
 from clipkit import checkpoint
 from clipkit.checkpoint import Saver, checkpoints, newest_usable
 from clipkit.checkpoint_files import flaw
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from tests.kills import apart
 from tests.test_checkpoint import Training, names, save
 

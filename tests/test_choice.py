@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from clipkit import choice
 from clipkit.choice import WINOGROUND_CHANCE, choice_per_sample, choice_scores, winoground_per_sample
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 
 
 def over_all_orders(scores):

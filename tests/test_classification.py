@@ -15,8 +15,8 @@ from clipkit.cache import Cache
 from clipkit.cached import cached_images, cached_prompts, cached_texts
 from clipkit.classification import Images, classify_images, open_images, zero_shot
 from clipkit.classify_report import write_report
+from clipkit.core import ClipkitError
 from clipkit.decisions import Rule, decide
-from clipkit.errors import ClipkitError
 from clipkit.labels import as_label_set
 from clipkit.lazy_model import LazyModel
 from clipkit.sources import open_source
@@ -274,7 +274,9 @@ def test_the_page_holds_all_that_it_shows(run, model_dir, tmp_path):
 def test_pictures_of_a_page_are_small_as_soon_as_they_are_read(monkeypatch, tmp_path):
     """Hundreds of large photos on a page must not be held at once, nor two dozen of a class."""
     sizes = []
-    monkeypatch.setattr("clipkit.report.Report.sheet", lambda self, shown: sizes.extend(each[0].size for each in shown))
+    monkeypatch.setattr(
+        "clipkit.core.html_report.Report.sheet", lambda self, shown: sizes.extend(each[0].size for each in shown)
+    )
     images = Images([f"{n}.png" for n in range(5)], lambda *_: np.zeros((5, 2)))
     decisions = decide(np.full((5, 2), 0.5), None, Rule())
     picture = {0: Image.new("RGB", (3000, 600)), 1: Image.new("L", (20, 30)), 2: Image.new("RGB", (600, 3000))}.get
@@ -341,7 +343,8 @@ def test_a_fault_of_the_words_is_not_remembered_as_the_images(model_dir, tmp_pat
 def test_another_version_embeds_anew(model_dir, tmp_path, own_cache, calls, monkeypatch):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     for version in ("1", "1", "2"):
-        monkeypatch.setattr(clipkit, "__version__", version)
+        monkeypatch.setattr("clipkit.cached.__version__", version)
+        monkeypatch.setattr("clipkit.lazy_model.__version__", version)
         lazy = LazyModel(model_dir, Cache(own_cache))
         cached_images(open_source(tmp_path), lazy, Cache(own_cache))
         cached_texts(["a"], lazy, Cache(own_cache))

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from clipkit.core import ClipkitError
 from clipkit.embeddings import table_path, vectors_path
-from clipkit.errors import ClipkitError
 from clipkit.search import Wanted, build_index
 from clipkit.search.choose import choose
 from clipkit.search.coding import (
@@ -194,7 +194,7 @@ def test_a_build_of_a_million_stays_within_a_third_of_its_data(tmp_path, kind):
     make_embeddings(tmp_path / "emb", [0], dim=dim)
     grow(tmp_path / "emb", rows, dim)
     memory = rows * dim * 2 // 3
-    idle = peak([sys.executable, "-c", "import clipkit.search, clipkit.figures, faiss, matplotlib.pyplot"])
+    idle = peak([sys.executable, "-c", "import clipkit.search, clipkit.core.figures, faiss, matplotlib.pyplot"])
     flags = ["--memory", str(memory), "--kind", kind, "--out", str(tmp_path / "index")]
     used = peak([sys.executable, "-c", BUILD, str(tmp_path / "emb"), *flags])
     assert used - idle < memory, (used, idle, memory)

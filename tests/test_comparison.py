@@ -10,7 +10,7 @@ from clipkit.baselines import changes, changes_of_all, matches, matching
 from clipkit.choice import choice_per_sample
 from clipkit.comparison import Samples, differences, intervals_of, lower_is_better, packed, unpacked
 from clipkit.confidence import bootstrap, bootstrap_all, mean_of, paired_bootstrap, wilson_interval
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.measuring import Evaluation, Further, measure_classes, measure_labels, measure_retrieval
 from clipkit.metrics import retrieval_per_sample, retrieval_ranks
 from clipkit.ranking import median_rank_of, rank_pairs

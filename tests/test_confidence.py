@@ -21,7 +21,7 @@ from clipkit.confidence import (
     unit_share_of,
     wilson_interval,
 )
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.ranking import Ranks, median_rank, median_rank_of
 
 

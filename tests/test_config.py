@@ -4,7 +4,7 @@ import pytest
 
 from clipkit.cli import recipes
 from clipkit.config import changed_keys, dump_yaml, load_config
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 
 RECIPE = "model: 'open_clip:RN50'\nsamples: 1000\noptim: {lr: 1e-3}\n"
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clipkit.core import ClipkitError
 from clipkit.decisions import STATUSES, Rule, beside_background, decide, fused, joined, probabilities
-from clipkit.errors import ClipkitError
 
 
 def one_by_one(shares, rule, top):

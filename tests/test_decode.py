@@ -9,8 +9,8 @@ import pytest
 from PIL import Image, ImageCms
 
 import clipkit.decode as room
+from clipkit.core import BadSample
 from clipkit.decode import Encoded, decode, identify
-from clipkit.errors import BadSample
 
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:

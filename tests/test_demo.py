@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clipkit.scenes import COLOURS, SHAPES, caption, draw, held_out_pairs, random_scene
-from tests.test_report import assert_refers_to_nothing_outside
+from tests.core.test_html_report import assert_refers_to_nothing_outside
 
 
 def test_scenes_are_a_function_of_the_seed():

@@ -12,9 +12,9 @@ from PIL import Image
 
 from clipkit import encoding as room
 from clipkit.artifact import Stage
+from clipkit.core import ClipkitError
 from clipkit.embeddings import Embeddings
 from clipkit.encoding import embed_source
-from clipkit.errors import ClipkitError
 from clipkit.sources import open_source, sample_id
 from tests.conftest import tiny_model
 from tests.distributed import run_together

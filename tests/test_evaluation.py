@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from clipkit.core import ClipkitError, gather_objects, process_group
 from clipkit.encoding import embed_source
-from clipkit.errors import ClipkitError
 from clipkit.evaluation import (
     class_folders,
     evaluate_retrieval,
@@ -25,7 +25,7 @@ from clipkit.evaluation import (
 from clipkit.inference import cast_for_inference, evaluating
 from clipkit.metrics import retrieval_figures, retrieval_ranks
 from clipkit.settings import ValidationConfig
-from clipkit.shared_work import SharedWork, gather_objects, process_group
+from clipkit.shared_work import SharedWork
 from clipkit.sources import open_source
 from clipkit.towers import load_model
 from clipkit.validation import open_validation

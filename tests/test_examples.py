@@ -13,8 +13,8 @@ from clipkit.cache import Cache
 from clipkit.calibration import auroc, fpr_at_tpr
 from clipkit.classification import Images, classify_images
 from clipkit.classifiers import METHODS, fit_classifiers, wanted_threshold
+from clipkit.core import ClipkitError
 from clipkit.decisions import Rule
-from clipkit.errors import ClipkitError
 from clipkit.examples import Examples, open_examples
 from clipkit.labels import Label, LabelSet, as_label_set
 from clipkit.lazy_model import LazyModel, ModelFacts

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clipkit import explanation
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.explanation import explain
 from clipkit.preprocess import Preprocess
 from clipkit.relevance import cell_means, patch_readout, relevance, spread, weighted_attention, windows
@@ -20,7 +20,7 @@ from clipkit.scenes import COLOURS, draw, random_scene
 from clipkit.towers import load_model
 from clipkit.towers.attention import AttentionWatch, NoAttention, attention_relevance, patch_tokens
 from tests.conftest import TINY_VIT, tiny_model
-from tests.test_report import assert_refers_to_nothing_outside
+from tests.core.test_html_report import assert_refers_to_nothing_outside
 from tests.test_towers import hugging_face_folder, noise
 
 SIDE = 32

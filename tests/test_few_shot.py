@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from clipkit.calibration import fit_temperature, log_loss
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.few_shot import FewShot, lifted, linear, prototypes, tip_adapter
 from clipkit.linear_probe import CLOSE, Linear, fit_linear, folds_of
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.filters import Filter
 
 TABLE = pa.table(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from clipkit.attention_probe import Attention, Training, attend, attention_fusion, begin, fit_attention
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.fusion_probe import (
     IMAGE,
     TEXT,

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from clipkit.errors import ClipkitError, UnreadSample
+from clipkit.core import ClipkitError, UnreadSample
 from clipkit.sources import Globs, open_source
 from tests.kills import FORK
 

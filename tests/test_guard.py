@@ -2,7 +2,7 @@
 
 import pytest
 
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.guard import Guard
 from clipkit.settings import GuardConfig
 

@@ -6,7 +6,7 @@ import faiss
 import numpy as np
 import pytest
 
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.search import KINDS, Index, Part, Wanted, ask, build_index
 from clipkit.search.vectors import Vectors, write_vectors
 from tests.indexes import DIM, brute_force, make_embeddings, recall, unit, with_column

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from clipkit import validation
 from clipkit.checkpoint import checkpoints
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.learner import Learner
 from clipkit.loader import Batches
 from tests.conftest import with_settings

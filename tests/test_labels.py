@@ -2,7 +2,7 @@
 
 import pytest
 
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.labels import Label, LabelSet, parse_labels
 
 WHOLE = """

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.linear_probe import Linear, choose_strength, fit_linear, folds_of
 
 

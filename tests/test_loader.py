@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from clipkit.augment import augmented_pixels
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.loader import Batches, open_train_data, train_batches
 from clipkit.preprocess import Preprocess
 from clipkit.settings import AugmentConfig, DataConfig

@@ -14,7 +14,7 @@ from sklearn.metrics import average_precision_score
 
 from clipkit.average_precision import mean_average_precision
 from clipkit.choice import choice_per_sample, choice_scores, winoground_per_sample
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.metrics import retrieval_ranks, retrieval_recall, zeroshot_accuracy
 from clipkit.metrics_compat import (
     clip_benchmark_choice,

@@ -15,10 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipkit import log
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError, in_processes, in_threads, log
 from clipkit.pack import pack
-from clipkit.parallel import in_processes, in_threads
 from clipkit.shards import Shards
 from clipkit.sources import open_source
 from tests.conftest import make_pictures
@@ -234,7 +232,7 @@ def test_a_process_that_is_killed_is_named():
 
 def test_processes_end_with_a_parent_that_is_killed(tmp_path):
     code = (
-        "import time, os\nfrom clipkit.parallel import in_processes\n"
+        "import time, os\nfrom clipkit.core import in_processes\n"
         "def work(tell):\n"
         f"    open({str(tmp_path)!r} + f'/{{os.getpid()}}', 'w').close()\n"
         "    while True:\n        tell(1); time.sleep(0.02)\n"

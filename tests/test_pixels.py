@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from clipkit import encoding, pixels
+from clipkit.core import BadSample
 from clipkit.encoding import embed_source
-from clipkit.errors import BadSample
 from clipkit.pixels import decoded, shown
 from clipkit.preprocess import Preprocess
 from clipkit.sources import Sample, open_source

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clipkit import placing
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.placing import carry_out, settle, undo
 from clipkit.sort_journal import JOURNAL, Journal
 from clipkit.sorting import Item, plan

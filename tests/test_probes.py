@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.fusion_probe import fit_head
 from clipkit.lazy_model import LazyModel
 from clipkit.linear_probe import choose_strength, fit_linear

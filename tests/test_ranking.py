@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipkit import ranking
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.ranking import (
     TIE,
     Ranks,

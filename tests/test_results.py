@@ -8,7 +8,7 @@ from PIL import Image
 
 from clipkit import results as room
 from clipkit.cache import Cache
-from clipkit.errors import UnreadSample
+from clipkit.core import UnreadSample
 from clipkit.evaluation import Evaluation
 from clipkit.lazy_model import LazyModel
 from clipkit.results import Result, as_clip_benchmark, markdown, side_by_side

@@ -12,9 +12,9 @@ from PIL import Image
 
 from clipkit import embed as room
 from clipkit import encoding
+from clipkit.core import ClipkitError
 from clipkit.embed import embed
 from clipkit.embeddings import Embeddings
-from clipkit.errors import ClipkitError
 from clipkit.pack import pack
 from clipkit.sources import open_source
 from tests.conftest import tiny_model

@@ -11,7 +11,7 @@ import webdataset
 from PIL import Image
 
 from clipkit import shards as room
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.pack import pack, shard_keys
 from clipkit.shards import Shards
 from clipkit.sources import open_source

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
+from clipkit.core import BadSample
 from clipkit.decode import decode
-from clipkit.errors import BadSample
 from clipkit.shrink import shrink
 
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.placing import carry_out, undo
 from clipkit.sort_journal import JOURNAL, Journal
 from tests.sorts import items_of, photos, planned, sort, tree

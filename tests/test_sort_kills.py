@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.placing import undo
 from clipkit.sort_journal import JOURNAL
 from tests.kills import apart, killed

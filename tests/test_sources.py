@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from clipkit.errors import BadSample, ClipkitError
+from clipkit.core import BadSample, ClipkitError
 from clipkit.pack import pack, shard_keys
 from clipkit.sources import check_ids, open_source, sample_id
 from tests.samples import tar_of

@@ -12,7 +12,7 @@ import fsspec
 import pytest
 
 from clipkit import storage
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.storage import describe, fetch, is_pipe, is_remote, list_files, open_stream, read_bytes, size_of, stamp
 
 DATA = bytes(range(256)) * 1000

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.loader import Batches, open_train_data, train_batches
 from clipkit.preprocess import Preprocess
 from clipkit.settings import DataConfig

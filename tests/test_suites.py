@@ -11,16 +11,16 @@ import yaml
 
 from clipkit import tasks
 from clipkit.cache import Cache
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.lazy_model import LazyModel
 from clipkit.results import as_clip_benchmark
 from clipkit.shared_work import SharedWork
 from clipkit.suites import load_suite, run_suite
 from tests.conftest import make_pictures, tiny_model
+from tests.core.test_html_report import assert_refers_to_nothing_outside
 from tests.samples import photo
 from tests.test_benchmarks import CLASSES, npy, write
 from tests.test_evaluation import on_ranks
-from tests.test_report import assert_refers_to_nothing_outside
 
 
 @pytest.fixture(scope="module")

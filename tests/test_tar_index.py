@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipkit import tar_index
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.shards import Shards
 from clipkit.tar_index import index_tar, load_index, read_defects, write_defects, write_index
 from tests.samples import tar_of
@@ -56,7 +56,7 @@ def test_a_folder_that_cannot_be_written_has_its_sidecars_in_the_cache(tmp_path,
         return write(path, mode)
 
     monkeypatch.setattr(tar_index, "atomic_write", refuse)
-    monkeypatch.setattr("clipkit.artifact.atomic_write", refuse)
+    monkeypatch.setattr("clipkit.core.files.atomic_write", refuse)
     shards = Shards.open(str(tar))
     shards.keep_defects(0, {"k": "broken"})
     assert [path.name for path in tar.parent.iterdir()] == ["a.tar"]

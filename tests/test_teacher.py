@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from clipkit.core import ClipkitError
 from clipkit.embed import embed
 from clipkit.embeddings import Embeddings, table_path, vectors_path
-from clipkit.errors import ClipkitError
 from clipkit.loader import Batches, open_train_data, train_batches
 from clipkit.pack import pack
 from clipkit.preprocess import Preprocess

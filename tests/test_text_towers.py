@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.settings import ModelConfig, TowersConfig
 from clipkit.towers import create_model, load_model
 from tests.conftest import TINY_VIT, tiny_model

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.towers import load_model
 from clipkit.towers.dual_encoder import GRAIN
 from clipkit.towers.openclip_forward import resize_positions

@@ -10,17 +10,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError, pick_device
 from clipkit.settings import ModelConfig
-from clipkit.towers import (
-    create_model,
-    load_model,
-    load_model_of,
-    model_folder,
-    model_reference,
-    openai_templates,
-    pick_device,
-)
+from clipkit.towers import create_model, load_model, load_model_of, model_folder, model_reference, openai_templates
 from clipkit.towers.openclip import _NothingDrawn
 from tests.conftest import TINY_VIT, tiny_model
 

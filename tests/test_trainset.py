@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from clipkit.errors import BadSample, ClipkitError
+from clipkit.core import BadSample, ClipkitError
 from clipkit.loader import Batches, describe, open_train_data, train_batches
 from clipkit.preprocess import Preprocess
 from clipkit.settings import DataConfig

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 import clipkit
+from clipkit.core import ClipkitError
 from clipkit.decisions import probabilities
-from clipkit.errors import ClipkitError
 from clipkit.zeroshot import class_vectors, prompt_set
 from tests.conftest import tiny_model
 

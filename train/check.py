@@ -61,8 +61,7 @@ def main(
 
     from clipkit.artifact import refuse_own_input
     from clipkit.check import judge, pack_clean, scan, summary, write_page
-    from clipkit.errors import ClipkitError
-    from clipkit.log import emit, note, warn
+    from clipkit.core import ClipkitError, emit, note, warn
     from clipkit.towers.tokens import token_counter
 
     if fix != (out is not None):
@@ -104,7 +103,7 @@ def show(found: dict[str, Any]) -> None:
     """The figures and the first findings, for people."""
     from clipkit.check.findings import FIGURES
     from clipkit.check.scan import KINDS
-    from clipkit.log import emit, note
+    from clipkit.core import emit, note
 
     always = {"samples", "captions", "bytes", "defects"}
     rows = [

@@ -49,10 +49,8 @@ def main(
     An image that is missing or no image goes to OUT/ledger.jsonl and the status is 1. Killed and run again, it goes on
     with the shards that are not finished; several processes may share the work of one OUT.
     """
-    from clipkit.errors import ClipkitError
-    from clipkit.log import note, warn
+    from clipkit.core import ClipkitError, cores, note, warn
     from clipkit.pack import pack
-    from clipkit.parallel import cores
     from clipkit.sources import open_source
 
     if shards and (shard_samples or shard_mib):

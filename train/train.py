@@ -49,8 +49,7 @@ def main(
     validation, logging and checkpoint settings may change, and how the same thing is computed; other keys may not.
     """
     from clipkit.config import dump_yaml, load_config
-    from clipkit.errors import ClipkitError
-    from clipkit.launch import launch, launched
+    from clipkit.core import ClipkitError, launch, launched
 
     if init_from is not None:
         # A recipe that takes towers from elsewhere would take them again, over what was trained.
@@ -74,11 +73,10 @@ def main(
 def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, fmt: str) -> int:
     from clipkit.artifact import MODEL_FOLDER
     from clipkit.checkpoint import Saver, newest_usable
-    from clipkit.errors import ClipkitError
+    from clipkit.core import PREEMPTED, ClipkitError, StopRequest, emit, meter, note, warn
     from clipkit.guard import Guard
     from clipkit.learner import Learner, prepare_towers
     from clipkit.loader import Batches, describe, open_train_data, train_batches
-    from clipkit.log import emit, meter, note, warn
     from clipkit.objective import make_objective
     from clipkit.optim import learning_rate
     from clipkit.pace import MetricsLog, Pace, memory_gib
@@ -86,7 +84,6 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
     from clipkit.plan import plan_run
     from clipkit.ranks import Ranks, set_seed
     from clipkit.run import Run, refuse_too_many
-    from clipkit.stopping import PREEMPTED, StopRequest
     from clipkit.towers import create_model, load_model
     from clipkit.validation import open_validation, validate
 

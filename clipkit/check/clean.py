@@ -11,9 +11,8 @@ import numpy as np
 from clipkit.artifact import digest, write_ledger
 from clipkit.check.findings import Verdict
 from clipkit.check.scan import Scan
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError, cores
 from clipkit.pack import pack
-from clipkit.parallel import cores
 from clipkit.sources import Sample, Stamp
 from clipkit.sources.base import hash_of
 

@@ -6,13 +6,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from clipkit.artifact import write_json
 from clipkit.check.findings import FIGURES, Verdict
 from clipkit.check.scan import KINDS, Finding, Scan
+from clipkit.core import BadSample, Report, histogram_figure, sizes_figure, write_json
 from clipkit.decode import decode
-from clipkit.errors import BadSample
-from clipkit.figures import histogram_figure, sizes_figure
-from clipkit.report import Report
 
 __all__ = ["page_paths", "summary", "write_page"]
 

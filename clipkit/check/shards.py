@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from clipkit.artifact import kind_of
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.shard_specs import expand, manifest_records, named_tars
 from clipkit.shards import Shards
 

@@ -6,8 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from clipkit.embeddings import Side
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError, Side
 from clipkit.products import inner_products, on_grid
 from clipkit.search.index import Found, Index
 

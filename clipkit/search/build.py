@@ -11,12 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipkit.artifact import Stage, atomic_write, digest, read_manifest
-from clipkit.embeddings import Embeddings, Side, in_schema, joined_schema
-from clipkit.errors import ClipkitError
-from clipkit.figures import save_figure, tradeoff_figure
-from clipkit.heap import give_back_freed_memory
-from clipkit.log import note
+from clipkit.artifact import Stage, digest, read_manifest
+from clipkit.core import ClipkitError, Side, atomic_write, give_back_freed_memory, note, save_figure, tradeoff_figure
+from clipkit.embeddings import Embeddings, in_schema, joined_schema
 from clipkit.search.choose import Choice, allowed, choose
 from clipkit.search.coding import Coding, encode, lies_on_disk, read_codes, sample_rows, train_coding
 from clipkit.search.generations import Generation, SegmentState, commit

@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.errors import ClipkitError
-from clipkit.heap import give_back_freed_memory
-from clipkit.log import note
+from clipkit.core import ClipkitError, give_back_freed_memory, note
 from clipkit.search.coding import (
     Coding,
     can_be_built,

@@ -15,9 +15,7 @@ import faiss
 import numpy as np
 from faiss.contrib.ondisk import merge_ondisk
 
-from clipkit.artifact import atomic_write
-from clipkit.errors import ClipkitError
-from clipkit.heap import give_back_freed_memory
+from clipkit.core import ClipkitError, atomic_write, give_back_freed_memory
 from clipkit.search.gpus import graph_found_on_gpu, lists_found_on_gpus
 from clipkit.search.kinds import Kind, lists_for
 from clipkit.search.vectors import Vectors

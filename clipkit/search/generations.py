@@ -12,9 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.artifact import atomic_write, read_json, write_json
-from clipkit.embeddings import Side
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError, Side, atomic_write, read_json, write_json
 
 __all__ = [
     "Generation",

@@ -7,7 +7,7 @@ from typing import Any
 import faiss
 import numpy as np
 
-from clipkit.log import warn
+from clipkit.core import warn
 
 __all__ = ["graph_found_on_gpu", "lists_found_on_gpus"]
 

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from clipkit.artifact import read_manifest
-from clipkit.embeddings import Side, in_schema, joined_schema
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError, Side
+from clipkit.embeddings import in_schema, joined_schema
 from clipkit.filters import Filter
 from clipkit.search.generations import Generation, current_number, read
 from clipkit.search.kinds import Effort

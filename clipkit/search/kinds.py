@@ -7,7 +7,7 @@ from typing import Any
 import faiss
 import numpy as np
 
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 
 __all__ = ["KINDS", "TUNED_FOR", "Effort", "Kind", "lists_for", "parameters", "reranking", "selector_of"]
 

@@ -10,9 +10,8 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
-from clipkit.artifact import atomic_write
-from clipkit.embeddings import Side, in_schema
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError, Side, atomic_write
+from clipkit.embeddings import in_schema
 from clipkit.filters import Filter
 from clipkit.search.coding import read_codes
 from clipkit.search.generations import SegmentState, read_dead

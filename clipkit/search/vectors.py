@@ -12,8 +12,7 @@ from typing import Any
 import faiss
 import numpy as np
 
-from clipkit.artifact import atomic_write
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError, atomic_write
 from clipkit.products import paired_products
 from clipkit.search.kinds import Effort, parameters
 

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from clipkit.errors import BadSample, ClipkitError, UnreadSample
-from clipkit.log import note
+from clipkit.core import BadSample, ClipkitError, UnreadSample, note
 from clipkit.storage import describe, is_remote, read_bytes
 
 __all__ = [

@@ -7,9 +7,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clipkit.artifact import digest
+from clipkit.core import ClipkitError, UnreadSample, note
 from clipkit.decode import IMAGE_SUFFIXES
-from clipkit.errors import ClipkitError, UnreadSample
-from clipkit.log import note
 from clipkit.shards import captions_of
 from clipkit.sources.base import Files, Sample, Stamp, extension_of, hash_of, own_columns, readable
 from clipkit.sources.globs import Globs

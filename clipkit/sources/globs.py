@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.artifact import digest
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.sources.base import Sample, Source, Stamp
 from clipkit.storage import is_remote
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.artifact import digest
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.lists import read_rows
 from clipkit.shards import well_formed
 from clipkit.sources.base import Files, Sample, Stamp, extension_of, hash_of, own_columns, readable

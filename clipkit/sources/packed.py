@@ -4,7 +4,7 @@ from collections.abc import Collection
 from functools import cached_property
 
 from clipkit.artifact import digest
-from clipkit.errors import ClipkitError, UnreadSample
+from clipkit.core import ClipkitError, UnreadSample
 from clipkit.shards import Shards, captions_of, image_extension, well_formed
 from clipkit.sources.base import Sample, Stamp, hash_of, own_columns
 

@@ -11,10 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 
 from clipkit.artifact import kind_of, relative_to_artifact
-from clipkit.config import explain_validation
-from clipkit.errors import ClipkitError
-from clipkit.launch import local_rank
-from clipkit.log import note
+from clipkit.core import ClipkitError, explain_validation, note
 from clipkit.model_specs import model_folder, refuse_another, spec_of
 from clipkit.preprocess import Preprocess
 from clipkit.settings import ModelConfig, TowersConfig
@@ -32,7 +29,6 @@ __all__ = [
     "model_folder",
     "model_reference",
     "openai_templates",
-    "pick_device",
 ]
 
 SIDES: tuple[Literal["image", "text"], ...] = ("image", "text")
@@ -170,29 +166,6 @@ def download(name: str, patterns: Sequence[str] = MODEL_FILES) -> Path:
         # huggingface_hub raises a dozen kinds here, httpx's among them; each means that the model did not come.
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ClipkitError(f"cannot fetch hf:{name}: {reason}") from error
-
-
-def pick_device(name: str | None = None) -> "torch.device":
-    """The device of this name; when not given, a GPU, else Apple's, else the CPU.
-
-    Processes that were started together take a GPU each, in turn where there are fewer of these.
-
-    Raises:
-        ClipkitError: where there is no such device.
-    """
-    import torch
-
-    if name is None:
-        if torch.cuda.is_available():
-            number = local_rank()
-            return torch.device("cuda") if number is None else torch.device("cuda", number % torch.cuda.device_count())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ClipkitError(f"no device {name!r}: {' '.join(str(error).split())[:120]}") from error
-    return device
 
 
 def openai_templates() -> list[str]:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.relevance import patch_readout, relevance, weighted_attention
 from clipkit.towers.dual_encoder import DualEncoder
 

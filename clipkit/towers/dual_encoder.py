@@ -16,9 +16,8 @@ from jaxtyping import Float, Int64, Shaped
 from PIL import Image
 from torch import Tensor, nn
 
-from clipkit.artifact import write_json
+from clipkit.core import ClipkitError, write_json
 from clipkit.decode import decode, to_rgb
-from clipkit.errors import ClipkitError
 from clipkit.preprocess import Preprocess
 from clipkit.towers.layers import Layout, Side, under
 

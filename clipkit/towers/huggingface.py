@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from clipkit.artifact import read_json
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError, read_json
 from clipkit.preprocess import Preprocess
 from clipkit.towers.dual_encoder import MODEL_FILE, DualEncoder
 from clipkit.towers.layers import Layout, Side, huggingface_layouts

@@ -20,9 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from clipkit.artifact import atomic_write, read_json, write_json
-from clipkit.config import explain_validation
-from clipkit.errors import ClipkitError, did_you_mean
+from clipkit.core import ClipkitError, atomic_write, did_you_mean, explain_validation, read_json, write_json
 from clipkit.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
 from clipkit.settings import ModelConfig
 from clipkit.towers import openclip_forward

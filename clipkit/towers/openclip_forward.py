@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from clipkit.errors import ClipkitError
+from clipkit.core import ClipkitError
 from clipkit.towers.fast import PooledBlock
 
 __all__ = [

@@ -9,9 +9,7 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.transformer import QuickGELU
 from torch import Tensor
 
-from clipkit.artifact import read_json
-from clipkit.errors import ClipkitError
-from clipkit.log import note
+from clipkit.core import ClipkitError, note, read_json
 from clipkit.towers import load_model, model_folder
 from clipkit.towers.dual_encoder import DualEncoder
 from clipkit.towers.huggingface import MODEL_TYPES, load_text_model

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipkit.artifact import read_json
-from clipkit.errors import ClipkitError, did_you_mean
+from clipkit.core import ClipkitError, did_you_mean, read_json
 from clipkit.towers import download, model_folder
 
 __all__ = ["TokenCounter", "token_counter"]

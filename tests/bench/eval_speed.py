@@ -117,7 +117,7 @@ def main() -> None:
     from embed_speed import model_at
     from rival import environment
 
-    from clipkit.hardware import fast_bf16
+    from clipkit.core import fast_bf16
 
     # Mixed precision is bfloat16 on a CPU, which takes hours where there are no instructions for it.
     variants = [["--no_amp"], *([[]] if fast_bf16(torch.device("cpu")) else [])]

@@ -8,7 +8,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from clipkit.artifact import atomic_write
+from clipkit.core.files import atomic_write
 
 __all__ = [
     "confusion_figure",

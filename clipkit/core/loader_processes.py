@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from clipkit.errors import ClipkitError
-from clipkit.launch import end_with_parent
-from clipkit.parallel import stay
+from clipkit.core.errors import ClipkitError
+from clipkit.core.parallel import stay
+from clipkit.core.process import end_with_parent
 
 __all__ = ["in_loader_processes"]
 

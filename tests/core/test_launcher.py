@@ -11,9 +11,10 @@ import pytest
 
 from clipkit.checkpoint import checkpoints
 from tests.conftest import with_settings
+from tests.paths import ROOT
 from tests.test_train import TRAIN, assert_equal_runs, begin
 
-SLURM = Path(__file__).parent.parent / "train" / "slurm.sbatch"
+SLURM = ROOT / "train" / "slurm.sbatch"
 
 
 def call(recipe, shards, out, *settings):

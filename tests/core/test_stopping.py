@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from clipkit.stopping import PREEMPTED, SIGNALS, StopRequest
+from clipkit.core import PREEMPTED, StopRequest
+from clipkit.core.launcher import SIGNALS
 
 
 def test_a_signal_is_a_request_to_stop():

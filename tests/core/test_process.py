@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from clipkit.heap import keep_freed_memory
+from clipkit.core import keep_freed_memory
 
 FAULTS = """
 import resource, sys
 import torch
-from clipkit.heap import keep_freed_memory
+from clipkit.core import keep_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     raise SystemExit(77)
 def step():

@@ -14,7 +14,7 @@ from itertools import islice
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn, TypeVar
 
-from clipkit.errors import ClipkitError
+from clipkit.core.errors import ClipkitError
 
 __all__ = ["FEW_CORES", "Threads", "cores", "in_processes", "in_threads", "stay"]
 

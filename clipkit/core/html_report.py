@@ -9,8 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from clipkit.artifact import atomic_write
-from clipkit.figures import save_figure
+from clipkit.core.figures import save_figure
+from clipkit.core.files import atomic_write
 
 __all__ = ["Report"]
 

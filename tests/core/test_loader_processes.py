@@ -15,9 +15,8 @@ import pytest
 from torch.utils.data import Dataset
 
 from clipkit import encoding as room_of
+from clipkit.core import ClipkitError, in_loader_processes
 from clipkit.encoding import embed_source
-from clipkit.errors import ClipkitError
-from clipkit.processes import in_loader_processes
 from clipkit.sources import open_source
 from tests.kills import FORK
 

@@ -5,8 +5,7 @@ import re
 import numpy as np
 from PIL import Image
 
-from clipkit.figures import confusion_figure, curve_figure
-from clipkit.report import Report
+from clipkit.core import Report, confusion_figure, curve_figure
 
 
 def assert_refers_to_nothing_outside(text):

@@ -1,40 +1,27 @@
-"""Start one process per device on this machine and stay with them: ``clipkit train --gpus N``.
+"""Start one process per device on this machine and stay with them, and stop politely when asked to.
 
 torchrun does this too, and for many machines; but it turns every exit status into 1, and a run that was preempted says
-with its status that it wants to be resumed.
+with its status that it wants to be resumed. Signals are requests: whoever is asked to stop finishes the step, saves
+and goes.
 """
 
-import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from types import FrameType
+from typing import Any
 
-from clipkit.errors import ClipkitError
+from clipkit.core.errors import ClipkitError
+from clipkit.core.process import end_with_parent
 
-__all__ = ["end_with_parent", "launch", "launched", "local_rank", "processes_here"]
+__all__ = ["PREEMPTED", "SIGNALS", "StopRequest", "launch"]
 
 PATIENCE = 30.0  # seconds that the others have to end by themselves when one process has failed
-
-
-def launched() -> bool:
-    """Whether this process is one of several that something started together."""
-    return "RANK" in os.environ
-
-
-def local_rank() -> int | None:
-    """This process's number among those that were started together on this machine (torchrun, accelerate, Slurm)."""
-    told = (os.environ.get(name, "") for name in ("LOCAL_RANK", "SLURM_LOCALID"))
-    return next((int(number) for number in told if number.isdigit()), None)
-
-
-def processes_here() -> int:
-    """How many torchrun or accelerate started on this machine. Slurm gives each of its own cores of its own."""
-    told = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(1, int(told)) if told.isdigit() else 1
 
 
 def launch(program: str, args: Sequence[str], processes: int, *, gpus: bool) -> int:
@@ -94,12 +81,6 @@ def launch(program: str, args: Sequence[str], processes: int, *, gpus: bool) -> 
             signal.signal(number, handler)
 
 
-def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
-    """Have this process be sent a signal when the thread that started it is gone, be it killed; on Linux."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG, linux/prctl.h
-
-
 def _watch(started: list[subprocess.Popen[bytes]]) -> int:
     deadline, failed = None, None
     while any(process.poll() is None for process in started):
@@ -119,3 +100,48 @@ def _watch(started: list[subprocess.Popen[bytes]]) -> int:
     # signal's number, negative.
     worst = max(statuses, key=abs) if failed is None else failed
     return 128 - worst if worst < 0 else worst
+
+
+PREEMPTED = 75
+"""Exit status of a run that was asked to stop and has saved itself: EX_TEMPFAIL of sysexits.h, "temporary failure, try
+again". A queue that starts a job again on this status, and only then, takes up a run exactly where it stood."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Of preemption and `kill`, of Ctrl-C, and of Slurm's ``--signal=USR1@120``."""
+
+
+class StopRequest:
+    """Catches `SIGNALS` for the length of a ``with`` block and remembers that one came.
+
+    The loop looks at `requested` between steps. A second SIGINT raises KeyboardInterrupt at once: who presses Ctrl-C
+    twice will not wait. Outside the main thread, where Python lets nobody catch signals, it never asks for anything.
+
+    Attributes:
+        requested: whether to stop.
+        signal: the name of the signal that came first, such as ``SIGTERM``; None before.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.signal: str | None = None
+        self._interrupted = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            # None stands for a handler that was not set from Python and cannot be set again from here.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._before = {}
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        # Nothing is printed here: a handler that interrupts a print may not print.
+        if number == signal.SIGINT and self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted |= number == signal.SIGINT
+        self.signal = self.signal or signal.Signals(number).name
+        self.requested = True

@@ -1,0 +1,6 @@
+from .classification import classify as classify
+from .core import ClipkitError as ClipkitError
+from .core.version import __version__ as __version__
+from .embeddings import Embeddings as Embeddings
+from .search.index import Index as Index
+from .towers import load_model as load_model

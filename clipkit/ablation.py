@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.cache import Cache
 from clipkit.cached import cached_texts
 from clipkit.classification import Images
 from clipkit.core import ClipkitError
 from clipkit.labels import LabelSet, truth_of
 from clipkit.lazy_model import LazyModel
 from clipkit.products import inner_products
+from clipkit.storage import Cache
 from clipkit.zeroshot import ablate, class_vectors
 
 __all__ = ["ablate_prompts"]

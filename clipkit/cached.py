@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from clipkit.cache import Cache, Entry, entry_key
 from clipkit.core import BadSample, ClipkitError, UnreadSample, __version__, progress
 from clipkit.embeddings import Embedded
 from clipkit.lazy_model import LazyModel
 from clipkit.reuse import Kept
 from clipkit.sources import Sample, Source
+from clipkit.storage import Cache, Entry, entry_key
 from clipkit.zeroshot import prompt_set
 
 __all__ = ["cached_images", "cached_prompts", "cached_texts"]

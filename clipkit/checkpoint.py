@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from clipkit.artifact import MODEL_FOLDER
 from clipkit.checkpoint_files import (
     STATE,
     checkpoints,
@@ -42,6 +41,7 @@ from clipkit.checkpoint_files import (
     seal,
 )
 from clipkit.core import ClipkitError, read_json, warn
+from clipkit.storage import MODEL_FOLDER
 from clipkit.towers import DualEncoder
 from clipkit.towers.dual_encoder import BACKBONE
 

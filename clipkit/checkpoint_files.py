@@ -13,8 +13,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from clipkit.artifact import digest, remove_folder
 from clipkit.core import ClipkitError, read_json, sync_folder, warn, write_json
+from clipkit.storage import digest, remove_folder
 
 __all__ = [
     "STATE",

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clipkit.cache import Cache
 from clipkit.cached import cached_images, cached_texts
 from clipkit.core import ClipkitError
 from clipkit.decisions import (
@@ -29,6 +28,7 @@ from clipkit.lazy_model import LazyModel
 from clipkit.model_specs import refuse_another
 from clipkit.products import inner_products, on_grid
 from clipkit.sources import Globs, Sample, Source, open_source
+from clipkit.storage import Cache
 from clipkit.zeroshot import PROMPTS, class_vectors
 
 if TYPE_CHECKING:

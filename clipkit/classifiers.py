@@ -8,7 +8,6 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from clipkit import few_shot
-from clipkit.cache import Cache, entry_key
 from clipkit.calibration import COLDEST, HOTTEST, auroc, calibration_error, fit_temperature, precision_threshold
 from clipkit.classification import Classifier, zero_shot
 from clipkit.core import ClipkitError
@@ -19,6 +18,7 @@ from clipkit.labels import LabelSet
 from clipkit.lazy_model import LazyModel
 from clipkit.linear_probe import folds_of
 from clipkit.products import inner_products
+from clipkit.storage import Cache, entry_key
 
 __all__ = [
     "METHODS",

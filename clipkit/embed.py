@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from clipkit.artifact import Stage, read_manifest, state_of, write_ledger
 from clipkit.core import BadSample, ClipkitError, Side, UnreadSample, keep_freed_memory, settled_precision
 from clipkit.embeddings import Embedded, Embeddings, table_path, write_part
 from clipkit.encoding import embed_source
@@ -19,6 +18,7 @@ from clipkit.inference import cast_for_inference, compiled, compiling_pays, find
 from clipkit.pixels import Decoding, shown
 from clipkit.reuse import Known, part_files, refuse_unlike, write_stamps
 from clipkit.sources import Source, Stamp, check_ids
+from clipkit.storage import Stage, read_manifest, state_of, write_ledger
 from clipkit.towers import DualEncoder
 
 __all__ = ["Outcome", "embed"]

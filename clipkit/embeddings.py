@@ -16,11 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipkit.artifact import kind_of, read_manifest
-from clipkit.checksums import Checksum, Hashed, flaw, size_flaw
 from clipkit.core import ClipkitError, Side, atomic_write
 from clipkit.shards import well_formed
 from clipkit.sources import Sample
+from clipkit.storage import Checksum, Hashed, flaw, kind_of, read_manifest, size_flaw
 
 __all__ = [
     "Embedded",

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.artifact import digest
 from clipkit.core import ClipkitError, did_you_mean, meter, note
 from clipkit.instances import Instances
 from clipkit.labels import plain_name
@@ -22,6 +21,7 @@ from clipkit.served import served_hits
 from clipkit.shared_work import SharedImages, SharedWork
 from clipkit.sources import Source, open_source
 from clipkit.sources.folder import FolderSource
+from clipkit.storage import digest
 from clipkit.stored import Stored
 from clipkit.zeroshot import class_vectors, prompt_set
 

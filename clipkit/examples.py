@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.cache import Cache
 from clipkit.classification import Images, open_images
 from clipkit.core import BadSample, ClipkitError, did_you_mean, note
 from clipkit.decisions import CHUNK
@@ -17,7 +16,7 @@ from clipkit.labels import LabelSet, plain_name, truth_of
 from clipkit.lazy_model import LazyModel
 from clipkit.products import inner_products
 from clipkit.sources import open_source
-from clipkit.sources.base import content_hash
+from clipkit.storage import Cache, content_hash
 
 __all__ = ["Examples", "open_examples"]
 

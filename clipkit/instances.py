@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.artifact import digest
 from clipkit.benchmarks import is_benchmark, open_benchmark
 from clipkit.core import BadSample, ClipkitError
 from clipkit.lists import LIST_SUFFIXES, read_rows
 from clipkit.sources import Source
 from clipkit.sources.named import NamedImages
+from clipkit.storage import digest
 
 __all__ = ["Instances", "open_instances"]
 

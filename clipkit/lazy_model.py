@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipkit.cache import Cache, entry_key
 from clipkit.core import ClipkitError, __version__
 from clipkit.model_specs import model_folder
+from clipkit.storage import Cache, entry_key
 
 if TYPE_CHECKING:
     from clipkit.towers import DualEncoder

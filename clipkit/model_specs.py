@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from clipkit.artifact import MODEL_FOLDER
 from clipkit.checkpoint_files import best_checkpoint, checkpoint_name, checkpoints
 from clipkit.core import ClipkitError, did_you_mean
+from clipkit.storage import MODEL_FOLDER
 
 __all__ = ["model_folder", "refuse_another", "spec_of"]
 

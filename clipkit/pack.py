@@ -1,4 +1,4 @@
-"""From any source to webdataset shards, shard by shard; see `clipkit.artifact` for what a kill leaves."""
+"""From any source to webdataset shards, shard by shard; see `clipkit.storage.manifest` for what a kill leaves."""
 
 import json
 import re
@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.artifact import Stage, read_manifest, write_ledger
 from clipkit.core import BadSample, ClipkitError, in_processes, in_threads, meter
 from clipkit.decode import IMAGE_SUFFIXES, identify
 from clipkit.shards import load_writer, write_shard
 from clipkit.shrink import shrink
 from clipkit.sources import Sample, Source, check_ids, sample_id
-from clipkit.storage import is_remote
+from clipkit.storage import Stage, is_remote, read_manifest, write_ledger
 
 __all__ = ["pack", "shard_keys"]
 

@@ -26,7 +26,7 @@ from clipkit.measuring import Evaluation
 from clipkit.probe_data import Part, ProbeTask
 from clipkit.ranking import mean, recall_at_k
 from clipkit.shared_work import SharedWork
-from clipkit.sources.base import hash_of
+from clipkit.storage import hash_of
 
 __all__ = ["PROBE_KS", "evaluate_probe", "probe_rows", "readable_rows"]
 

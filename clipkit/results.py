@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import clipkit
-from clipkit.cache import entry_key
 from clipkit.comparison import differences, unpacked
 from clipkit.confidence import Interval
 from clipkit.core import ClipkitError, read_json
 from clipkit.measuring import COMPAT, Evaluation
 from clipkit.shared_work import SharedWork
+from clipkit.storage import entry_key
 
 __all__ = [
     "Differences",

@@ -19,11 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clipkit.artifact import WORK, state_of
-from clipkit.checksums import Checksum, flaw, size_flaw
 from clipkit.core import SIDES, ClipkitError, atomic_write, read_json, warn
 from clipkit.embeddings import Embedded, table_path, vectors_path, write_table
 from clipkit.sources import Stamp
+from clipkit.storage import WORK, Checksum, flaw, size_flaw, state_of
 
 __all__ = ["Kept", "Known", "part_files", "refuse_unlike", "stamps_path", "write_stamps"]
 

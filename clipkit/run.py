@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipkit.artifact import (
+from clipkit.config import changed_keys, dump_yaml, load_config
+from clipkit.core import ClipkitError, atomic_write, read_json, write_json
+from clipkit.settings import TrainConfig
+from clipkit.storage import (
     MODEL_FOLDER,
     VERSION,
     WORK,
@@ -17,9 +20,6 @@ from clipkit.artifact import (
     remove_folder,
     write_ledger,
 )
-from clipkit.config import changed_keys, dump_yaml, load_config
-from clipkit.core import ClipkitError, atomic_write, read_json, write_json
-from clipkit.settings import TrainConfig
 from clipkit.towers import DualEncoder
 
 if TYPE_CHECKING:

@@ -12,13 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clipkit.artifact import digest
-from clipkit.checksums import Hashed
 from clipkit.core import BadSample, ClipkitError, atomic_write, progress, warn
 from clipkit.decode import IMAGE_SUFFIXES
 from clipkit.shard_specs import expand, manifest_records, remote_tars, shard_names
 from clipkit.spool import Spool
-from clipkit.storage import is_remote
+from clipkit.storage import Hashed, digest, is_remote
 from clipkit.tar_index import (
     Member,
     TarIndex,

@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clipkit.core import ClipkitError, sync_folder
-from clipkit.renewal import one_at_a_time
 from clipkit.sorting import How
+from clipkit.storage import one_at_a_time
 
 __all__ = ["JOURNAL", "Journal", "Record", "is_begun"]
 

@@ -13,9 +13,8 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 
-from clipkit.artifact import digest
 from clipkit.core import ClipkitError, note, user_cache
-from clipkit.storage import describe, fetch, read_bytes
+from clipkit.storage import describe, digest, fetch, read_bytes
 from clipkit.tar_index import SIDECAR_SUFFIX, TarIndex, fits, load_index, parse_index, write_index
 
 __all__ = ["Spool"]

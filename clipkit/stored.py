@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clipkit.artifact import digest, kind_of
 from clipkit.core import ClipkitError, Side
 from clipkit.embeddings import Embeddings
+from clipkit.storage import digest, kind_of
 
 if TYPE_CHECKING:
     from clipkit.search import Index

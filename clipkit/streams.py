@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clipkit.artifact import digest
 from clipkit.core import ClipkitError
 from clipkit.order import permuted
 from clipkit.shard_specs import brace_expand
 from clipkit.shards import image_extension
 from clipkit.sources import sample_id
-from clipkit.storage import open_stream
+from clipkit.storage import digest, open_stream
 from clipkit.tar_index import MEMBER
 from clipkit.trainset import MISSING_HINT
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from clipkit.artifact import digest
 from clipkit.core import BadSample, ClipkitError
 from clipkit.order import Mixture, Order
 from clipkit.settings import DataConfig
@@ -20,6 +19,7 @@ from clipkit.shard_specs import shard_names
 from clipkit.shards import Shards, captions_of, image_extension, keys_repeat
 from clipkit.sources import sample_id
 from clipkit.spool import Spool
+from clipkit.storage import digest
 
 __all__ = ["MISSING_HINT", "REMOTE_WINDOW", "Incomplete", "TrainData", "TrainSet", "pick"]
 

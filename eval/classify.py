@@ -104,8 +104,6 @@ def main(source: str | None, labels: str | None, models: tuple[str, ...], fmt: s
     command goes on, and --undo DIR (which needs nothing else) restores what was there before.
     """
     from clipkit.ablation import ablate_prompts
-    from clipkit.artifact import read_manifest
-    from clipkit.cache import Cache
     from clipkit.cached import cached_prompts
     from clipkit.classification import classify_images, open_images, rows_of, summary
     from clipkit.classifiers import fit_classifiers, wanted_threshold
@@ -119,6 +117,7 @@ def main(source: str | None, labels: str | None, models: tuple[str, ...], fmt: s
     from clipkit.lazy_model import LazyModel
     from clipkit.model_specs import spec_of
     from clipkit.sources import Globs, open_source
+    from clipkit.storage import Cache, read_manifest
 
     if asked["undo"] is not None:
         if source or labels or asked["sort_into"]:

@@ -31,9 +31,9 @@ def main(pictures: int, seed: int, overrides: tuple[str, ...], out: Path, overwr
     """
     import numpy as np
 
-    from clipkit.artifact import Stage
     from clipkit.core import note
     from clipkit.scenes import COLOURS, SHAPES, held_out_pairs
+    from clipkit.storage import Stage
 
     stage = Stage(out, "demo", {"pictures": pictures, "seed": seed, "overrides": list(overrides)}, overwrite=overwrite)
     report = out / "report" / "index.html"

@@ -113,12 +113,12 @@ def main(task: str, source: str, models: tuple[str, ...], fmt: str, **asked: Any
     model, data, prompts and code are the same. Under torchrun the processes divide the work; the figures are the same.
     """
     from clipkit.baselines import beside, changes_of_all, matches
-    from clipkit.cache import Cache
     from clipkit.core import ClipkitError, cache_folder, emit, note, process_group, warn
     from clipkit.embeddings import stored_kind
     from clipkit.evaluation_report import check_name, write_results
     from clipkit.probes import probe_rows, readable_rows
     from clipkit.results import Result, differences_from_first, from_clip_benchmark, readable, side_by_side
+    from clipkit.storage import Cache
     from clipkit.tasks import PROBE, measure, open_task
 
     out, baseline = asked["out"], asked["baseline"]

@@ -39,10 +39,10 @@ def main(
     The fastest kind is taken that finds the wanted share of what the exact search finds, asked with held-out captions,
     with --queries, or, where there are neither, with images. What was tried stands in OUT/manifest.json and as a plot.
     """
-    from clipkit.artifact import digest, relative_to_artifact
     from clipkit.core import ClipkitError, note
     from clipkit.embeddings import Embeddings
     from clipkit.search import Wanted, build_index
+    from clipkit.storage import digest, relative_to_artifact
 
     sets = [Embeddings.open(folder) for folder in embeddings]
     if verify:

@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 import clipkit
-from clipkit.cache import Cache
 from clipkit.cached import cached_images, cached_prompts, cached_texts
 from clipkit.classification import Images, classify_images, open_images, zero_shot
 from clipkit.classify_report import write_report
@@ -20,6 +19,7 @@ from clipkit.decisions import Rule, decide
 from clipkit.labels import as_label_set
 from clipkit.lazy_model import LazyModel
 from clipkit.sources import open_source
+from clipkit.storage import Cache
 from clipkit.towers import DualEncoder
 from clipkit.zeroshot import ablate, prompt_set
 from tests.conftest import tiny_model

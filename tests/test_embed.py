@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from clipkit import encoding as room
-from clipkit.artifact import Stage
 from clipkit.core import ClipkitError
 from clipkit.embeddings import Embeddings
 from clipkit.encoding import embed_source
 from clipkit.sources import open_source, sample_id
+from clipkit.storage import Stage
 from tests.conftest import tiny_model
 from tests.distributed import run_together
 

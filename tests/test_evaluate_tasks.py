@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from clipkit.average_precision import chance_of, mean_average_precision
-from clipkit.cache import Cache
 from clipkit.cached import cached_images, cached_texts
 from clipkit.choice import choice_scores, winoground_per_sample
 from clipkit.embeddings import table_path, vectors_path
@@ -21,6 +20,7 @@ from clipkit.metrics_compat import clip_benchmark_choice
 from clipkit.search import Index
 from clipkit.search.update import delete_rows
 from clipkit.sources import open_source
+from clipkit.storage import Cache
 from clipkit.towers import DualEncoder
 from tests.conftest import tiny_model
 from tests.samples import photo

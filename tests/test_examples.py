@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipkit.cache import Cache
 from clipkit.calibration import auroc, fpr_at_tpr
 from clipkit.classification import Images, classify_images
 from clipkit.classifiers import METHODS, fit_classifiers, wanted_threshold
@@ -19,6 +18,7 @@ from clipkit.examples import Examples, open_examples
 from clipkit.labels import Label, LabelSet, as_label_set
 from clipkit.lazy_model import LazyModel, ModelFacts
 from clipkit.scenes import draw, random_scene
+from clipkit.storage import Cache
 from tests.conftest import tiny_model
 
 COLOUR_NAMES = ["red", "green", "blue"]

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from clipkit import results as room
-from clipkit.cache import Cache
 from clipkit.core import UnreadSample
 from clipkit.evaluation import Evaluation
 from clipkit.lazy_model import LazyModel
@@ -15,6 +14,7 @@ from clipkit.results import Result, as_clip_benchmark, markdown, side_by_side
 from clipkit.shared_work import SharedWork
 from clipkit.sources.base import Files, Sample
 from clipkit.sources.folder import FolderSource
+from clipkit.storage import Cache
 from clipkit.tasks import evaluate, open_task
 from clipkit.towers import DualEncoder
 from tests.conftest import make_pictures, tiny_model

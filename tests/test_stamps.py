@@ -98,7 +98,7 @@ def test_stamps_at_a_url_go_as_far_as_the_server_tells(pictures, memory, tmp_pat
     before = stamps(f"{url}/f")
     fsspec.filesystem("memory").pipe(f"{url}/f/a.txt", b"b")
     assert changes(before, stamps(f"{url}/f")) == (set(), {"a.png"})
-    monkeypatch.setattr("clipkit.storage._info", lambda *_: {"size": None})
+    monkeypatch.setattr("clipkit.storage.remote._info", lambda *_: {"size": None})
     assert stamps(f"{url}/f") == {"a.png": (None, None)}
 
 

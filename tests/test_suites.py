@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from clipkit import tasks
-from clipkit.cache import Cache
 from clipkit.core import ClipkitError
 from clipkit.lazy_model import LazyModel
 from clipkit.results import as_clip_benchmark
 from clipkit.shared_work import SharedWork
+from clipkit.storage import Cache
 from clipkit.suites import load_suite, run_suite
 from tests.conftest import make_pictures, tiny_model
 from tests.core.test_html_report import assert_refers_to_nothing_outside

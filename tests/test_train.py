@@ -249,7 +249,7 @@ def test_other_samples_in_the_old_place_are_noticed(run, refused, recipe, pictur
 
 
 def test_two_trainings_do_not_share_a_folder(refused, recipe, shards, trained):
-    from clipkit.artifact import hold
+    from clipkit.storage import hold
 
     lock = hold(trained, "trains in")
     line = refused("train", recipe, "--set", f"data.train={shards}", "--out", trained, "--resume", "--set", "steps=9")

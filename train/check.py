@@ -59,9 +59,9 @@ def main(
     """
     from time import perf_counter
 
-    from clipkit.artifact import refuse_own_input
     from clipkit.check import judge, pack_clean, scan, summary, write_page
     from clipkit.core import ClipkitError, emit, note, warn
+    from clipkit.storage import refuse_own_input
     from clipkit.towers.tokens import token_counter
 
     if fix != (out is not None):

@@ -71,7 +71,6 @@ def main(
 
 
 def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, fmt: str) -> int:
-    from clipkit.artifact import MODEL_FOLDER
     from clipkit.checkpoint import Saver, newest_usable
     from clipkit.core import PREEMPTED, ClipkitError, StopRequest, emit, meter, note, warn
     from clipkit.guard import Guard
@@ -84,6 +83,7 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
     from clipkit.plan import plan_run
     from clipkit.ranks import Ranks, set_seed
     from clipkit.run import Run, refuse_too_many
+    from clipkit.storage import MODEL_FOLDER
     from clipkit.towers import create_model, load_model
     from clipkit.validation import open_validation, validate
 

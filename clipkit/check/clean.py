@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.artifact import digest, write_ledger
 from clipkit.check.findings import Verdict
 from clipkit.check.scan import Scan
 from clipkit.core import ClipkitError, cores
 from clipkit.pack import pack
 from clipkit.sources import Sample, Stamp
-from clipkit.sources.base import hash_of
+from clipkit.storage import digest, hash_of, write_ledger
 
 __all__ = ["Kept", "pack_clean"]
 

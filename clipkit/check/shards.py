@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.artifact import kind_of
 from clipkit.core import ClipkitError
 from clipkit.shard_specs import expand, manifest_records, named_tars
 from clipkit.shards import Shards
+from clipkit.storage import kind_of
 
 __all__ = ["Problem", "index_problems", "named_shards", "open_shard"]
 

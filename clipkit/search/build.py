@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipkit.artifact import Stage, digest, read_manifest
 from clipkit.core import ClipkitError, Side, atomic_write, give_back_freed_memory, note, save_figure, tradeoff_figure
 from clipkit.embeddings import Embeddings, in_schema, joined_schema
 from clipkit.search.choose import Choice, allowed, choose
@@ -21,6 +20,7 @@ from clipkit.search.kinds import KINDS, Effort
 from clipkit.search.measure import Queries, Truth, tune_and_measure
 from clipkit.search.segments import codes_path, read_table, table_path, vectors_path, write_table
 from clipkit.search.vectors import Vectors, write_vectors
+from clipkit.storage import Stage, digest, read_manifest
 
 __all__ = ["Wanted", "build_index", "default_memory", "kept_queries"]
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from clipkit.artifact import read_manifest
 from clipkit.core import ClipkitError, Side
 from clipkit.embeddings import in_schema, joined_schema
 from clipkit.filters import Filter
@@ -19,6 +18,7 @@ from clipkit.search.generations import Generation, current_number, read
 from clipkit.search.kinds import Effort
 from clipkit.search.segments import Passing, Segment
 from clipkit.search.vectors import refuse_bad_vectors
+from clipkit.storage import read_manifest
 
 __all__ = ["Found", "Index"]
 

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from clipkit.artifact import hold, read_manifest
 from clipkit.core import ClipkitError, Side, note, warn
 from clipkit.embeddings import Embeddings, image_id_column, in_schema, joined_schema
 from clipkit.search import generations
@@ -26,6 +25,7 @@ from clipkit.search.kinds import KINDS, TUNED_FOR, Effort
 from clipkit.search.measure import share_found, without_self
 from clipkit.search.segments import codes_path, table_path, vectors_path, write_table
 from clipkit.search.vectors import Vectors, write_vectors
+from clipkit.storage import hold, read_manifest
 
 __all__ = ["Changed", "compact_index", "delete_rows", "go_back", "update_index"]
 

@@ -19,7 +19,6 @@ __all__ = [
     "Stamp",
     "check_ids",
     "extension_of",
-    "hash_of",
     "own_columns",
     "readable",
     "sample_id",
@@ -117,16 +116,6 @@ class Stamp(NamedTuple):
     image: bytes | None
     words: bytes | None
     """Of the key, the captions and the other columns."""
-
-
-def hash_of(*facts: object) -> bytes:
-    """16 bytes that tell these facts (texts, numbers, lists of them) from others, the same on every machine."""
-    return hashlib.blake2b(repr(facts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
-def content_hash(data: bytes) -> bytes:
-    """16 bytes that tell an image's own bytes from any others."""
-    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 @runtime_checkable

@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from clipkit.artifact import digest
 from clipkit.core import ClipkitError, UnreadSample, note
 from clipkit.decode import IMAGE_SUFFIXES
 from clipkit.shards import captions_of
-from clipkit.sources.base import Files, Sample, Stamp, extension_of, hash_of, own_columns, readable
+from clipkit.sources.base import Files, Sample, Stamp, extension_of, own_columns, readable
 from clipkit.sources.globs import Globs
-from clipkit.storage import read_bytes
+from clipkit.storage import digest, hash_of, read_bytes
 
 __all__ = ["FolderSource"]
 

@@ -7,10 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from clipkit.artifact import digest
 from clipkit.core import ClipkitError
 from clipkit.sources.base import Sample, Source, Stamp
-from clipkit.storage import is_remote
+from clipkit.storage import digest, is_remote
 
 __all__ = ["Globs", "Selected"]
 

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clipkit.artifact import digest
 from clipkit.core import ClipkitError
 from clipkit.lists import read_rows
 from clipkit.shards import well_formed
-from clipkit.sources.base import Files, Sample, Stamp, extension_of, hash_of, own_columns, readable
-from clipkit.storage import is_remote, stamp
+from clipkit.sources.base import Files, Sample, Stamp, extension_of, own_columns, readable
+from clipkit.storage import digest, hash_of, is_remote, stamp
 
 __all__ = ["ListSource"]
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clipkit.artifact import digest
-from clipkit.sources.base import Files, Sample, Stamp, extension_of, hash_of, readable
+from clipkit.sources.base import Files, Sample, Stamp, extension_of, readable
+from clipkit.storage import digest, hash_of
 
 __all__ = ["NamedImages"]
 

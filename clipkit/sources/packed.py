@@ -3,10 +3,10 @@
 from collections.abc import Collection
 from functools import cached_property
 
-from clipkit.artifact import digest
 from clipkit.core import ClipkitError, UnreadSample
 from clipkit.shards import Shards, captions_of, image_extension, well_formed
-from clipkit.sources.base import Sample, Stamp, hash_of, own_columns
+from clipkit.sources.base import Sample, Stamp, own_columns
+from clipkit.storage import digest, hash_of
 
 __all__ = ["ShardSource"]
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
-from clipkit.artifact import kind_of, relative_to_artifact
 from clipkit.core import ClipkitError, explain_validation, note
 from clipkit.model_specs import model_folder, refuse_another, spec_of
 from clipkit.preprocess import Preprocess
 from clipkit.settings import ModelConfig, TowersConfig
+from clipkit.storage import kind_of, relative_to_artifact
 from clipkit.towers.dual_encoder import DualEncoder
 
 if TYPE_CHECKING:

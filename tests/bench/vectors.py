@@ -52,8 +52,8 @@ def write_embeddings(folder: Path, rows: int, dim: int, queries: int, seed: int 
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from clipkit.artifact import Stage
     from clipkit.embeddings import table_path, vectors_path
+    from clipkit.storage import Stage
 
     world = World(dim, seed)
     stage = Stage(folder, "embeddings", {"rows": rows, "dim": dim, "queries": queries, "seed": seed}, overwrite=True)

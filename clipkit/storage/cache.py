@@ -4,7 +4,6 @@ One SQLite file, bounded in size. Whatever happens to it costs time and nothing 
 one that cannot be written is left as it is.
 """
 
-import hashlib
 import json
 import sqlite3
 import time
@@ -17,7 +16,7 @@ import numpy as np
 
 from clipkit.core import warn
 
-__all__ = ["Cache", "Entry", "entry_key"]
+__all__ = ["Cache", "Entry"]
 
 Value = TypeVar("Value")
 AT_ONCE = 500  # keys in one query; SQLite takes 32,766 variables at the most, and older ones 999
@@ -35,11 +34,6 @@ class Entry(NamedTuple):
     vector: np.ndarray | None
     """float32 ``[dim]``."""
     reason: str | None = None
-
-
-def entry_key(*facts: object) -> bytes:
-    """16 bytes for what an entry was made of: model, precision, text, an image's path, size and time."""
-    return hashlib.blake2b(repr(facts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 class Cache:

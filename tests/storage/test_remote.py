@@ -11,9 +11,10 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from clipkit import storage
 from clipkit.core import ClipkitError
-from clipkit.storage import describe, fetch, is_pipe, is_remote, list_files, open_stream, read_bytes, size_of, stamp
+from clipkit.storage import describe, fetch, is_pipe, is_remote, list_files, open_stream, read_bytes, remote, stamp
+from clipkit.storage.remote import size_of
+from tests.paths import ROOT
 
 DATA = bytes(range(256)) * 1000
 
@@ -60,7 +61,7 @@ class Answers(BaseHTTPRequestHandler):
 @pytest.fixture
 def web(monkeypatch):
     """A web server on this machine: its address, and in `.asked` what it was asked."""
-    monkeypatch.setattr(storage, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
     server.daemon_threads, server.asked, server.over = True, [], threading.Event()
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
@@ -96,7 +97,7 @@ def test_what_is_remote():
 
 
 def test_reading_whole_and_in_part(url, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "PIECE", 1000)
+    monkeypatch.setattr(remote, "PIECE", 1000)
     assert read_bytes(url) == DATA
     assert read_bytes(url, 255_990) == DATA[255_990:]
     for start, size in [(0, 10), (7, 1000), (999, 2503), (255_990, 10), (5, 0)]:
@@ -180,7 +181,7 @@ def test_silence_is_an_error(web, read):
 
 def test_a_filesystem_that_is_silent_by_itself(monkeypatch, tmp_path):
     # No filesystem's own timeout helps here: the call just does not come back.
-    monkeypatch.setattr(storage, "_filesystem", lambda *_: time.sleep(3))
+    monkeypatch.setattr(remote, "_filesystem", lambda *_: time.sleep(3))
     with pytest.raises(ClipkitError, match=r"^s3://a/b has not answered for 0\.1 s$"):
         size_of("s3://a/b", timeout=0.1, retries=0)
 
@@ -191,7 +192,7 @@ def test_a_silent_read_does_not_keep_the_interpreter(web):
         f"try:\n    read_bytes({str(web + '/stall')!r}, timeout=0.3, retries=0)\n"
         "except Exception as error:\n    print(error)\n"
     )
-    root = Path(__file__).parent.parent
+    root = ROOT
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=15, cwd=root
     )
@@ -211,7 +212,7 @@ def test_pipes(tmp_path):
 
 
 def test_a_pipe_that_fails(monkeypatch, tmp_path):
-    monkeypatch.setattr(storage, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
     with (
         pytest.raises(ClipkitError, match=r"^pipe:echo some; exit 3 ended with status 3$"),
         open_stream("pipe:echo some; exit 3") as stream,
@@ -267,9 +268,9 @@ def test_a_file_that_cannot_be_written(tmp_path):
 
 def test_the_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("CLIPKIT_CACHE", str(tmp_path))
-    assert storage.user_cache() == tmp_path
+    assert remote.user_cache() == tmp_path
     monkeypatch.delenv("CLIPKIT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert storage.user_cache() == tmp_path / "clipkit"
+    assert remote.user_cache() == tmp_path / "clipkit"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert storage.user_cache() == Path.home() / ".cache" / "clipkit"
+    assert remote.user_cache() == Path.home() / ".cache" / "clipkit"

@@ -7,9 +7,9 @@ import time
 import numpy as np
 import pytest
 
-from clipkit import cache as room
-from clipkit.cache import Cache, Entry, entry_key
 from clipkit.core import cache_folder
+from clipkit.storage import Cache, Entry, entry_key
+from clipkit.storage import cache as room
 from tests.kills import FORK
 
 

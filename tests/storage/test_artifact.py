@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from clipkit import renewal
-from clipkit.artifact import Stage, read_manifest
 from clipkit.core import ClipkitError, atomic_write, read_json
+from clipkit.storage import Stage, folder_swap, read_manifest
 from tests.kills import contents, killed
 
 
@@ -231,7 +230,7 @@ def test_what_another_process_works_on_is_not_replaced(tmp_path):
 @pytest.mark.parametrize("exchange", [True, False])
 def test_two_processes_update_one_folder(tmp_path, monkeypatch, exchange):
     if not exchange:
-        monkeypatch.setattr(renewal, "_exchange", lambda *_: False)
+        monkeypatch.setattr(folder_swap, "_exchange", lambda *_: False)
     make(tmp_path / "a")
     first, second = (Stage(tmp_path / "a", "shards", {"content": "y"}, update=True) for _ in range(2))
     for stage, part in ((first, "0"), (second, "1")):
@@ -259,7 +258,7 @@ def test_where_something_else_came_into_the_place_meanwhile_it_is_said(tmp_path)
 def test_an_update_that_is_killed_at_any_change_to_the_disk_is_mended(tmp_path, monkeypatch, exchange):
     """By the same update again, by another one, and by the old command where that still fits."""
     if not exchange:
-        monkeypatch.setattr(renewal, "_exchange", lambda *_: False)
+        monkeypatch.setattr(folder_swap, "_exchange", lambda *_: False)
     make(tmp_path / "old" / "a")
     make(tmp_path / "new" / "a", content="y")
     old, new = contents(tmp_path / "old" / "a"), contents(tmp_path / "new" / "a")

@@ -13,7 +13,7 @@ from clipkit.classifiers import Fit, Threshold, ranked
 from clipkit.confidence import Interval, wilson_interval
 from clipkit.core import BadSample, Report, confusion_figure, reliability_figure
 from clipkit.decisions import OK, Decisions
-from clipkit.decode import decode
+from clipkit.images import decode
 from clipkit.labels import LabelSet
 from clipkit.metrics import confusion_matrix
 

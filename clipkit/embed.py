@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from clipkit.core import BadSample, ClipkitError, Side, UnreadSample, keep_freed_memory, settled_precision
 from clipkit.embeddings import Embedded, Embeddings, table_path, write_part
 from clipkit.encoding import embed_source
+from clipkit.images import Decoding, shown
 from clipkit.inference import cast_for_inference, compiled, compiling_pays, find_batch_size
-from clipkit.pixels import Decoding, shown
 from clipkit.reuse import Known, part_files, refuse_unlike, write_stamps
 from clipkit.sources import Source, Stamp, check_ids
 from clipkit.storage import Stage, read_manifest, state_of, write_ledger
@@ -186,7 +186,7 @@ def _can_be_read(line: dict[str, Any], source: Source, model: DualEncoder, made_
         return False  # missing, or a dead URL, that would be waited for
     try:
         if "image" in made_from["sides"]:
-            shown(source[row], model.preprocess, made_from["decoding"])
+            shown(source[row].read(), model.preprocess, made_from["decoding"])
         else:
             source.without_image(row)
     except BadSample as error:

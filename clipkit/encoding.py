@@ -23,8 +23,8 @@ from clipkit.core import (
     progress,
 )
 from clipkit.embeddings import Embedded
+from clipkit.images import Decoding, Shown, decoded, shown
 from clipkit.inference import evaluating
-from clipkit.pixels import Decoding, Shown, decoded, shown
 from clipkit.reuse import Kept
 from clipkit.sources import Sample, Source
 from clipkit.towers import DualEncoder
@@ -69,7 +69,7 @@ def embed_source(
         show: title of the progress bar; None for no bar.
         kept: what is known of rows from before, see `clipkit.reuse`: their images are not read, nor are they encoded,
             nor captions that there were before. The others of the rows go into batches together.
-        decoding: of the images, see `clipkit.pixels`.
+        decoding: of the images, see `clipkit.images.model_input`.
     """
     rows = range(len(source)) if rows is None else rows
     kept = {} if kept is None else kept
@@ -89,7 +89,7 @@ def embed_source(
         try:
             sample = source[i] if "image" in sides and before is None else source.without_image(i)
             if "image" in sides and before is None:
-                pixels = shown(sample, model.preprocess, decoding)
+                pixels = shown(sample.read(), model.preprocess, decoding)
         except BadSample as error:
             return _Loaded(i, None, None, str(error), isinstance(error, UnreadSample))
         if "image" not in sides and not sample.captions:

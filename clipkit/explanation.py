@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clipkit.core import BadSample, ClipkitError, Report, heat_figure, progress
 from clipkit.decisions import probabilities
-from clipkit.decode import decode, to_rgb
+from clipkit.images import decode, to_rgb
 from clipkit.inference import evaluating
 from clipkit.relevance import cell_means, spread, windows
 from clipkit.towers import DualEncoder

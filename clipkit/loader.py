@@ -19,11 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from clipkit.augment import Augmentation, Waiting, augmented_pixels
 from clipkit.core import FEW_CORES, BadSample, ClipkitError, Threads, cores, in_loader_processes, processes_here
-from clipkit.decode import Encoded
-from clipkit.gpu_decode import can_wait, decode_waiting
-from clipkit.preprocess import Preprocess
+from clipkit.images import Augmentation, Encoded, Preprocess, Waiting, augmented_pixels, can_wait, decode_waiting
 from clipkit.settings import DataConfig
 from clipkit.shards import Shards
 from clipkit.sources import text_id

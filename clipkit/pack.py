@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 
 from clipkit.core import BadSample, ClipkitError, in_processes, in_threads, meter
-from clipkit.decode import IMAGE_SUFFIXES, identify
+from clipkit.images import IMAGE_SUFFIXES, identify, shrink
 from clipkit.shards import load_writer, write_shard
-from clipkit.shrink import shrink
 from clipkit.sources import Sample, Source, check_ids, sample_id
 from clipkit.storage import Stage, is_remote, read_manifest, write_ledger
 
@@ -48,7 +47,7 @@ def pack(
         shard_samples: most samples in a shard.
         shard_bytes: most bytes of images in a shard, as they are in the source.
         shards: how many shards to make, of as equal a number of samples as can be; instead of the two above.
-        max_side: pixels of the long side over which an image is made smaller, see `clipkit.shrink`.
+        max_side: pixels of the long side over which an image is made smaller, see `clipkit.images.downscale`.
         quality: of images that are encoded anew with loss.
         workers: processes at work, each on a shard of its own, and threads where there are more of them than shards.
         overwrite: replace another artifact there.

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from clipkit.preprocess import Preprocess
+from clipkit.images import Preprocess
 from clipkit.settings import PhaseConfig, TrainConfig
 from clipkit.towers import DualEncoder
 

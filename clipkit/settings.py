@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from clipkit.core import ClipkitError, Positive, Settings, Share
+from clipkit.images import AugmentConfig
 
 __all__ = [
     "CHANGEABLE",
     "LENGTHS",
-    "AugmentConfig",
     "CheckpointConfig",
     "DataConfig",
     "DistillConfig",
@@ -46,31 +46,6 @@ class ModelConfig(Settings):
     """Logarithm of the first factor on the similarities; ln(1/0.07) where not set."""
     init_logit_bias: float | None = None
     """Set it (SigLIP: -10) for the sigmoid loss."""
-
-
-class AugmentConfig(Settings):
-    """Random changes of training images, each a function of (seed, position) alone."""
-
-    shift: Share = 0.0
-    """Largest shift in each direction, as a share of the side; the border is repeated."""
-    scale: tuple[float, float] = (1.0, 1.0)
-    """Share of the image's area that a random crop keeps (torchvision's RandomResizedCrop, aspect kept)."""
-    flip: Share = 0.0
-    """Chance of a horizontal mirror image."""
-    brightness: Share = 0.0
-    contrast: Share = 0.0
-    saturation: Share = 0.0
-    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Strengths of torchvision's ColorJitter."""
-    grayscale: Share = 0.0
-    """Chance of losing the colours."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "AugmentConfig":
-        low, high = self.scale
-        if not 0 < low <= high <= 1:
-            raise ValueError("scale must be two shares of the area in order, such as [0.9, 1.0]")
-        return self
 
 
 class PartConfig(Settings):
@@ -116,8 +91,8 @@ class DataConfig(Settings):
     cache_gib: Annotated[float, Field(gt=0)] = 64.0
     """Most GiB of remote shards that are kept on the local disk."""
     decode: Literal["fast", "exact", "gpu"] = "fast"
-    """fast: large JPEGs are decoded to little more than is needed (`clipkit.augment`); exact: open_clip's pixels; gpu:
-    baseline JPEGs are decoded by the GPU (nvJPEG), everything else as under fast."""
+    """fast: large JPEGs are decoded to little more than is needed (`clipkit.images.augment`); exact: open_clip's
+    pixels; gpu: baseline JPEGs are decoded by the GPU (nvJPEG), everything else as under fast."""
     augment: AugmentConfig = AugmentConfig()
 
     @property
@@ -292,7 +267,7 @@ class TrainConfig(Settings):
     model: str | ModelConfig
     """An architecture, ``open_clip:NAME`` (random weights), or trained weights to start from (`clipkit.load_model`)."""
     preprocess: dict[str, Any] = {}
-    """Fields of `clipkit.preprocess.Preprocess` to set differently from the model's own."""
+    """Fields of `clipkit.images.Preprocess` to set differently from the model's own."""
     data: DataConfig = DataConfig()
     batch_size: Positive = 256
     """Over all ranks together."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.core import ClipkitError
-from clipkit.decode import IMAGE_SUFFIXES
+from clipkit.images import IMAGE_SUFFIXES
 from clipkit.storage import WORK, kind_of, list_files, read_manifest
 
 __all__ = ["brace_expand", "expand", "is_shard_spec", "manifest_records", "named_tars", "remote_tars", "shard_names"]

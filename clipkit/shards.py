@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipkit.core import BadSample, ClipkitError, atomic_write, progress, warn
-from clipkit.decode import IMAGE_SUFFIXES
+from clipkit.images import IMAGE_SUFFIXES
 from clipkit.shard_specs import expand, manifest_records, remote_tars, shard_names
 from clipkit.spool import Spool
 from clipkit.storage import Hashed, digest, is_remote

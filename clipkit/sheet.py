@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from clipkit.core import BadSample, Report
-from clipkit.decode import decode
+from clipkit.images import decode
 
 __all__ = ["write_sheet"]
 

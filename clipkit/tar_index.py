@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipkit.core import ClipkitError, atomic_write, note, user_cache, write_json
-from clipkit.decode import IMAGE_SUFFIXES
+from clipkit.images import IMAGE_SUFFIXES
 
 __all__ = [
     "DEFECTS_SUFFIX",

@@ -50,7 +50,7 @@ def main(image: Path, texts: tuple[str, ...], model: str | None, out: Path | Non
     holds for all texts.
     """
     from clipkit.core import ClipkitError
-    from clipkit.decode import IMAGE_SUFFIXES
+    from clipkit.images import IMAGE_SUFFIXES
 
     for text in texts:
         if Path(text).suffix.lower() in IMAGE_SUFFIXES and Path(text).is_file():

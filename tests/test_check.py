@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from clipkit import decode
 from clipkit.check.scan import KINDS, SAMPLE, scan
 from clipkit.core import read_json
+from clipkit.images import decoding
 from clipkit.pack import pack
 from clipkit.shards import Shards
 from clipkit.sources import open_source
@@ -81,7 +81,7 @@ def test_a_bad_sample_is_named_and_remembered_for_training(run, tmp_path, kind):
 
 
 def test_other_ways_to_be_bad(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(decode, "MAX_PIXELS", 10_000)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 10_000)
     members = good(0) | {"x.jpg": jpeg(50), "x.json": b'{"caption"', "y.png": b"no picture", "y.txt": b"y"}
     tar_of(tmp_path / "a.tar", members | {"z.jpg": encoded(photo(51, 200, 100)), "z.txt": b"z"})
     _, found = checked(run, tmp_path)

@@ -14,7 +14,7 @@ from PIL import Image
 from clipkit import explanation
 from clipkit.core import ClipkitError
 from clipkit.explanation import explain
-from clipkit.preprocess import Preprocess
+from clipkit.images import Preprocess
 from clipkit.relevance import cell_means, patch_readout, relevance, spread, weighted_attention, windows
 from clipkit.scenes import COLOURS, draw, random_scene
 from clipkit.towers import load_model

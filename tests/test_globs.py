@@ -315,7 +315,7 @@ def test_a_folder_that_must_not_be_read_is_named():
 
 def test_heic_is_read_where_that_is_installed(run, model_dir, tmp_path):
     pillow_heif = pytest.importorskip("pillow_heif", reason="pillow-heif is not installed (the extra heif)")
-    from clipkit.decode import decode, identify
+    from clipkit.images import decode, identify
 
     picture = Image.new("RGB", (64, 48), "navy")
     picture.paste("red", (0, 0, 32, 24))
@@ -337,7 +337,7 @@ def test_heic_says_what_to_install_and_is_tried_again(run, model_dir, tmp_path, 
     monkeypatch.setattr("PIL.Image.ID", [kind for kind in Image.ID if "HEIF" not in kind])
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     (tmp_path / "b.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
-    from clipkit.decode import decode
+    from clipkit.images import decode
 
     with pytest.raises(UnreadSample, match="pip install pillow-heif"):
         decode(Path(tmp_path / "b.heic"))
@@ -348,7 +348,7 @@ def test_heic_says_what_to_install_and_is_tried_again(run, model_dir, tmp_path, 
     )
     (tmp_path / "b.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
     monkeypatch.setattr(
-        "clipkit.decode._opened", lambda data: Image.open(io.BytesIO(encoded(Image.new("L", (9, 9)), "PNG")))
+        "clipkit.images.decoding._opened", lambda data: Image.open(io.BytesIO(encoded(Image.new("L", (9, 9)), "PNG")))
     )
     again = run(*call)  # as if it had been installed meanwhile: nothing was kept of it
     assert [json.loads(line)["status"] for line in again.out.splitlines()] == ["ok", "ok"]

@@ -7,11 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from clipkit.augment import augmented_pixels
 from clipkit.core import ClipkitError
+from clipkit.images import AugmentConfig, Preprocess, augmented_pixels
 from clipkit.loader import Batches, open_train_data, train_batches
-from clipkit.preprocess import Preprocess
-from clipkit.settings import AugmentConfig, DataConfig
+from clipkit.settings import DataConfig
 from clipkit.shards import write_shard
 from clipkit.sources import sample_id
 from tests.samples import fake_tokens, png

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clipkit.core import ClipkitError
+from clipkit.images import Preprocess
 from clipkit.loader import Batches, open_train_data, train_batches
-from clipkit.preprocess import Preprocess
 from clipkit.settings import DataConfig
 from clipkit.shards import Shards, write_shard
 from clipkit.trainset import TrainSet
@@ -279,7 +279,7 @@ def test_an_exit_in_the_middle_is_an_exit(uneven):
 import sys, torch
 from clipkit.settings import DataConfig
 from clipkit.loader import Batches, open_train_data, train_batches
-from clipkit.preprocess import Preprocess
+from clipkit.images import Preprocess
 config = DataConfig(train={str(uneven)!r}, workers=0, threads=3)
 made = Batches(open_train_data(config, 0), Preprocess(size=64), lambda t: torch.zeros(len(t), 4), config, 0)
 batches = train_batches(made, first_step=0, steps=10**6, batch_size=64)

@@ -11,9 +11,9 @@ import torch
 from clipkit.core import ClipkitError
 from clipkit.embed import embed
 from clipkit.embeddings import Embeddings, table_path, vectors_path
+from clipkit.images import Preprocess
 from clipkit.loader import Batches, open_train_data, train_batches
 from clipkit.pack import pack
-from clipkit.preprocess import Preprocess
 from clipkit.settings import DataConfig
 from clipkit.shards import captions_of, image_extension, write_shard
 from clipkit.sources import open_source, sample_id, text_id

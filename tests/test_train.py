@@ -17,11 +17,11 @@ import yaml
 from safetensors.torch import load_file
 
 from clipkit import checkpoint
+from clipkit.images import Preprocess
 from clipkit.loader import Batches, open_train_data, train_batches
 from clipkit.loss import info_nce
 from clipkit.optim import learning_rate, parameter_groups
 from clipkit.pace import Pace
-from clipkit.preprocess import Preprocess
 from clipkit.towers import load_model
 from tests.conftest import tiny_model, with_settings
 

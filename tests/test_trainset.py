@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from clipkit.core import BadSample, ClipkitError
+from clipkit.images import Preprocess
 from clipkit.loader import Batches, describe, open_train_data, train_batches
-from clipkit.preprocess import Preprocess
 from clipkit.settings import DataConfig
 from clipkit.shards import Shards, write_shard
 from clipkit.sources import sample_id

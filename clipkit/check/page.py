@@ -9,7 +9,7 @@ from PIL import Image
 from clipkit.check.findings import FIGURES, Verdict
 from clipkit.check.scan import KINDS, Finding, Scan
 from clipkit.core import BadSample, Report, histogram_figure, sizes_figure, write_json
-from clipkit.decode import decode
+from clipkit.images import decode
 
 __all__ = ["page_paths", "summary", "write_page"]
 

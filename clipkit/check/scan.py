@@ -15,7 +15,7 @@ import numpy as np
 from clipkit.check.looks import COARSE, FLAT_BELOW, looks_of
 from clipkit.check.shards import index_problems, named_shards, open_shard
 from clipkit.core import BadSample, cores, in_threads, progress
-from clipkit.decode import decode, identify
+from clipkit.images import decode, identify
 from clipkit.shard_specs import is_shard_spec, shard_names
 from clipkit.shards import Shards
 from clipkit.sources import Sample, Source, open_source, sample_id

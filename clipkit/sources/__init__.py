@@ -7,7 +7,7 @@ them; it opens no image before it is asked to, and a sample that turns out unusa
 from pathlib import Path, PurePosixPath
 
 from clipkit.core import ClipkitError
-from clipkit.decode import IMAGE_SUFFIXES
+from clipkit.images import IMAGE_SUFFIXES
 from clipkit.lists import LIST_SUFFIXES
 from clipkit.shard_specs import is_shard_spec
 from clipkit.sources.base import Sample, Source, Stamp, check_ids, sample_id, text_id

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clipkit.core import ClipkitError, UnreadSample, note
-from clipkit.decode import IMAGE_SUFFIXES
+from clipkit.images import IMAGE_SUFFIXES
 from clipkit.shards import captions_of
 from clipkit.sources.base import Files, Sample, Stamp, extension_of, own_columns, readable
 from clipkit.sources.globs import Globs

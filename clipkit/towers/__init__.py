@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 
 from clipkit.core import ClipkitError, explain_validation, note
+from clipkit.images import Preprocess
 from clipkit.model_specs import model_folder, refuse_another, spec_of
-from clipkit.preprocess import Preprocess
 from clipkit.settings import ModelConfig, TowersConfig
 from clipkit.storage import kind_of, relative_to_artifact
 from clipkit.towers.dual_encoder import DualEncoder
@@ -43,7 +43,7 @@ def create_model(
     Args:
         config: an architecture of one's own; ``open_clip:NAME``, a named architecture with random weights; or anything
             that `load_model` takes, for starting from trained weights.
-        preprocess: fields of `clipkit.preprocess.Preprocess` to set differently.
+        preprocess: fields of `clipkit.images.Preprocess` to set differently.
         towers: whose ``init`` names models that the image or the text tower is taken from; an image tower brings its
             preprocessing.
 

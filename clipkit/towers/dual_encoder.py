@@ -17,8 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from clipkit.core import ClipkitError, write_json
-from clipkit.decode import decode, to_rgb
-from clipkit.preprocess import Preprocess
+from clipkit.images import Preprocess, decode, to_rgb
 from clipkit.towers.layers import Layout, Side, under
 
 __all__ = ["BACKBONE", "MODEL_FILE", "DualEncoder", "Tokenizer", "in_blocks"]

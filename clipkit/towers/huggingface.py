@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 from transformers.utils.logging import disable_progress_bar
 
 from clipkit.core import ClipkitError, read_json
-from clipkit.preprocess import Preprocess
+from clipkit.images import Preprocess
 from clipkit.towers.dual_encoder import MODEL_FILE, DualEncoder
 from clipkit.towers.layers import Layout, Side, huggingface_layouts
 

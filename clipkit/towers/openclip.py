@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from clipkit.core import ClipkitError, atomic_write, did_you_mean, explain_validation, read_json, write_json
-from clipkit.preprocess import OPENAI_MEAN, OPENAI_STD, Preprocess
+from clipkit.images import OPENAI_MEAN, OPENAI_STD, Preprocess
 from clipkit.settings import ModelConfig
 from clipkit.towers import openclip_forward
 from clipkit.towers.dual_encoder import MODEL_FILE, DualEncoder, Tokenizer

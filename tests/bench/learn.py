@@ -74,7 +74,7 @@ class Job:
 
 def flat_emoji(emoji: Path, out: Path) -> None:
     """The drawings over white: open_clip lays transparency over whatever colour it hides, which is not learning."""
-    from clipkit.decode import decode
+    from clipkit.images import decode
 
     for path in sorted(emoji.glob("*/*.png")):
         made = out / path.relative_to(emoji)

@@ -61,9 +61,9 @@ def clipkit_batches(shards: Path, transform: str, side: str) -> Iterator[Any]:
     import torch
     from open_clip import get_tokenizer
 
+    from clipkit.images import AugmentConfig, Preprocess
     from clipkit.loader import Batches, open_train_data, train_batches
-    from clipkit.preprocess import Preprocess
-    from clipkit.settings import AugmentConfig, DataConfig
+    from clipkit.settings import DataConfig
 
     # open_clip's training transform: a random crop of 90 to 100 per cent, no flip, no colours.
     augment = AugmentConfig(scale=(0.9, 1.0) if transform == "train" else (1.0, 1.0))
@@ -142,8 +142,7 @@ def agreement(shards: Path) -> str:
     import numpy as np
     import torch
 
-    from clipkit.augment import augmented_pixels
-    from clipkit.settings import AugmentConfig
+    from clipkit.images import AugmentConfig, augmented_pixels
     from clipkit.shards import Shards
     from clipkit.towers import create_model
 

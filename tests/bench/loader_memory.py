@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from clipkit.images import AugmentConfig, Preprocess
 from clipkit.loader import Batches, open_train_data, train_batches
-from clipkit.preprocess import Preprocess
-from clipkit.settings import AugmentConfig, DataConfig
+from clipkit.settings import DataConfig
 from clipkit.shards import write_shard
 
 

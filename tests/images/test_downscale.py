@@ -7,8 +7,7 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from clipkit.core import BadSample
-from clipkit.decode import decode
-from clipkit.shrink import shrink
+from clipkit.images import decode, shrink
 
 
 def picture(width=200, height=101) -> Image.Image:

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as TF
 
-from clipkit.augment import Augmentation, Waiting
-from clipkit.decode import Encoded
-from clipkit.preprocess import Preprocess
+from clipkit.images.augment import Augmentation, Waiting
+from clipkit.images.decoding import Encoded
+from clipkit.images.preprocess import Preprocess
 
 __all__ = ["can_wait", "decode_waiting", "is_baseline"]
 

@@ -1,5 +1,6 @@
 """Pixels agree with open_clip's, and the fast resize with the exact one."""
 
+import clipkit.preprocess as room
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,8 +8,7 @@ from hypothesis import strategies as st
 from open_clip.transform import image_transform
 from PIL import Image
 
-import clipkit.preprocess as room
-from clipkit.preprocess import Preprocess
+from clipkit.images import Preprocess
 
 
 @pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])

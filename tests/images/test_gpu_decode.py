@@ -7,12 +7,19 @@ import pytest
 import torch
 from PIL import Image
 
-from clipkit.augment import Augmentation, Waiting, augmented_pixels
-from clipkit.decode import Encoded
-from clipkit.gpu_decode import can_wait, decode_waiting, is_baseline
+from clipkit.images import (
+    Augmentation,
+    AugmentConfig,
+    Encoded,
+    Preprocess,
+    Waiting,
+    augmented_pixels,
+    can_wait,
+    decode_waiting,
+)
+from clipkit.images.gpu_decode import is_baseline
 from clipkit.loader import Batches, open_train_data, train_batches
-from clipkit.preprocess import Preprocess
-from clipkit.settings import AugmentConfig, DataConfig
+from clipkit.settings import DataConfig
 from clipkit.shards import write_shard
 from tests.samples import fake_tokens
 

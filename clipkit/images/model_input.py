@@ -1,8 +1,8 @@
 """What a tower is shown of an image that is embedded: all of it, decoded to little more than is needed, or exactly.
 
 A photo of 12 megapixels is decoded at 1/4 or 1/8 by its JPEG's own transform and only then resized, which takes a fifth
-of the time; the vectors that come of it lie at a cosine of 0.999 to the exact ones. `clipkit.augment` does the same for
-training.
+of the time; the vectors that come of it lie at a cosine of 0.999 to the exact ones. `clipkit.images.augment` does the
+same for training.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipkit.augment import Augmentation, Waiting, crop_pixels
 from clipkit.core import BadSample
-from clipkit.decode import Encoded
-from clipkit.preprocess import Preprocess
-from clipkit.sources import Sample
+from clipkit.images.augment import Augmentation, Waiting, crop_pixels
+from clipkit.images.decoding import Encoded
+from clipkit.images.preprocess import Preprocess
 
 __all__ = ["Decoding", "Shown", "decoded", "shown"]
 
@@ -27,24 +26,26 @@ Shown = np.ndarray | Tensor | Waiting
 """uint8 ``[3, height, width]``, or what the GPU is still to decode."""
 
 
-def shown(sample: Sample, preprocess: Preprocess, decoding: Decoding) -> Shown:
-    """The pixels of a sample's image.
+def shown(data: bytes, preprocess: Preprocess, decoding: Decoding) -> Shown:
+    """The pixels of an image.
 
     Args:
-        sample: with an image.
+        data: the bytes of its file.
         preprocess: of the model.
         decoding: ``exact``: open_clip's pixels; ``fast``: large JPEGs are decoded at a reduced size, and resized by
             torch; ``gpu``: upright baseline JPEGs wait for `decoded`, everything else as under ``fast``.
 
     Raises:
-        BadSample: where it cannot be read or decoded.
+        BadSample: where it cannot be decoded.
     """
-    source = Encoded(sample.read(), preprocess.background)
+    source = Encoded(data, preprocess.background)
     width, height = source.size
     if decoding == "exact":
         return preprocess(source.decode())
     if decoding == "gpu":
-        from clipkit.gpu_decode import can_wait  # torchvision takes a second, and is needed for nothing else here
+        from clipkit.images.gpu_decode import (
+            can_wait,  # torchvision takes a second, and is needed for nothing else here
+        )
 
         if can_wait(source.data, source, preprocess):
             return Waiting(0, 0, source, source.data, Augmentation((0, 0, width, height)))
@@ -73,7 +74,7 @@ def decoded(
     waiting = [(row, item) for row, item in enumerate(items) if isinstance(item, Waiting)]
     if not waiting:
         return found
-    from clipkit.gpu_decode import decode_waiting
+    from clipkit.images.gpu_decode import decode_waiting
 
     pixels = torch.empty((len(waiting), 3, *preprocess.size), dtype=torch.uint8, device=device)
     refused: dict[int, np.ndarray | BadSample] = {}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from PIL import ExifTags, Image, ImageOps
 
 from clipkit.core import BadSample
-from clipkit.decode import to_rgb
+from clipkit.images.decoding import to_rgb
 
 __all__ = ["Shrunk", "shrink"]
 
@@ -37,7 +37,7 @@ def shrink(data: bytes, max_side: int, quality: int = 95) -> Shrunk:
     stays WebP, lossless where it was. Of an animation the first frame is kept.
 
     Args:
-        data: of an image that `clipkit.decode.identify` has let pass.
+        data: of an image that `clipkit.images.identify` has let pass.
         max_side: pixels.
         quality: of JPEG and lossy WebP, 1 to 100.
 

@@ -55,7 +55,7 @@ class Preprocess(BaseModel):
         """Resize and crop one RGB image.
 
         Args:
-            image: any size, mode RGB (see `clipkit.decode.to_rgb`).
+            image: any size, mode RGB (see `clipkit.images.to_rgb`).
 
         Returns:
             uint8 array ``[3, height, width]``.

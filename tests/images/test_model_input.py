@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from clipkit import encoding, pixels
+from clipkit import encoding
 from clipkit.core import BadSample
 from clipkit.encoding import embed_source
-from clipkit.pixels import decoded, shown
-from clipkit.preprocess import Preprocess
-from clipkit.sources import Sample, open_source
+from clipkit.images import Preprocess, decoded, model_input, shown
+from clipkit.sources import open_source
+from tests.images.test_gpu_decode import broken_inside
 from tests.samples import encoded, photo
-from tests.test_gpu_decode import broken_inside
 
 CPU = torch.device("cpu")
 # torchvision announces that its decoders will move to TorchCodec; until they do they are nvJPEG's way in.
@@ -43,9 +42,9 @@ def files(tmp_path_factory):
 def test_pixels_are_nearly_the_exact_ones(decoding, mode):
     preprocess = Preprocess(size=48, resize_mode=mode)
     names = [name for name in FILES if name not in ("empty.jpg", "broken.jpg")]
-    items = [shown(Sample(name, FILES[name], "jpg"), preprocess, decoding) for name in names]
+    items = [shown(FILES[name], preprocess, decoding) for name in names]
     for name, found in zip(names, decoded(items, preprocess, CPU), strict=True):
-        exact = shown(Sample(name, FILES[name], "jpg"), preprocess, "exact")
+        exact = shown(FILES[name], preprocess, "exact")
         found = np.asarray(found)
         assert found.dtype == np.uint8
         assert found.shape == exact.shape
@@ -54,20 +53,20 @@ def test_pixels_are_nearly_the_exact_ones(decoding, mode):
 
 def test_what_the_gpu_refuses_is_decoded_here_or_told_and_spoils_nothing_else(monkeypatch):
     preprocess, names = Preprocess(size=48), ("middle.jpg", "grey.jpg", "large.jpg")
-    items = [shown(Sample("a", FILES[name], "jpg"), preprocess, "gpu") for name in names]
+    items = [shown(FILES[name], preprocess, "gpu") for name in names]
     items[1:] = [item._replace(data=broken_inside(item.data)) for item in items[1:]]
-    fast = pixels._fast
+    fast = model_input._fast
 
     def fails_for_the_last(source, preprocess):
         if source.size == (1500, 1100):
             raise BadSample("not even here")
         return fast(source, preprocess)
 
-    monkeypatch.setattr(pixels, "_fast", fails_for_the_last)
+    monkeypatch.setattr(model_input, "_fast", fails_for_the_last)
     *good, bad = decoded(items, preprocess, CPU)
     assert isinstance(bad, BadSample)
     for found, name in zip(good, names, strict=False):
-        exact = shown(Sample("a", FILES[name], "jpg"), preprocess, "exact")
+        exact = shown(FILES[name], preprocess, "exact")
         assert np.abs(np.asarray(found).astype(int) - exact).mean() < 2
 
 

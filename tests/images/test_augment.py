@@ -11,11 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
-from clipkit.augment import Augmentation, augmented_pixels
 from clipkit.core import BadSample
-from clipkit.decode import decode
-from clipkit.preprocess import Preprocess
-from clipkit.settings import AugmentConfig
+from clipkit.images import Augmentation, AugmentConfig, Preprocess, augmented_pixels, decode
 
 EVERYTHING = AugmentConfig(
     shift=0.1, scale=(0.3, 1.0), flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale=0.2

@@ -6,21 +6,47 @@ All randomness comes from the generator that is passed in, and the draws do not 
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from pydantic import Field, model_validator
 
-from clipkit.decode import Encoded
-from clipkit.preprocess import Preprocess
-from clipkit.settings import AugmentConfig
+from clipkit.core import Settings, Share
+from clipkit.images.decoding import Encoded
+from clipkit.images.preprocess import Preprocess
 
-__all__ = ["Augmentation", "Waiting", "augmented_pixels", "crop_pixels"]
+__all__ = ["AugmentConfig", "Augmentation", "Waiting", "augmented_pixels", "crop_pixels"]
 
 # How far above the wanted size a JPEG is decoded. At 1 the reduced decoding is all the smoothing there is, and photos
 # of 1 megapixel come out 1.3 grey levels away from the exact path; at 1.25 it is 0.5; at 2 it is 0.2, a third slower.
 MARGIN = 1.25
 LUMA = tuple(np.float32(share) for share in (0.299, 0.587, 0.114))  # ITU-R BT.601, as Pillow and torchvision have it
+
+
+class AugmentConfig(Settings):
+    """Random changes of training images, each a function of (seed, position) alone."""
+
+    shift: Share = 0.0
+    """Largest shift in each direction, as a share of the side; the border is repeated."""
+    scale: tuple[float, float] = (1.0, 1.0)
+    """Share of the image's area that a random crop keeps (torchvision's RandomResizedCrop, aspect kept)."""
+    flip: Share = 0.0
+    """Chance of a horizontal mirror image."""
+    brightness: Share = 0.0
+    contrast: Share = 0.0
+    saturation: Share = 0.0
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Strengths of torchvision's ColorJitter."""
+    grayscale: Share = 0.0
+    """Chance of losing the colours."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "AugmentConfig":
+        low, high = self.scale
+        if not 0 < low <= high <= 1:
+            raise ValueError("scale must be two shares of the area in order, such as [0.9, 1.0]")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +136,7 @@ def augmented_pixels(
         uint8 array ``[3, height, width]``.
 
     Raises:
-        BadSample: where the data cannot be decoded (see `clipkit.decode.decode`).
+        BadSample: where the data cannot be decoded (see `clipkit.images.decode`).
     """
     source = data if isinstance(data, Image.Image | Encoded) else Encoded(data, preprocess.background)
     width, height = source.size
@@ -133,7 +159,7 @@ def crop_pixels(source: Image.Image | Encoded, preprocess: Preprocess, box: tupl
         uint8 array ``[3, height, width]``.
 
     Raises:
-        BadSample: where the data cannot be decoded (see `clipkit.decode.decode`).
+        BadSample: where the data cannot be decoded (see `clipkit.images.decode`).
     """
     (width, height), (left, top, right, bottom) = source.size, box
     across, down = right - left, bottom - top

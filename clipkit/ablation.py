@@ -10,7 +10,7 @@ from clipkit.classification import Images
 from clipkit.core import ClipkitError
 from clipkit.labels import LabelSet, truth_of
 from clipkit.lazy_model import LazyModel
-from clipkit.products import inner_products
+from clipkit.metrics import inner_products
 from clipkit.storage import Cache
 from clipkit.zeroshot import ablate, class_vectors
 

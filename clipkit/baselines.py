@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clipkit.comparison import differences, lower_is_better, unpacked
-from clipkit.confidence import Interval
 from clipkit.core import ClipkitError
+from clipkit.metrics import Interval, differences, lower_is_better, unpacked
 from clipkit.results import Result
 
 __all__ = ["Change", "beside", "changes", "changes_of_all", "matches", "matching"]

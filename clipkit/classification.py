@@ -25,8 +25,8 @@ from clipkit.decisions import (
 from clipkit.embeddings import Embeddings, stored_kind
 from clipkit.labels import LabelSet, as_label_set
 from clipkit.lazy_model import LazyModel
+from clipkit.metrics import inner_products, on_grid
 from clipkit.model_specs import refuse_another
-from clipkit.products import inner_products, on_grid
 from clipkit.sources import Globs, Sample, Source, open_source
 from clipkit.storage import Cache
 from clipkit.zeroshot import PROMPTS, class_vectors

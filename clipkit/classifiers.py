@@ -8,7 +8,6 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from clipkit import few_shot
-from clipkit.calibration import COLDEST, HOTTEST, auroc, calibration_error, fit_temperature, precision_threshold
 from clipkit.classification import Classifier, zero_shot
 from clipkit.core import ClipkitError
 from clipkit.decisions import fused, probabilities
@@ -17,7 +16,15 @@ from clipkit.few_shot import FewShot
 from clipkit.labels import LabelSet
 from clipkit.lazy_model import LazyModel
 from clipkit.linear_probe import folds_of
-from clipkit.products import inner_products
+from clipkit.metrics import (
+    COLDEST,
+    HOTTEST,
+    auroc,
+    calibration_error,
+    fit_temperature,
+    inner_products,
+    precision_threshold,
+)
 from clipkit.storage import Cache, entry_key
 
 __all__ = [

@@ -7,15 +7,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from clipkit.calibration import reliability
 from clipkit.classification import Images
 from clipkit.classifiers import Fit, Threshold, ranked
-from clipkit.confidence import Interval, wilson_interval
 from clipkit.core import BadSample, Report, confusion_figure, reliability_figure
 from clipkit.decisions import OK, Decisions
 from clipkit.images import decode
 from clipkit.labels import LabelSet
-from clipkit.metrics import confusion_matrix
+from clipkit.metrics import Interval, confusion_matrix, reliability, wilson_interval
 
 __all__ = ["accuracy", "pictures", "write_report"]
 

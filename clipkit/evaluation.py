@@ -91,10 +91,10 @@ def evaluate_zeroshot(
     intervals: bool = False,
     compat: bool = False,
 ) -> Evaluation:
-    """Zero-shot accuracy on images whose classes are known (`clipkit.metrics.zeroshot_accuracy`).
+    """Zero-shot accuracy on images whose classes are known (`clipkit.metrics.accuracy.zeroshot_accuracy`).
 
     Of images that may be of several classes each it is the mean average precision
-    (`clipkit.average_precision.mean_average_precision`).
+    (`clipkit.metrics.mean_average_precision`).
 
     Args:
         ranks: see `evaluate_retrieval`.
@@ -140,7 +140,7 @@ def evaluate_choice(
     intervals: bool = False,
     compat: bool = False,
 ) -> Evaluation:
-    """Whether a model tells a true caption from a false one (`clipkit.choice`).
+    """Whether a model tells a true caption from a false one (`clipkit.metrics.choice`).
 
     Args:
         ranks: see `evaluate_retrieval`.

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.baselines import Change
-from clipkit.comparison import lower_is_better
 from clipkit.core import ClipkitError, Report, atomic_write, whisker_figure, write_json
 from clipkit.measuring import COMPAT
+from clipkit.metrics import lower_is_better
 from clipkit.results import Differences, Result, as_clip_benchmark, markdown, readable
 
 __all__ = ["SUFFIXES", "check_name", "write_page", "write_results"]

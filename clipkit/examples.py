@@ -14,7 +14,7 @@ from clipkit.decisions import CHUNK
 from clipkit.embeddings import stored_kind
 from clipkit.labels import LabelSet, plain_name, truth_of
 from clipkit.lazy_model import LazyModel
-from clipkit.products import inner_products
+from clipkit.metrics import inner_products
 from clipkit.sources import open_source
 from clipkit.storage import Cache, content_hash
 

@@ -16,10 +16,9 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from clipkit.calibration import fit_temperature, log_loss
 from clipkit.core import ClipkitError
 from clipkit.linear_probe import CLOSE, Linear, choose_strength, fit_linear
-from clipkit.products import inner_products, on_grid
+from clipkit.metrics import fit_temperature, inner_products, log_loss, on_grid
 
 __all__ = ["ALPHAS", "BETAS", "STRENGTHS", "WEIGHTS", "FewShot", "lifted", "linear", "prototypes", "tip_adapter"]
 

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from clipkit.calibration import fit_temperature, log_loss
 from clipkit.core import ClipkitError
 from clipkit.linear_probe import STRENGTHS, Linear, choose_strength, fit_linear
+from clipkit.metrics import fit_temperature, log_loss
 
 __all__ = [
     "IMAGE",

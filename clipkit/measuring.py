@@ -9,28 +9,36 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.average_precision import chance_of, mean_average_precision
-from clipkit.choice import WINOGROUND_CHANCE, choice_per_sample, choice_scores, winoground_per_sample
-from clipkit.comparison import MEAN_AVERAGE_PRECISION, Samples, intervals_of, packed, served_share
 from clipkit.core import ClipkitError
 from clipkit.metrics import (
+    MEAN_AVERAGE_PRECISION,
+    WINOGROUND_CHANCE,
+    Samples,
+    Vectors,
+    chance_of,
+    choice_per_sample,
+    choice_scores,
     clamped,
-    confusion_matrix,
-    guessed_retrieval,
-    retrieval_figures,
-    retrieval_per_sample,
-    retrieval_ranks,
-    zeroshot_chance,
-    zeroshot_figures,
-)
-from clipkit.metrics_compat import (
     clip_benchmark_choice,
     clip_benchmark_classification,
     clip_benchmark_mean_average_precision,
     clip_benchmark_retrieval,
+    confusion_matrix,
+    guessed_retrieval,
+    inner_products,
+    intervals_of,
+    mean,
+    mean_average_precision,
+    packed,
+    rank_pairs,
+    retrieval_figures,
+    retrieval_per_sample,
+    retrieval_ranks,
+    served_share,
+    winoground_per_sample,
+    zeroshot_chance,
+    zeroshot_figures,
 )
-from clipkit.products import inner_products
-from clipkit.ranking import Vectors, mean, rank_pairs
 
 __all__ = [
     "CHOICE",
@@ -67,7 +75,7 @@ class Evaluation:
     intervals: dict[str, list[float]] = field(default_factory=dict)
     """The 95 % interval of each figure, low and high; none where there is too little to tell."""
     samples: dict[str, Any] | None = None
-    """What the model made of each sample, see `clipkit.comparison.packed`."""
+    """What the model made of each sample, see `clipkit.metrics.packed`."""
     compat: dict[str, float] = field(default_factory=dict)
     """What CLIP_benchmark's definitions say, under its own names."""
     confused: list[dict[str, Any]] = field(default_factory=list)
@@ -179,7 +187,7 @@ def measure_classes(
     names: Sequence[str],
     further: Further = Further(),
 ) -> Evaluation:
-    """Accuracy of images of one class each (`clipkit.metrics.zeroshot_accuracy`).
+    """Accuracy of images of one class each (`clipkit.metrics.accuracy.zeroshot_accuracy`).
 
     Args:
         image: unit-norm embeddings ``[n, dim]``, see `clipkit.metrics.retrieval_ranks`.
@@ -226,7 +234,7 @@ def _confused(said: Array, labels: Array, names: Sequence[str]) -> list[dict[str
 
 
 def measure_labels(image: Array, vectors: Array, labels: Array, further: Further = Further()) -> Evaluation:
-    """Mean average precision of images of any number of classes each (`clipkit.average_precision`).
+    """Mean average precision of images of any number of classes each (`clipkit.metrics.average_precision`).
 
     Args:
         image: unit-norm embeddings ``[n, dim]``.
@@ -248,7 +256,7 @@ def measure_labels(image: Array, vectors: Array, labels: Array, further: Further
 
 
 def measure_choice(image: Array, text: Array, further: Further = Further()) -> Evaluation:
-    """The choice of the right caption and, of two images, of the right image (`clipkit.choice`).
+    """The choice of the right caption and, of two images, of the right image (`clipkit.metrics.choice`).
 
     Args:
         image: unit-norm embeddings ``[n, images, dim]`` of one or two images in each instance.

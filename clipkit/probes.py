@@ -7,9 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clipkit.comparison import Samples as Kept
-from clipkit.comparison import packed
-from clipkit.confidence import Interval, bootstrap, class_mean_of, mean_of, paired_bootstrap, wilson_interval
 from clipkit.core import ClipkitError
 from clipkit.fusion_probe import (
     IMAGE,
@@ -23,8 +20,19 @@ from clipkit.fusion_probe import (
     side_alone,
 )
 from clipkit.measuring import Evaluation
+from clipkit.metrics import (
+    Interval,
+    bootstrap,
+    class_mean_of,
+    mean,
+    mean_of,
+    packed,
+    paired_bootstrap,
+    recall_at_k,
+    wilson_interval,
+)
+from clipkit.metrics import Samples as Kept
 from clipkit.probe_data import Part, ProbeTask
-from clipkit.ranking import mean, recall_at_k
 from clipkit.shared_work import SharedWork
 from clipkit.storage import hash_of
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import clipkit
-from clipkit.comparison import differences, unpacked
-from clipkit.confidence import Interval
 from clipkit.core import ClipkitError, read_json
 from clipkit.measuring import COMPAT, Evaluation
+from clipkit.metrics import Interval, differences, unpacked
 from clipkit.shared_work import SharedWork
 from clipkit.storage import entry_key
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipkit.comparison import lower_is_better
 from clipkit.core import ClipkitError, Gather, did_you_mean, warn
 from clipkit.evaluation import (
     RETRIEVAL_KS,
@@ -20,7 +19,7 @@ from clipkit.evaluation import (
     open_classes,
 )
 from clipkit.inference import cast_for_inference, evaluating
-from clipkit.metrics import guessed_retrieval, retrieval_figures, zeroshot_chance
+from clipkit.metrics import guessed_retrieval, lower_is_better, retrieval_figures, zeroshot_chance
 from clipkit.settings import ValidationConfig
 from clipkit.shared_work import SharedWork
 from clipkit.sources import Source, open_source

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 
 from clipkit.core import ClipkitError, did_you_mean
 from clipkit.labels import LabelSet, as_label_set
-from clipkit.products import inner_products
+from clipkit.metrics import inner_products
 
 __all__ = ["PROMPTS", "Ablation", "ablate", "class_vectors", "prompt_set"]
 

@@ -14,13 +14,13 @@ from jaxtyping import install_import_hook
 # Shapes and dtypes in signatures are checked while testing and cost nothing otherwise.
 HOOKED = [
     "clipkit.loss",
-    "clipkit.metrics",
-    "clipkit.metrics_compat",
-    "clipkit.ranking",
-    "clipkit.average_precision",
-    "clipkit.choice",
-    "clipkit.confidence",
-    "clipkit.calibration",
+    "clipkit.metrics.retrieval",
+    "clipkit.metrics.clip_benchmark",
+    "clipkit.metrics.ranking",
+    "clipkit.metrics.average_precision",
+    "clipkit.metrics.choice",
+    "clipkit.metrics.intervals",
+    "clipkit.metrics.calibration",
     "clipkit.linear_probe",
     "clipkit.few_shot",
     "clipkit.fusion_probe",
@@ -29,6 +29,8 @@ HOOKED = [
     "clipkit.decisions",
     "clipkit.relevance",
     "clipkit.towers.dual_encoder",
+    "clipkit.metrics.accuracy",
+    "clipkit.metrics.selective",
 ]
 hook = install_import_hook(HOOKED, "beartype.beartype")
 

@@ -10,13 +10,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from clipkit.average_precision import chance_of, mean_average_precision
 from clipkit.cached import cached_images, cached_texts
-from clipkit.choice import choice_scores, winoground_per_sample
 from clipkit.embeddings import table_path, vectors_path
 from clipkit.lazy_model import LazyModel
-from clipkit.metrics import retrieval_figures, retrieval_ranks
-from clipkit.metrics_compat import clip_benchmark_choice
+from clipkit.metrics import (
+    chance_of,
+    choice_scores,
+    clip_benchmark_choice,
+    mean_average_precision,
+    retrieval_figures,
+    retrieval_ranks,
+    winoground_per_sample,
+)
 from clipkit.search import Index
 from clipkit.search.update import delete_rows
 from clipkit.sources import open_source

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from clipkit.core import ClipkitError, Side
-from clipkit.products import inner_products, on_grid
+from clipkit.metrics import inner_products, on_grid
 from clipkit.search.index import Found, Index
 
 __all__ = ["Fusion", "Part", "ask", "fused_vector"]

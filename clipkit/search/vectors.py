@@ -13,7 +13,7 @@ import faiss
 import numpy as np
 
 from clipkit.core import ClipkitError, atomic_write
-from clipkit.products import paired_products
+from clipkit.metrics import paired_products
 from clipkit.search.kinds import Effort, parameters
 
 __all__ = ["Vectors", "refuse_bad_vectors", "write_vectors"]
@@ -141,8 +141,8 @@ class Vectors:
             rows: int64 ``[queries, candidates]``; -1 for none.
 
         Returns:
-            float32 ``[queries, candidates]``, -inf where the row is -1. Exact on the grid of `clipkit.products` before
-            that, where FAISS's products differ in the last digits with the number of questions and of threads.
+            float32 ``[queries, candidates]``, -inf where the row is -1. Exact on the grid of `clipkit.metrics.products`
+            before that, where FAISS's products differ in the last digits with the number of questions and of threads.
         """
         found = np.empty(rows.shape, np.float32)
         at_once = max(1, AT_ONCE // max(1, rows.shape[1]))

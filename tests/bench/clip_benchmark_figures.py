@@ -3,7 +3,8 @@
     python tests/bench/clip_benchmark_figures.py
 
 Downloads CLIP_benchmark's wheel, without what it depends on, and has its own functions evaluate models that give the
-vectors of each case as they are. The tests compare `clipkit.metrics_compat` with the file and need none of this.
+vectors of each case as they are. The tests compare `clipkit.metrics.clip_benchmark` with the file and need none of
+this.
 """
 
 import json

@@ -32,7 +32,8 @@ __all__ = [
 Array = np.ndarray
 Statistic = Callable[[Int[Array, "draws n"]], Float[Array, " draws"]]
 """A figure of each draw, given how often each of n samples was drawn; where all are 1 it is the figure itself. See
-`mean_of`, `class_mean_of`, `clipkit.ranking.median_rank_of`, `clipkit.average_precision.mean_average_precision_of`."""
+`mean_of`, `class_mean_of`, `clipkit.metrics.ranking.median_rank_of`,
+`clipkit.metrics.average_precision.mean_average_precision_of`."""
 AT_ONCE = 1 << 21  # samples drawn at a time: 32 bytes each
 HALVINGS = 60  # of the interval from 0 to 1: float64 has no more digits
 
@@ -124,7 +125,7 @@ def _refuse_level(level: float) -> None:
 
 def mean_of(values: Float[Array, " n"]) -> Statistic:
     """The mean of values of the samples, such as ``retrieval_per_sample`` gives, as a function of the draws."""
-    first = values[0] if len(values) else 0.0  # as in `clipkit.ranking.mean`
+    first = values[0] if len(values) else 0.0  # as in `clipkit.metrics.mean`
     return lambda counts: first + counts @ (values - first) / counts.sum(axis=1)
 
 
@@ -138,7 +139,7 @@ def unit_mean_of(values: Float[Array, " n"], unit_of: Int[Array, " n"], units: i
         unit_of: of each value, from 0.
         units: how many there are.
     """
-    first = values[0] if len(values) else 0.0  # as in `clipkit.ranking.mean`
+    first = values[0] if len(values) else 0.0  # as in `clipkit.metrics.mean`
     sums = np.bincount(unit_of, weights=values - first, minlength=units)
     sizes = np.bincount(unit_of, minlength=units)
     return lambda counts: first + counts @ sums / (counts @ sizes)

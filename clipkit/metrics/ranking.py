@@ -1,7 +1,8 @@
 """Where relevant items rank among all others: counted exactly, block by block, and what the counts are worth.
 
-Scores are inner products of unit-norm vectors, exact on the grid of `clipkit.products`, so that no figure depends on
-how the work is cut; such that differ by no more than 1e-6 are ties, as the towers' own rounding tells no more. Ties are
+Scores are inner products of unit-norm vectors, exact on the grid of `clipkit.metrics.products`, so that no figure
+depends on how the work is cut; such that differ by no more than 1e-6 are ties, as the towers' own rounding tells no
+more. Ties are
 resolved as if in random order, and the expected value is given: vectors that all coincide are worth exactly what
 guessing would be.
 """
@@ -13,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from clipkit.core import ClipkitError
-from clipkit.products import on_grid, paired_products
+from clipkit.metrics.products import on_grid, paired_products
 
 __all__ = [
     "TIE",
@@ -273,7 +274,7 @@ def _mean_reciprocal(better: int, tied: int, relevant: int) -> float:
 
 
 def median_rank_of(ranks: Ranks) -> Callable[[Int[Array, "draws n"]], Float[Array, " draws"]]:
-    """The median rank, from 1, as a function of how often each query counts; see `clipkit.confidence.bootstrap`.
+    """The median rank, from 1, as a function of how often each query counts; see `clipkit.metrics.bootstrap`.
 
     The rank of a query whose best relevant item is tied counts at every place that the item may take, with its chance:
     the median is where recall at k passes one half, and half-way where that is one half for a while.

@@ -5,15 +5,29 @@ import json
 import numpy as np
 import pytest
 
-from clipkit.average_precision import mean_average_precision, mean_average_precision_of
 from clipkit.baselines import changes, changes_of_all, matches, matching
-from clipkit.choice import choice_per_sample
-from clipkit.comparison import Samples, differences, intervals_of, lower_is_better, packed, unpacked
-from clipkit.confidence import bootstrap, bootstrap_all, mean_of, paired_bootstrap, wilson_interval
 from clipkit.core import ClipkitError
 from clipkit.measuring import Evaluation, Further, measure_classes, measure_labels, measure_retrieval
-from clipkit.metrics import retrieval_per_sample, retrieval_ranks
-from clipkit.ranking import median_rank_of, rank_pairs
+from clipkit.metrics import (
+    Samples,
+    bootstrap,
+    choice_per_sample,
+    differences,
+    intervals_of,
+    lower_is_better,
+    mean_average_precision,
+    mean_of,
+    packed,
+    paired_bootstrap,
+    rank_pairs,
+    retrieval_per_sample,
+    retrieval_ranks,
+    unpacked,
+    wilson_interval,
+)
+from clipkit.metrics.average_precision import mean_average_precision_of
+from clipkit.metrics.intervals import bootstrap_all
+from clipkit.metrics.ranking import median_rank_of
 from clipkit.results import Result, differences_from_first
 
 

@@ -4,7 +4,6 @@ The figures of CLIP_benchmark were written by tests/bench/clip_benchmark_figures
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,20 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
-from clipkit.average_precision import mean_average_precision
-from clipkit.choice import choice_per_sample, choice_scores, winoground_per_sample
 from clipkit.core import ClipkitError
-from clipkit.metrics import retrieval_ranks, retrieval_recall, zeroshot_accuracy
-from clipkit.metrics_compat import (
+from clipkit.metrics import (
+    choice_per_sample,
+    choice_scores,
     clip_benchmark_choice,
     clip_benchmark_classification,
     clip_benchmark_mean_average_precision,
     clip_benchmark_retrieval,
-    sklearn_mean_average_precision,
+    mean_average_precision,
+    rank_pairs,
+    retrieval_ranks,
+    winoground_per_sample,
 )
-from clipkit.ranking import rank_pairs
+from clipkit.metrics.accuracy import zeroshot_accuracy
+from clipkit.metrics.clip_benchmark import sklearn_mean_average_precision
+from clipkit.metrics.retrieval import retrieval_recall
+from tests.paths import ROOT
 
-FIGURES = json.loads(Path(__file__).with_name("clip_benchmark_figures.json").read_text())
+FIGURES = json.loads((ROOT / "tests" / "clip_benchmark_figures.json").read_text())
 UNTIED = "random"
 
 

@@ -9,20 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipkit import ranking
 from clipkit.core import ClipkitError
-from clipkit.ranking import (
-    TIE,
-    Ranks,
-    guessed,
-    mean,
-    median_rank,
-    median_rank_of,
-    rank_pairs,
-    recall_at_k,
-    reciprocal_rank,
-    refuse_bad_scores,
-)
+from clipkit.metrics import mean, rank_pairs, ranking, recall_at_k
+from clipkit.metrics.ranking import TIE, Ranks, guessed, median_rank, median_rank_of, reciprocal_rank, refuse_bad_scores
 
 
 def vectors(rng, rows, kind, dim=7):

@@ -12,20 +12,18 @@ from sklearn.metrics import (
 )
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 
-from clipkit.confidence import class_mean_of
 from clipkit.metrics import (
     clamped,
+    class_mean_of,
     confusion_matrix,
     guessed_retrieval,
-    retrieval_chance,
     retrieval_figures,
     retrieval_per_sample,
     retrieval_ranks,
-    retrieval_recall,
-    zeroshot_accuracy,
     zeroshot_chance,
-    zeroshot_per_sample,
 )
+from clipkit.metrics.accuracy import zeroshot_accuracy, zeroshot_per_sample
+from clipkit.metrics.retrieval import retrieval_chance, retrieval_recall
 
 
 def unit(rng, n, dim=6):

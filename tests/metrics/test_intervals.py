@@ -8,21 +8,19 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipkit import confidence
-from clipkit.average_precision import mean_average_precision, mean_average_precision_of
-from clipkit.confidence import (
-    binomial_tail,
+from clipkit.core import ClipkitError
+from clipkit.metrics import (
     bootstrap,
-    bootstrap_all,
     class_mean_of,
-    clopper_pearson_interval,
+    intervals,
+    mean_average_precision,
     mean_of,
     paired_bootstrap,
-    unit_share_of,
     wilson_interval,
 )
-from clipkit.core import ClipkitError
-from clipkit.ranking import Ranks, median_rank, median_rank_of
+from clipkit.metrics.average_precision import mean_average_precision_of
+from clipkit.metrics.intervals import binomial_tail, bootstrap_all, clopper_pearson_interval, unit_share_of
+from clipkit.metrics.ranking import Ranks, median_rank, median_rank_of
 
 
 @given(st.integers(1, 400), st.floats(0, 1), st.sampled_from([0.5, 0.9, 0.95, 0.999]))
@@ -128,7 +126,7 @@ def test_how_many_draws_are_made_at_a_time_changes_nothing(monkeypatch):
         groups = np.arange(n) // 2
         whole = [bootstrap(statistic, n, draws=50, groups=each) for each in (None, groups)]
         for at_once in (1, 3 * n, 7 * n + 5):
-            monkeypatch.setattr(confidence, "AT_ONCE", at_once)
+            monkeypatch.setattr(intervals, "AT_ONCE", at_once)
             parts = [bootstrap(statistic, n, draws=50, groups=each) for each in (None, groups)]
             assert np.allclose(parts, whole, rtol=1e-12, atol=0), name
         monkeypatch.undo()
@@ -207,7 +205,7 @@ def test_draws_are_not_all_in_memory():
     bootstrap(mean_of(values), 50_000, draws=200)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 34 * confidence.AT_ONCE  # all at once they would take 32 bytes times 10 million
+    assert peak < 34 * intervals.AT_ONCE  # all at once they would take 32 bytes times 10 million
 
 
 def test_centred_draws_have_the_figure_for_their_mean():

@@ -1,10 +1,10 @@
-"""Retrieval and classification metrics as pure functions over arrays.
+"""Retrieval between images and captions, both ways, as pure functions over arrays.
 
-Scores and ties are as in `clipkit.ranking`: what cannot be told apart counts with the expected value over random
-orders, so that a model whose embeddings all coincide scores exactly what guessing would. Where a library or a paper
-breaks ties otherwise, `clipkit.metrics_compat` has its definition.
+Scores and ties are as in `clipkit.metrics.ranking`: what cannot be told apart counts with the expected value over
+random orders, so that a model whose embeddings all coincide scores exactly what guessing would. Where a library or a
+paper breaks ties otherwise, `clipkit.metrics.clip_benchmark` has its definition.
 
-A figure that is a mean has a form of its own per sample, for intervals and comparisons (`clipkit.confidence`).
+A figure that is a mean has a form of its own per sample, for intervals and comparisons (`clipkit.metrics.intervals`).
 """
 
 from collections.abc import Callable, Sequence
@@ -13,31 +13,17 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from clipkit.ranking import (
-    Ranks,
-    Vectors,
-    guessed,
-    mean,
-    median_rank,
-    rank_pairs,
-    recall_at_k,
-    reciprocal_rank,
-)
+from clipkit.metrics.ranking import Ranks, Vectors, guessed, mean, median_rank, rank_pairs, recall_at_k, reciprocal_rank
 
 __all__ = [
     "RetrievalRanks",
     "clamped",
-    "confusion_matrix",
     "guessed_retrieval",
     "retrieval_chance",
     "retrieval_figures",
     "retrieval_per_sample",
     "retrieval_ranks",
     "retrieval_recall",
-    "zeroshot_accuracy",
-    "zeroshot_chance",
-    "zeroshot_figures",
-    "zeroshot_per_sample",
 ]
 
 Array = np.ndarray
@@ -116,7 +102,7 @@ def retrieval_figures(ranks: RetrievalRanks, ks: Sequence[int] = (1, 5, 10)) -> 
     """Recall at k as `retrieval_recall` has it, and where the first relevant item ranks.
 
     ``…_mrr``: the mean of 1 over the rank of the first relevant item (Voorhees 1999). ``…_median_rank``: the median of
-    that rank, from 1 (no fraction), see `clipkit.ranking.median_rank_of`.
+    that rank, from 1 (no fraction), see `clipkit.metrics.ranking.median_rank_of`.
 
     Args:
         ranks: of a model; or of one who guesses (`guessed_retrieval`), for chance.
@@ -175,67 +161,3 @@ def _recalls(ranks: RetrievalRanks, ks: Sequence[int]) -> dict[str, float]:
         for side, of_side in (("image", ranks.by_text), ("text", ranks.by_image))
         for k in ks
     }
-
-
-def zeroshot_per_sample(
-    image: Vectors, classes: Vectors, labels: Int[Array, " n"], ks: Sequence[int] = (1, 5)
-) -> dict[str, Float[Array, " n"]]:
-    """``zeroshot_acc@k`` of each image, whose mean is the figure; arguments as in `zeroshot_accuracy`.
-
-    The mean per-class recall is no mean over images; of these it is
-    ``class_mean_of(values["zeroshot_acc@1"], labels)`` (`clipkit.confidence`).
-    """
-    ranks, _ = rank_pairs(image, classes, labels, names=("image", "class"))
-    return {f"zeroshot_acc@{k}": recall_at_k(*ranks, k) for k in ks}
-
-
-def zeroshot_accuracy(
-    image: Vectors,
-    classes: Vectors,
-    labels: Int[Array, " n"],
-    ks: Sequence[int] = (1, 5),
-) -> dict[str, float]:
-    """Zero-shot accuracy as CLIP_benchmark defines it, beside which ties are resolved as told above.
-
-    ``zeroshot_acc@k``: share of images with their own class among the k nearest.
-    ``zeroshot_mean_per_class_recall``: the share with their own class nearest, in each class, averaged over the classes
-    that have images (scikit-learn's ``balanced_accuracy_score``).
-
-    Args:
-        image: unit-norm image embeddings ``[n, dim]``, see `retrieval_ranks`.
-        classes: a unit-norm vector per class.
-        labels: the row in `classes` of each image's class.
-        ks: list lengths; one larger than the number of classes counts all of them. CLIP_benchmark gives none there.
-
-    Returns:
-        Fractions by name; empty where there are no images.
-
-    Raises:
-        ClipkitError: see `retrieval_ranks`.
-    """
-    ranks, _ = rank_pairs(image, classes, labels, names=("image", "class"))
-    return zeroshot_figures(ranks, labels, ks)
-
-
-def zeroshot_figures(ranks: Ranks, labels: Int[Array, " n"], ks: Sequence[int] = (1, 5)) -> dict[str, float]:
-    """The figures of `zeroshot_accuracy` from how each image's class ranks among all; empty where there are none."""
-    if not len(labels):
-        return {}
-    figures = {f"zeroshot_acc@{k}": mean(recall_at_k(*ranks, k)) for k in ks}
-    sizes, first = np.bincount(labels), recall_at_k(*ranks, 1)
-    right = np.bincount(labels, weights=first - first[0])  # as in `mean`
-    figures["zeroshot_mean_per_class_recall"] = mean(first[0] + right[sizes > 0] / sizes[sizes > 0])
-    return figures
-
-
-def zeroshot_chance(classes: int, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
-    """What guessing among so many classes scores under the names of `zeroshot_accuracy`."""
-    figures = {f"zeroshot_acc@{k}": min(k, classes) / classes for k in ks}
-    return figures | {"zeroshot_mean_per_class_recall": 1 / classes}
-
-
-def confusion_matrix(
-    true: Int[Array, " n"], predicted: Int[Array, " n"], classes: int
-) -> Int[Array, "classes classes"]:
-    """Counts; rows are the true classes, columns the predicted ones."""
-    return np.bincount(true * classes + predicted, minlength=classes * classes).reshape(classes, classes)

@@ -8,22 +8,21 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from clipkit import calibration
-from clipkit.calibration import (
+from clipkit.core import ClipkitError
+from clipkit.decisions import probabilities
+from clipkit.metrics import (
     COLDEST,
     HOTTEST,
     auroc,
+    calibration,
     calibration_error,
     fit_temperature,
-    fpr_at_tpr,
     log_loss,
     precision_threshold,
     reliability,
-    risk_coverage,
 )
-from clipkit.confidence import clopper_pearson_interval
-from clipkit.core import ClipkitError
-from clipkit.decisions import probabilities
+from clipkit.metrics.intervals import clopper_pearson_interval
+from clipkit.metrics.selective import fpr_at_tpr, risk_coverage
 
 
 @given(st.integers(1, 60), st.integers(0, 10**6), st.integers(1, 20), st.booleans())

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipkit import choice
-from clipkit.choice import WINOGROUND_CHANCE, choice_per_sample, choice_scores, winoground_per_sample
 from clipkit.core import ClipkitError
+from clipkit.metrics import WINOGROUND_CHANCE, choice, choice_per_sample, choice_scores, winoground_per_sample
 
 
 def over_all_orders(scores):

@@ -1,15 +1,15 @@
 """Choices among a few captions or images, as benchmarks of composition pose them: Winoground, SugarCrepe and such.
 
 A tie counts as often as a random order of the tied would be right, so that a model that tells nothing apart scores
-exactly chance. The papers count it as wrong, CLIP_benchmark as a win of the first (`clipkit.metrics_compat`).
+exactly chance. The papers count it as wrong, CLIP_benchmark as a win of the first (`clipkit.metrics.clip_benchmark`).
 """
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from clipkit.core import ClipkitError
-from clipkit.products import paired_products
-from clipkit.ranking import TIE, refuse_bad_scores
+from clipkit.metrics.products import paired_products
+from clipkit.metrics.ranking import TIE, refuse_bad_scores
 
 __all__ = ["WINOGROUND_CHANCE", "choice_per_sample", "choice_scores", "winoground_per_sample"]
 

@@ -9,14 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
-from clipkit import average_precision as module
-from clipkit.average_precision import (
-    average_precision,
-    chance_of,
-    mean_average_precision,
-    mean_average_precision_of,
-)
 from clipkit.core import ClipkitError
+from clipkit.metrics import average_precision as module
+from clipkit.metrics import chance_of, mean_average_precision
+from clipkit.metrics.average_precision import average_precision, mean_average_precision_of
 
 
 def in_order(positive):

@@ -5,7 +5,7 @@ CLIP_benchmark's and torchnet's definition and, without ties, scikit-learn's ``a
 thresholds of (recall gained) × (precision). With ties scikit-learn lets equal scores pass together, which gives a model
 that tells nothing apart the share of the positives, and guessing gives more; CLIP_benchmark takes them as its sort
 leaves them. Here it is the expected value over all orders of the tied, in closed form, so such a model scores exactly
-what guessing would. `clipkit.metrics_compat` has the other two.
+what guessing would. `clipkit.metrics.clip_benchmark` has the other two.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from clipkit.ranking import TIE, mean, refuse_bad_scores
+from clipkit.metrics.ranking import TIE, mean, refuse_bad_scores
 
 __all__ = ["average_precision", "chance_of", "mean_average_precision", "mean_average_precision_of"]
 
@@ -60,7 +60,7 @@ def chance_of(labels: Bool[Array, "n classes"]) -> float:
 def mean_average_precision_of(
     scores: Float[Array, "n classes"], labels: Bool[Array, "n classes"]
 ) -> Callable[[Int[Array, "draws n"]], Float[Array, " draws"]]:
-    """`mean_average_precision` as a function of how often each image counts; see `clipkit.confidence.bootstrap`.
+    """`mean_average_precision` as a function of how often each image counts; see `clipkit.metrics.bootstrap`.
 
     A class is left out of a draw without a positive of it; a draw without any is NaN. Every class keeps its order,
     which takes 9 bytes per score.

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.average_precision import mean_average_precision_of
-from clipkit.confidence import (
+from clipkit.core import ClipkitError
+from clipkit.metrics.average_precision import mean_average_precision_of
+from clipkit.metrics.intervals import (
     Interval,
     Statistic,
     bootstrap_all,
@@ -24,9 +25,8 @@ from clipkit.confidence import (
     unit_share_of,
     wilson_interval,
 )
-from clipkit.core import ClipkitError
-from clipkit.metrics import RetrievalRanks, retrieval_per_sample
-from clipkit.ranking import Ranks, median_rank_of, recall_at_k
+from clipkit.metrics.ranking import Ranks, median_rank_of, recall_at_k
+from clipkit.metrics.retrieval import RetrievalRanks, retrieval_per_sample
 
 __all__ = [
     "MEAN_AVERAGE_PRECISION",
@@ -183,7 +183,7 @@ def intervals_of(samples: Samples, level: float = 0.95) -> dict[str, Interval]:
     """Every figure with its interval: Wilson's for shares of independent samples, else by the bootstrap over images.
 
     The bootstrap draws a thousand times, and down to 200 times where there are very many samples. The mean average
-    precision's draws are centred on it, see `clipkit.confidence.bootstrap`.
+    precision's draws are centred on it, see `clipkit.metrics.bootstrap`.
     """
     units, statistics = samples.statistics()
     shares = {

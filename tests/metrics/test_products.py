@@ -7,15 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from clipkit import products
-from clipkit.choice import choice_scores
 from clipkit.classification import Classifier, Images, classify_images
 from clipkit.decisions import Rule, beside_background, probabilities
 from clipkit.embed import embed
 from clipkit.embeddings import Embeddings
 from clipkit.few_shot import linear, prototypes, tip_adapter
-from clipkit.products import inner_products, on_grid, paired_products
-from clipkit.ranking import rank_pairs
+from clipkit.metrics import choice_scores, inner_products, on_grid, paired_products, products, rank_pairs
 from clipkit.search import Index, Part, ask
 from clipkit.search.build import Wanted, build_index
 from clipkit.sources import Globs, open_source

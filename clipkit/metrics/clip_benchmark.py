@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from clipkit.choice import choice_scores
 from clipkit.core import ClipkitError
+from clipkit.metrics.choice import choice_scores
 
 __all__ = [
     "clip_benchmark_choice",
@@ -32,7 +32,8 @@ def clip_benchmark_retrieval(
     image_of_text: Int[Array, " texts"],
     ks: Sequence[int] = (5,),
 ) -> dict[str, float]:
-    """Recall as ``zeroshot_retrieval.py`` has it: `clipkit.metrics.retrieval_recall` but for the order of ties.
+    """Recall as ``zeroshot_retrieval.py`` has it: `clipkit.metrics.retrieval.retrieval_recall` but for the order of
+    ties.
 
     An image without a caption is a query that fails; there it is none.
 
@@ -74,7 +75,8 @@ def _first_places(queries: Array, items: Array, of_query: Array, of_item: Array)
 def clip_benchmark_classification(
     image: Float[Array, "n dim"], classes: Float[Array, "classes dim"], labels: Int[Array, " n"]
 ) -> dict[str, float]:
-    """Accuracy as ``zeroshot_classification.py`` has it: `clipkit.metrics.zeroshot_accuracy` but for the order of ties.
+    """Accuracy as ``zeroshot_classification.py`` has it: `clipkit.metrics.accuracy.zeroshot_accuracy` but for the order
+    of ties.
 
     Args:
         image: unit-norm image embeddings, float32.
@@ -102,7 +104,7 @@ def clip_benchmark_classification(
 def clip_benchmark_mean_average_precision(scores: Float[Array, "n classes"], labels: Bool[Array, "n classes"]) -> float:
     """mAP as ``average_precision_per_class`` of ``zeroshot_classification.py`` has it, with its mean over the classes.
 
-    `clipkit.average_precision.mean_average_precision` but for the order of ties; and a class without a positive counts
+    `clipkit.metrics.mean_average_precision` but for the order of ties; and a class without a positive counts
     as 0, where there it is left out.
 
     Returns:

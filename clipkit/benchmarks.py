@@ -14,8 +14,7 @@ from typing import Literal
 import numpy as np
 
 from clipkit.core import BadSample, ClipkitError
-from clipkit.sources import Sample, Source, Stamp
-from clipkit.sources.packed import ShardSource
+from clipkit.data.sources import Sample, ShardSource, Source, Stamp
 
 __all__ = ["Benchmark", "CaptionLines", "is_benchmark", "open_benchmark"]
 

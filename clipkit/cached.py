@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from clipkit.core import BadSample, ClipkitError, UnreadSample, __version__, progress
+from clipkit.data.sources import Sample, Source
 from clipkit.embeddings import Embedded
 from clipkit.lazy_model import LazyModel
 from clipkit.reuse import Kept
-from clipkit.sources import Sample, Source
 from clipkit.storage import Cache, Entry, entry_key
 from clipkit.zeroshot import prompt_set
 
@@ -38,7 +38,7 @@ def cached_images(
     cannot be read are tried again, as are those whose words are at fault, of which an image's stamp tells nothing.
 
     Args:
-        source: see `clipkit.sources.open_source`.
+        source: see `clipkit.data.sources.open_source`.
         model: of which the image tower is asked.
         cache: where they are kept.
         rows: which samples; all of them when not given.

@@ -10,6 +10,7 @@ import numpy as np
 
 from clipkit.cached import cached_images, cached_texts
 from clipkit.core import ClipkitError
+from clipkit.data.sources import Globs, Sample, Source, open_source
 from clipkit.decisions import (
     CHUNK,
     OK,
@@ -27,7 +28,6 @@ from clipkit.labels import LabelSet, as_label_set
 from clipkit.lazy_model import LazyModel
 from clipkit.metrics import inner_products, on_grid
 from clipkit.model_specs import refuse_another
-from clipkit.sources import Globs, Sample, Source, open_source
 from clipkit.storage import Cache
 from clipkit.zeroshot import PROMPTS, class_vectors
 

@@ -10,13 +10,12 @@ import numpy as np
 
 from clipkit.classification import Images
 from clipkit.core import ClipkitError, meter, note, warn
+from clipkit.data.sources import Globs, Selected, Source, open_source, readable
 from clipkit.decisions import STATUSES, Decisions
 from clipkit.labels import LabelSet
 from clipkit.placing import Refused, carry_out, settle, undo
 from clipkit.sort_journal import Journal, is_begun
 from clipkit.sorting import BACKGROUND, UNSURE, How, Item, Step, folders_of, plan
-from clipkit.sources import Globs, Selected, Source, open_source
-from clipkit.sources.base import readable
 from clipkit.storage import is_remote
 
 __all__ = ["Sorted", "Sorter", "undo_sort"]
@@ -85,7 +84,7 @@ class Sorter:
         """Open a source of files without what was sorted before; None where nothing is left.
 
         Args:
-            spec, about: see `clipkit.sources.open_source`.
+            spec, about: see `clipkit.data.sources.open_source`.
 
         Raises:
             ClipkitError: where its images are no files of their own.

@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipkit.core import ClipkitError, Side, atomic_write
-from clipkit.shards import well_formed
-from clipkit.sources import Sample
+from clipkit.data.shards import well_formed
+from clipkit.data.sources import Sample
 from clipkit.storage import Checksum, Hashed, flaw, kind_of, read_manifest, size_flaw
 
 __all__ = [

@@ -22,11 +22,11 @@ from clipkit.core import (
     processes_here,
     progress,
 )
+from clipkit.data.sources import Sample, Source
 from clipkit.embeddings import Embedded
 from clipkit.images import Decoding, Shown, decoded, shown
 from clipkit.inference import evaluating
 from clipkit.reuse import Kept
-from clipkit.sources import Sample, Source
 from clipkit.towers import DualEncoder
 from clipkit.towers.dual_encoder import in_blocks
 
@@ -54,7 +54,7 @@ def embed_source(
     """Embed samples of a source, decoding in threads or processes while the towers work.
 
     Args:
-        source: see `clipkit.sources.open_source`.
+        source: see `clipkit.data.sources.open_source`.
         model: in the precision that is wanted.
         sides: images, texts or both. A sample whose image is unusable is left out of both.
         rows: which samples; all of them when not given.

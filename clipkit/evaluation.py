@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from clipkit.core import ClipkitError, did_you_mean, meter, note
+from clipkit.data.sources import FolderSource, Source, open_source
 from clipkit.instances import Instances
 from clipkit.labels import plain_name
 from clipkit.measuring import (
@@ -19,8 +20,6 @@ from clipkit.measuring import (
 )
 from clipkit.served import served_hits
 from clipkit.shared_work import SharedImages, SharedWork
-from clipkit.sources import Source, open_source
-from clipkit.sources.folder import FolderSource
 from clipkit.storage import digest
 from clipkit.stored import Stored
 from clipkit.zeroshot import class_vectors, prompt_set

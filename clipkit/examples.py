@@ -10,12 +10,12 @@ import numpy as np
 
 from clipkit.classification import Images, open_images
 from clipkit.core import BadSample, ClipkitError, did_you_mean, note
+from clipkit.data.sources import open_source
 from clipkit.decisions import CHUNK
 from clipkit.embeddings import stored_kind
 from clipkit.labels import LabelSet, plain_name, truth_of
 from clipkit.lazy_model import LazyModel
 from clipkit.metrics import inner_products
-from clipkit.sources import open_source
 from clipkit.storage import Cache, content_hash
 
 __all__ = ["Examples", "open_examples"]

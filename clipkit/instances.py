@@ -17,9 +17,7 @@ import numpy as np
 
 from clipkit.benchmarks import is_benchmark, open_benchmark
 from clipkit.core import BadSample, ClipkitError
-from clipkit.lists import LIST_SUFFIXES, read_rows
-from clipkit.sources import Source
-from clipkit.sources.named import NamedImages
+from clipkit.data.sources import LIST_SUFFIXES, NamedImages, Source, read_rows
 from clipkit.storage import digest
 
 __all__ = ["Instances", "open_instances"]

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from clipkit.core import FEW_CORES, BadSample, ClipkitError, Threads, cores, in_loader_processes, processes_here
+from clipkit.data.shards import Shards
+from clipkit.data.sources import text_id
 from clipkit.images import Augmentation, Encoded, Preprocess, Waiting, augmented_pixels, can_wait, decode_waiting
 from clipkit.settings import DataConfig
-from clipkit.shards import Shards
-from clipkit.sources import text_id
 from clipkit.storage import is_pipe
 from clipkit.streams import StreamSet
 from clipkit.towers.dual_encoder import Tokenizer

@@ -12,11 +12,17 @@ import numpy as np
 
 from clipkit.benchmarks import is_benchmark, open_benchmark
 from clipkit.core import BadSample, ClipkitError, UnreadSample, did_you_mean, note
+from clipkit.data.sources import (
+    CAPTION_COLUMNS,
+    RESERVED,
+    FolderSource,
+    Sample,
+    Selected,
+    Source,
+    open_source,
+    sample_id,
+)
 from clipkit.evaluation import class_folders
-from clipkit.sources import Sample, Selected, Source, open_source, sample_id
-from clipkit.sources.base import RESERVED
-from clipkit.sources.folder import FolderSource
-from clipkit.sources.listed import CAPTION_COLUMNS
 from clipkit.storage import content_hash, hash_of
 
 __all__ = ["TEST_SHARE", "Part", "ProbeTask", "is_of_test", "open_probe"]

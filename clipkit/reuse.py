@@ -1,8 +1,8 @@
 """What earlier embeddings hold of samples that have not changed, so that an update embeds only the others.
 
 Beside each part stands ``stamps/*.parquet``, a row per sample of the source, those that could not be used among them:
-what its image and its words were stamped with (`clipkit.sources.Stamp`; zeros where that is not known), its row in the
-metadata, and why it was left out. An image is known again by its stamp, a caption of it by its text.
+what its image and its words were stamped with (`clipkit.data.sources.Stamp`; zeros where that is not known), its row in
+the metadata, and why it was left out. An image is known again by its stamp, a caption of it by its text.
 """
 
 import errno
@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipkit.core import SIDES, ClipkitError, atomic_write, read_json, warn
+from clipkit.data.sources import Stamp
 from clipkit.embeddings import Embedded, table_path, vectors_path, write_table
-from clipkit.sources import Stamp
 from clipkit.storage import WORK, Checksum, flaw, size_flaw, state_of
 
 __all__ = ["Kept", "Known", "part_files", "refuse_unlike", "stamps_path", "write_stamps"]

@@ -11,9 +11,9 @@ import numpy as np
 
 from clipkit.cached import cached_images, cached_texts
 from clipkit.core import Gather, gathering, together
+from clipkit.data.sources import Source
 from clipkit.embeddings import Embedded
 from clipkit.lazy_model import LazyModel
-from clipkit.sources import Source
 from clipkit.storage import Cache
 
 __all__ = ["SharedImages", "SharedWork"]

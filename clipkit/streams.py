@@ -12,12 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipkit.core import ClipkitError
+from clipkit.data.shards import MEMBER, brace_expand, image_extension
+from clipkit.data.sources import sample_id
 from clipkit.order import permuted
-from clipkit.shard_specs import brace_expand
-from clipkit.shards import image_extension
-from clipkit.sources import sample_id
 from clipkit.storage import digest, open_stream
-from clipkit.tar_index import MEMBER
 from clipkit.trainset import MISSING_HINT
 
 __all__ = ["StreamSet"]

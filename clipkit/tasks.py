@@ -11,6 +11,7 @@ from typing import Any
 
 from clipkit.benchmarks import Benchmark, is_benchmark, open_benchmark
 from clipkit.core import ClipkitError, gathering, note, on_each
+from clipkit.data.sources import Source, open_source
 from clipkit.embeddings import stored_kind
 from clipkit.evaluation import (
     RETRIEVAL_KS,
@@ -34,7 +35,6 @@ from clipkit.probe_data import open_probe
 from clipkit.probes import PROBE_KS, evaluate_probe
 from clipkit.results import known_or_new
 from clipkit.shared_work import SharedWork
-from clipkit.sources import Source, open_source
 from clipkit.storage import Cache
 from clipkit.stored import Stored, open_stored
 from clipkit.zeroshot import prompt_set

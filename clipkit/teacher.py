@@ -16,9 +16,9 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from clipkit.core import SIDES, ClipkitError, Side
+from clipkit.data.sources import text_id
 from clipkit.embeddings import Embeddings, table_path
 from clipkit.settings import DataConfig
-from clipkit.sources import text_id
 from clipkit.trainset import TrainData
 
 __all__ = ["Teacher"]

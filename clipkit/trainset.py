@@ -13,12 +13,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from clipkit.core import BadSample, ClipkitError
+from clipkit.data.shards import Shards, Spool, captions_of, image_extension, keys_repeat, shard_names
+from clipkit.data.sources import sample_id
 from clipkit.order import Mixture, Order
 from clipkit.settings import DataConfig
-from clipkit.shard_specs import shard_names
-from clipkit.shards import Shards, captions_of, image_extension, keys_repeat
-from clipkit.sources import sample_id
-from clipkit.spool import Spool
 from clipkit.storage import digest
 
 __all__ = ["MISSING_HINT", "REMOTE_WINDOW", "Incomplete", "TrainData", "TrainSet", "pick"]
@@ -243,7 +241,7 @@ class TrainSet:
         return shard if len(self._parts) == 1 else str(shards.tar_of(reference.row)), shards.key(reference.row)
 
     def image_id(self, reference: _At) -> int:
-        """The sample's id: what `clipkit.sources` says of it where one source names all these shards together."""
+        """The sample's id: what `clipkit.data.sources` says of it where one source names all these shards together."""
         shards = self._parts[reference.part].shards
         if len(self._parts) == 1:
             return sample_id(shards.key(reference.row))

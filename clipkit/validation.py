@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from clipkit.core import ClipkitError, Gather, did_you_mean, warn
+from clipkit.data.sources import Source, open_source
 from clipkit.evaluation import (
     RETRIEVAL_KS,
     ZEROSHOT_KS,
@@ -22,7 +23,6 @@ from clipkit.inference import cast_for_inference, evaluating
 from clipkit.metrics import guessed_retrieval, lower_is_better, retrieval_figures, zeroshot_chance
 from clipkit.settings import ValidationConfig
 from clipkit.shared_work import SharedWork
-from clipkit.sources import Source, open_source
 from clipkit.towers import DualEncoder
 
 __all__ = ["Validation", "open_validation", "validate"]

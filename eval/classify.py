@@ -110,13 +110,13 @@ def main(source: str | None, labels: str | None, models: tuple[str, ...], fmt: s
     from clipkit.classify_report import accuracy, pictures, write_report
     from clipkit.classify_sort import Sorter, undo_sort
     from clipkit.core import ClipkitError, cache_folder, emit, note, warn
+    from clipkit.data.sources import Globs, open_source
     from clipkit.decisions import Rule
     from clipkit.embeddings import stored_kind
     from clipkit.examples import open_examples
     from clipkit.labels import parse_labels, truth_of
     from clipkit.lazy_model import LazyModel
     from clipkit.model_specs import spec_of
-    from clipkit.sources import Globs, open_source
     from clipkit.storage import Cache, read_manifest
 
     if asked["undo"] is not None:

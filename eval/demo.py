@@ -32,7 +32,7 @@ def main(pictures: int, seed: int, overrides: tuple[str, ...], out: Path, overwr
     import numpy as np
 
     from clipkit.core import note
-    from clipkit.scenes import COLOURS, SHAPES, held_out_pairs
+    from clipkit.data import COLOURS, SHAPES, held_out_pairs
     from clipkit.storage import Stage
 
     stage = Stage(out, "demo", {"pictures": pictures, "seed": seed, "overrides": list(overrides)}, overwrite=overwrite)
@@ -90,7 +90,7 @@ def draw_pictures(folder: Path, pairs: list[tuple[str, str]], count: int, seed: 
     import numpy as np
 
     from clipkit.core import atomic_write
-    from clipkit.scenes import caption, draw, random_scene
+    from clipkit.data import caption, draw, random_scene
 
     if folder.with_suffix(".tsv").is_file():
         return  # drawn before a kill; the list is written last
@@ -156,8 +156,8 @@ def write_report(
     import numpy as np
 
     from clipkit.core import Report, confusion_figure, curve_figure, write_json
+    from clipkit.data import COLOURS, SHAPES
     from clipkit.metrics import confusion_matrix
-    from clipkit.scenes import COLOURS, SHAPES
 
     def names_in(row: dict[str, Any]) -> list[str]:
         return Path(row["path"]).stem.split("_")[:2]

@@ -85,8 +85,8 @@ def main(
     not be read is tried again; OUT stays as it is until the new one, which is made beside it, takes its place.
     """
     from clipkit.core import SIDES, ClipkitError, Side, note, pick_device, warn
+    from clipkit.data.sources import Globs, open_source
     from clipkit.embed import embed
-    from clipkit.sources import Globs, open_source
     from clipkit.towers import load_model, model_reference
 
     if workers and (threads or decoding == "gpu"):

@@ -47,7 +47,7 @@ import pytest
 import torch
 
 from clipkit.cli import main
-from clipkit.scenes import COLOURS, SHAPES, caption, draw, random_scene
+from clipkit.data import COLOURS, SHAPES, caption, draw, random_scene
 from clipkit.settings import ModelConfig
 from clipkit.towers import DualEncoder, create_model
 
@@ -141,8 +141,8 @@ def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shards(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The 48 pictures in four shards."""
-    from clipkit.pack import pack
-    from clipkit.sources import open_source
+    from clipkit.data import pack
+    from clipkit.data.sources import open_source
 
     folder = tmp_path_factory.mktemp("packed") / "shards"
     pack(open_source(pictures), folder, shard_samples=13)
@@ -191,8 +191,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def embeddings(pictures: Path, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The 48 pictures and captions, embedded."""
+    from clipkit.data.sources import open_source
     from clipkit.embed import embed
-    from clipkit.sources import open_source
     from clipkit.towers import load_model, model_reference
 
     folder = tmp_path_factory.mktemp("embedded") / "emb"

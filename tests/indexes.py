@@ -4,8 +4,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipkit.data.sources import Sample
 from clipkit.embeddings import Embedded, Embeddings, write_part
-from clipkit.sources import Sample
 from clipkit.storage import Stage
 
 DIM = 32

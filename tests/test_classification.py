@@ -15,10 +15,10 @@ from clipkit.cached import cached_images, cached_prompts, cached_texts
 from clipkit.classification import Images, classify_images, open_images, zero_shot
 from clipkit.classify_report import write_report
 from clipkit.core import ClipkitError
+from clipkit.data.sources import open_source
 from clipkit.decisions import Rule, decide
 from clipkit.labels import as_label_set
 from clipkit.lazy_model import LazyModel
-from clipkit.sources import open_source
 from clipkit.storage import Cache
 from clipkit.towers import DualEncoder
 from clipkit.zeroshot import ablate, prompt_set

@@ -15,12 +15,12 @@ from PIL import Image
 
 from clipkit.classification import Images
 from clipkit.classify_sort import Sorter
+from clipkit.data.sources import open_source
 from clipkit.decisions import Rule, decide
 from clipkit.labels import as_label_set
 from clipkit.placing import carry_out, undo
 from clipkit.sort_journal import Journal
 from clipkit.sorting import Step
-from clipkit.sources import open_source
 from tests.conftest import make_pictures
 from tests.sorts import tree
 

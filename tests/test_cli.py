@@ -138,12 +138,12 @@ def test_a_traceback_comes_with_debug_only(run, refused, tmp_path):
 
 
 def test_a_defect_of_ours_is_one_line_and_status_2(refused, monkeypatch, pictures, tmp_path):
-    from clipkit import pack
+    import clipkit.data
 
     def broken(*_, **__):
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr(pack, "pack", broken)
+    monkeypatch.setattr(clipkit.data, "pack", broken)
     line = refused("pack", pictures, "--out", tmp_path / "o")
     assert line == "clipkit pack: error: RuntimeError: two lines (--debug shows the traceback)\n"
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from clipkit.scenes import COLOURS, SHAPES, caption, draw, held_out_pairs, random_scene
+from clipkit.data import COLOURS, SHAPES, caption, draw, held_out_pairs, random_scene
 from tests.core.test_html_report import assert_refers_to_nothing_outside
 
 

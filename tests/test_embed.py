@@ -12,9 +12,9 @@ from PIL import Image
 
 from clipkit import encoding as room
 from clipkit.core import ClipkitError
+from clipkit.data.sources import open_source, sample_id
 from clipkit.embeddings import Embeddings
 from clipkit.encoding import embed_source
-from clipkit.sources import open_source, sample_id
 from clipkit.storage import Stage
 from tests.conftest import tiny_model
 from tests.distributed import run_together
@@ -248,12 +248,12 @@ def test_what_an_older_clipkit_wrote_is_read_without_checksums(run, embeddings, 
 
 
 def test_two_samples_with_one_id_are_named(model, tmp_path, monkeypatch):
+    from clipkit.data.sources import sample
     from clipkit.embed import embed
-    from clipkit.sources import base
 
     for number in range(5):
         Image.new("RGB", (9, 9)).save(tmp_path / f"{number}.png")
-    monkeypatch.setattr(base, "sample_id", lambda key: 7 if key in ("1.png", "4.png") else sample_id(key))
+    monkeypatch.setattr(sample, "sample_id", lambda key: 7 if key in ("1.png", "4.png") else sample_id(key))
     with pytest.raises(ClipkitError, match=r"'4\.png' and '1\.png' have the same id; rename one"):
         embed(
             open_source(tmp_path),
@@ -281,8 +281,8 @@ def test_a_broken_model_is_named_and_its_vectors_are_not_kept(pictures, tmp_path
 
 def test_a_part_that_is_made_again_leaves_nothing_of_what_it_was_before(model, tmp_path, monkeypatch):
     """Killed before its record was written, and now nothing of it can be read: other readers take every file."""
+    from clipkit.data.sources import Sample, sample
     from clipkit.embed import embed
-    from clipkit.sources import Sample, base
 
     for number in range(4):
         Image.new("RGB", (9, 9)).save(tmp_path / f"{number}.png")
@@ -303,7 +303,7 @@ def test_a_part_that_is_made_again_leaves_nothing_of_what_it_was_before(model, t
 
     def fails(self):
         if self.key in ("0.png", "1.png"):
-            raise base.UnreadSample("cannot be read: Stale file handle")
+            raise sample.UnreadSample("cannot be read: Stale file handle")
         return read(self)
 
     monkeypatch.setattr(Sample, "read", fails)

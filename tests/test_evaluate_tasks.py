@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from clipkit.cached import cached_images, cached_texts
+from clipkit.data.sources import open_source
 from clipkit.embeddings import table_path, vectors_path
 from clipkit.lazy_model import LazyModel
 from clipkit.metrics import (
@@ -24,7 +25,6 @@ from clipkit.metrics import (
 )
 from clipkit.search import Index
 from clipkit.search.update import delete_rows
-from clipkit.sources import open_source
 from clipkit.storage import Cache
 from clipkit.towers import DualEncoder
 from tests.conftest import tiny_model

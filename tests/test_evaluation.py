@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from clipkit.core import ClipkitError, gather_objects, process_group
+from clipkit.data.sources import open_source
 from clipkit.encoding import embed_source
 from clipkit.evaluation import (
     class_folders,
@@ -26,7 +27,6 @@ from clipkit.inference import cast_for_inference, evaluating
 from clipkit.metrics import retrieval_figures, retrieval_ranks
 from clipkit.settings import ValidationConfig
 from clipkit.shared_work import SharedWork
-from clipkit.sources import open_source
 from clipkit.towers import load_model
 from clipkit.validation import open_validation
 from tests.conftest import make_pictures, tiny_model

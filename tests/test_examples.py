@@ -12,13 +12,13 @@ from PIL import Image
 from clipkit.classification import Images, classify_images
 from clipkit.classifiers import METHODS, fit_classifiers, wanted_threshold
 from clipkit.core import ClipkitError
+from clipkit.data import draw, random_scene
 from clipkit.decisions import Rule
 from clipkit.examples import Examples, open_examples
 from clipkit.labels import Label, LabelSet, as_label_set
 from clipkit.lazy_model import LazyModel, ModelFacts
 from clipkit.metrics import auroc
 from clipkit.metrics.selective import fpr_at_tpr
-from clipkit.scenes import draw, random_scene
 from clipkit.storage import Cache
 from tests.conftest import tiny_model
 

@@ -13,10 +13,10 @@ from PIL import Image
 
 from clipkit import explanation
 from clipkit.core import ClipkitError
+from clipkit.data import COLOURS, draw, random_scene
 from clipkit.explanation import explain
 from clipkit.images import Preprocess
 from clipkit.relevance import cell_means, patch_readout, relevance, spread, weighted_attention, windows
-from clipkit.scenes import COLOURS, draw, random_scene
 from clipkit.towers import load_model
 from clipkit.towers.attention import AttentionWatch, NoAttention, attention_relevance, patch_tokens
 from tests.conftest import TINY_VIT, tiny_model

@@ -11,10 +11,10 @@ import torch
 
 from clipkit import embed as embedding
 from clipkit import inference
+from clipkit.data.sources import open_source
 from clipkit.embeddings import Embeddings
 from clipkit.encoding import embed_source
 from clipkit.inference import cast_for_inference, compiling_pays, find_batch_size
-from clipkit.sources import open_source
 from clipkit.storage import read_manifest
 from clipkit.towers import DualEncoder, load_model
 

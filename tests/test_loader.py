@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from clipkit.core import ClipkitError
+from clipkit.data.shards import write_shard
+from clipkit.data.sources import sample_id
 from clipkit.images import AugmentConfig, Preprocess, augmented_pixels
 from clipkit.loader import Batches, open_train_data, train_batches
 from clipkit.settings import DataConfig
-from clipkit.shards import write_shard
-from clipkit.sources import sample_id
 from tests.samples import fake_tokens, png
 
 AUGMENT = AugmentConfig(shift=0.1, scale=(0.5, 1.0), flip=0.5, brightness=0.3, hue=0.1, saturation=0.2, grayscale=0.3)
@@ -59,8 +59,8 @@ def test_the_seed_decides(shards):
 
 
 def test_all_captions_of_an_image_come_up(captioned, tmp_path):
-    from clipkit.pack import pack
-    from clipkit.sources import open_source
+    from clipkit.data import pack
+    from clipkit.data.sources import open_source
 
     pack(open_source(captioned), tmp_path / "s")
     seen = {

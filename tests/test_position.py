@@ -17,10 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clipkit.core import ClipkitError
+from clipkit.data.shards import Shards, write_shard
 from clipkit.images import Preprocess
 from clipkit.loader import Batches, open_train_data, train_batches
 from clipkit.settings import DataConfig
-from clipkit.shards import Shards, write_shard
 from clipkit.trainset import TrainSet
 from tests.distributed import run_two_ranks
 from tests.samples import fake_tokens, png, tar_of

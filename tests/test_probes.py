@@ -8,13 +8,13 @@ import pytest
 from PIL import Image
 
 from clipkit.core import ClipkitError
+from clipkit.data.sources import Selected, Source, open_source, sample_id
 from clipkit.fusion_probe import fit_head
 from clipkit.lazy_model import LazyModel
 from clipkit.linear_probe import choose_strength, fit_linear
 from clipkit.probe_data import is_of_test, open_probe
 from clipkit.probes import evaluate_probe, probe_rows
 from clipkit.shared_work import SharedWork
-from clipkit.sources import Selected, Source, open_source, sample_id
 from tests.samples import encoded, photo, tar_of
 from tests.test_evaluation import make_classes, on_ranks
 

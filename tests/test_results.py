@@ -8,12 +8,12 @@ from PIL import Image
 
 from clipkit import results as room
 from clipkit.core import UnreadSample
+from clipkit.data.sources import FolderSource, Sample
+from clipkit.data.sources.files import Files
 from clipkit.evaluation import Evaluation
 from clipkit.lazy_model import LazyModel
 from clipkit.results import Result, as_clip_benchmark, markdown, side_by_side
 from clipkit.shared_work import SharedWork
-from clipkit.sources.base import Files, Sample
-from clipkit.sources.folder import FolderSource
 from clipkit.storage import Cache
 from clipkit.tasks import evaluate, open_task
 from clipkit.towers import DualEncoder

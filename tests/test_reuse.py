@@ -13,10 +13,10 @@ from PIL import Image
 from clipkit import embed as room
 from clipkit import encoding
 from clipkit.core import ClipkitError
+from clipkit.data import pack
+from clipkit.data.sources import open_source
 from clipkit.embed import embed
 from clipkit.embeddings import Embeddings
-from clipkit.pack import pack
-from clipkit.sources import open_source
 from tests.conftest import tiny_model
 from tests.kills import contents
 from tests.samples import distinct, photo
@@ -165,13 +165,13 @@ def test_a_file_that_cannot_be_used_is_not_decoded_again_and_stays_in_the_ledger
 
 
 def test_what_could_not_be_read_is_tried_again(run_embed, photos, tmp_path, monkeypatch):
-    from clipkit.sources import Sample, base
+    from clipkit.data.sources import Sample, sample
 
     out, read = tmp_path / "e", Sample.read
 
     def fails(self):
         if self.key == "03.png":
-            raise base.UnreadSample("cannot be read: Input/output error")
+            raise sample.UnreadSample("cannot be read: Input/output error")
         return read(self)
 
     with monkeypatch.context() as patch:
@@ -417,20 +417,20 @@ def test_images_beside_no_captions_at_all(run_embed, tmp_path):
 
 def unreadable(*keys):
     """Stands in for `Sample.read` while a disk fails at these."""
-    from clipkit.sources import Sample, base
+    from clipkit.data.sources import Sample, sample
 
     read = Sample.read
 
     def fails(self):
         if not keys or self.key in keys:
-            raise base.UnreadSample("cannot be read: Input/output error")
+            raise sample.UnreadSample("cannot be read: Input/output error")
         return read(self)
 
     return fails
 
 
 def test_what_could_not_be_read_is_tried_again_where_nothing_has_changed(run_embed, photos, tmp_path, monkeypatch):
-    from clipkit.sources import Sample
+    from clipkit.data.sources import Sample
 
     out = tmp_path / "e"
     (photos / "gone.png").symlink_to("nowhere")
@@ -464,7 +464,7 @@ def test_what_could_not_be_read_is_tried_again_where_nothing_has_changed(run_emb
 
 
 def test_where_nothing_could_be_read_the_same_again_tries_again(run_embed, photos, tmp_path, monkeypatch):
-    from clipkit.sources import Sample
+    from clipkit.data.sources import Sample
 
     for update in (False, True):
         with monkeypatch.context() as patch:
@@ -475,7 +475,7 @@ def test_where_nothing_could_be_read_the_same_again_tries_again(run_embed, photo
 
 
 def test_a_shard_that_could_not_be_read_is_read_by_the_next_update(run_embed, shards, tmp_path, monkeypatch):
-    from clipkit.shards import Shards
+    from clipkit.data.shards import Shards
 
     read = Shards._read
 

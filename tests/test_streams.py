@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from clipkit.core import ClipkitError
+from clipkit.data.shards import Shards, write_shard
+from clipkit.data.sources import sample_id
 from clipkit.images import Preprocess
 from clipkit.loader import Batches, open_train_data, train_batches
 from clipkit.settings import DataConfig
-from clipkit.shards import Shards, write_shard
-from clipkit.sources import sample_id
 from clipkit.streams import StreamSet
 from tests.samples import fake_tokens, png, tar_of
 

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from clipkit.data.sources import open_source, sample_id
 from clipkit.embed import embed
 from clipkit.embeddings import Embeddings
-from clipkit.sources import open_source, sample_id
 from tests.conftest import tiny_model
 from tests.kills import apart, begin, contents, killed
 from tests.samples import encoded, photo, png

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from clipkit.core import ClipkitError
+from clipkit.data import pack
+from clipkit.data.shards import captions_of, image_extension, write_shard
+from clipkit.data.sources import open_source, sample_id, text_id
 from clipkit.embed import embed
 from clipkit.embeddings import Embeddings, table_path, vectors_path
 from clipkit.images import Preprocess
 from clipkit.loader import Batches, open_train_data, train_batches
-from clipkit.pack import pack
 from clipkit.settings import DataConfig
-from clipkit.shards import captions_of, image_extension, write_shard
-from clipkit.sources import open_source, sample_id, text_id
 from clipkit.teacher import Teacher
 from tests.conftest import make_pictures
 from tests.samples import encoded, fake_tokens, photo

@@ -233,8 +233,8 @@ def test_the_length_may_grow_and_nothing_else_may_change(run, refused, recipe, s
 
 
 def test_other_samples_in_the_old_place_are_noticed(run, refused, recipe, pictures, shards, tmp_path):
-    from clipkit.pack import pack
-    from clipkit.sources import open_source
+    from clipkit.data import pack
+    from clipkit.data.sources import open_source
 
     shutil.copytree(shards, tmp_path / "s")
     call = ["train", recipe, "--out", tmp_path / "run", "--resume", "--set"]
@@ -301,7 +301,7 @@ def test_validation_while_training_is_what_evaluate_says(run, recipe, shards, ca
 
 
 def test_unusable_samples_go_to_the_ledger_and_the_status_is_1(run, recipe, tmp_path):
-    from clipkit.shards import write_shard
+    from clipkit.data.shards import write_shard
 
     pictures = [(f"k{i}", {"png": (b"" if i == 3 else _png(i)), "txt": b"a caption"}) for i in range(20)]
     write_shard(tmp_path / "s" / "0.tar", pictures)

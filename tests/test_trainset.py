@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from clipkit.core import BadSample, ClipkitError
+from clipkit.data.shards import Shards, write_shard
+from clipkit.data.sources import sample_id
 from clipkit.images import Preprocess
 from clipkit.loader import Batches, describe, open_train_data, train_batches
 from clipkit.settings import DataConfig
-from clipkit.shards import Shards, write_shard
-from clipkit.sources import sample_id
 from clipkit.trainset import TrainSet, pick
 from tests.samples import fake_tokens, png
 
@@ -146,8 +146,8 @@ def test_what_a_check_found_is_left_out_and_a_later_check_changes_nothing(tmp_pa
 
 
 def test_a_run_keeps_its_plan_when_the_shards_are_checked_meanwhile(run, recipe, pictures, tmp_path):
-    from clipkit.pack import pack
-    from clipkit.sources import open_source
+    from clipkit.data import pack
+    from clipkit.data.sources import open_source
 
     pack(open_source(pictures), tmp_path / "s", shard_samples=13)
     call = ["train", recipe, "--set", f"data.train={tmp_path / 's'}", "--out", tmp_path / "run", "--resume"]

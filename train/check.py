@@ -59,8 +59,8 @@ def main(
     """
     from time import perf_counter
 
-    from clipkit.check import judge, pack_clean, scan, summary, write_page
     from clipkit.core import ClipkitError, emit, note, warn
+    from clipkit.data.check import judge, pack_clean, scan, summary, write_page
     from clipkit.storage import refuse_own_input
     from clipkit.towers.tokens import token_counter
 
@@ -101,9 +101,8 @@ def main(
 
 def show(found: dict[str, Any]) -> None:
     """The figures and the first findings, for people."""
-    from clipkit.check.findings import FIGURES
-    from clipkit.check.scan import KINDS
     from clipkit.core import emit, note
+    from clipkit.data.check import FIGURES, KINDS
 
     always = {"samples", "captions", "bytes", "defects"}
     rows = [

@@ -50,8 +50,8 @@ def main(
     with the shards that are not finished; several processes may share the work of one OUT.
     """
     from clipkit.core import ClipkitError, cores, note, warn
-    from clipkit.pack import pack
-    from clipkit.sources import open_source
+    from clipkit.data import pack
+    from clipkit.data.sources import open_source
 
     if shards and (shard_samples or shard_mib):
         raise ClipkitError("--shards says how many, --shard-samples and --shard-mib say how large; choose one way")

@@ -113,8 +113,8 @@ def make_shards(photos: Path, out: Path) -> dict[str, Path]:
     """The photos in four shards as they are, and in four more at 12 megapixels."""
     from PIL import Image
 
-    from clipkit.shards import write_shard
-    from clipkit.sources import open_source
+    from clipkit.data.shards import write_shard
+    from clipkit.data.sources import open_source
 
     def blown_up(data: bytes) -> bytes:
         image, buffer = Image.open(io.BytesIO(data)).convert("RGB"), io.BytesIO()
@@ -142,8 +142,8 @@ def agreement(shards: Path) -> str:
     import numpy as np
     import torch
 
+    from clipkit.data.shards import Shards
     from clipkit.images import AugmentConfig, augmented_pixels
-    from clipkit.shards import Shards
     from clipkit.towers import create_model
 
     torch.manual_seed(0)

@@ -78,9 +78,8 @@ def make_shards(captions: Path, out: Path, least: int) -> None:
     """
     import numpy as np
 
-    from clipkit.pack import pack
-    from clipkit.scenes import COLOURS, SHAPES, caption, draw, random_scene
-    from clipkit.sources import open_source
+    from clipkit.data import COLOURS, SHAPES, caption, draw, pack, random_scene
+    from clipkit.data.sources import open_source
 
     if not captions.is_file():
         print(f"{captions} is not there; pictures are drawn in its place", file=sys.stderr)

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 
 from clipkit import encoding as room_of
 from clipkit.core import ClipkitError, in_loader_processes
+from clipkit.data.sources import open_source
 from clipkit.encoding import embed_source
-from clipkit.sources import open_source
 from tests.kills import FORK
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from clipkit.data.shards import write_shard
 from clipkit.images import (
     Augmentation,
     AugmentConfig,
@@ -20,7 +21,6 @@ from clipkit.images import (
 from clipkit.images.gpu_decode import is_baseline
 from clipkit.loader import Batches, open_train_data, train_batches
 from clipkit.settings import DataConfig
-from clipkit.shards import write_shard
 from tests.samples import fake_tokens
 
 CPU = torch.device("cpu")

@@ -6,9 +6,9 @@ import torch
 
 from clipkit import encoding
 from clipkit.core import BadSample
+from clipkit.data.sources import open_source
 from clipkit.encoding import embed_source
 from clipkit.images import Preprocess, decoded, model_input, shown
-from clipkit.sources import open_source
 from tests.images.test_gpu_decode import broken_inside
 from tests.samples import encoded, photo
 

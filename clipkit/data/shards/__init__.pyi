@@ -1,0 +1,15 @@
+from .download_cache import Spool as Spool
+from .members import captions_of as captions_of
+from .members import image_extension as image_extension
+from .members import well_formed as well_formed
+from .reader import Shards as Shards
+from .reader import keys_repeat as keys_repeat
+from .specs import brace_expand as brace_expand
+from .specs import expand as expand
+from .specs import is_shard_spec as is_shard_spec
+from .specs import manifest_records as manifest_records
+from .specs import named_tars as named_tars
+from .specs import shard_names as shard_names
+from .tar_index import MEMBER as MEMBER
+from .writer import load_writer as load_writer
+from .writer import write_shard as write_shard

@@ -9,8 +9,8 @@ from clipkit.cached import cached_texts
 from clipkit.classification import Images
 from clipkit.core import ClipkitError
 from clipkit.labels import LabelSet, truth_of
-from clipkit.lazy_model import LazyModel
 from clipkit.metrics import inner_products
+from clipkit.models import LazyModel
 from clipkit.storage import Cache
 from clipkit.zeroshot import ablate, class_vectors
 

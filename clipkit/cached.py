@@ -9,7 +9,7 @@ import numpy as np
 from clipkit.core import BadSample, ClipkitError, UnreadSample, __version__, progress
 from clipkit.data.sources import Sample, Source
 from clipkit.embeddings import Embedded
-from clipkit.lazy_model import LazyModel
+from clipkit.models import LazyModel
 from clipkit.reuse import Kept
 from clipkit.storage import Cache, Entry, entry_key
 from clipkit.zeroshot import prompt_set

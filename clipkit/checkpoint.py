@@ -30,20 +30,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from clipkit.checkpoint_files import (
-    STATE,
-    checkpoints,
-    clear_scratch,
-    newest_usable,
-    prune,
-    publish,
-    scratch_folder,
-    seal,
-)
+from clipkit.checkpoint_files import clear_scratch, newest_usable, prune, publish, scratch_folder, seal
 from clipkit.core import ClipkitError, read_json, warn
+from clipkit.models import BACKBONE, STATE, DualEncoder, checkpoints
 from clipkit.storage import MODEL_FOLDER
-from clipkit.towers import DualEncoder
-from clipkit.towers.dual_encoder import BACKBONE
 
 __all__ = [
     "Saver",

@@ -8,65 +8,15 @@ anything is loaded. The hashes cost a background thread a second per gigabyte.
 import hashlib
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from clipkit.core import ClipkitError, read_json, sync_folder, warn, write_json
+from clipkit.models import STATE, best_checkpoint, checkpoint_name, checkpoints, step_of
 from clipkit.storage import digest, remove_folder
 
-__all__ = [
-    "STATE",
-    "best_checkpoint",
-    "checkpoint_name",
-    "checkpoints",
-    "clear_scratch",
-    "flaw",
-    "newest_usable",
-    "prune",
-    "publish",
-    "scratch_folder",
-    "seal",
-    "step_of",
-]
-
-STATE = "state.json"
-STEP = re.compile(r"step-(\d{6,})")
-
-
-def checkpoint_name(step: int) -> str:
-    """``step-000420`` for 420."""
-    return f"step-{step:06d}"
-
-
-def step_of(folder: Path) -> int:
-    """420 for ``step-000420``."""
-    return int(folder.name.removeprefix("step-"))
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """The published checkpoints of a run, oldest first."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if STEP.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=step_of)
-
-
-def best_checkpoint(run: Path, until: int | None = None) -> tuple[Path, float | None] | None:
-    """The checkpoint that ``RUN@best`` names, and its score: the newest of those that were the best when saved.
-
-    Args:
-        run: the run folder.
-        until: look no further than this step.
-    """
-    for folder in reversed(checkpoints(run)):
-        if until is None or step_of(folder) <= until:
-            try:
-                best = read_json(folder / STATE)["best"]
-            except (ClipkitError, KeyError, TypeError):
-                continue  # damaged; `newest_usable` speaks of it
-            if best is not None:
-                return folder, best["score"]
-    return None
+__all__ = ["clear_scratch", "flaw", "newest_usable", "prune", "publish", "scratch_folder", "seal"]
 
 
 def scratch_folder(run: Path, step: int) -> Path:

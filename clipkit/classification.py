@@ -11,28 +11,16 @@ import numpy as np
 from clipkit.cached import cached_images, cached_texts
 from clipkit.core import ClipkitError
 from clipkit.data.sources import Globs, Sample, Source, open_source
-from clipkit.decisions import (
-    CHUNK,
-    OK,
-    STATUSES,
-    Decisions,
-    Rule,
-    beside_background,
-    decide,
-    fused,
-    joined,
-    probabilities,
-)
+from clipkit.decisions import CHUNK, OK, STATUSES, Decisions, Rule, decide, joined
 from clipkit.embeddings import Embeddings, stored_kind
 from clipkit.labels import LabelSet, as_label_set
-from clipkit.lazy_model import LazyModel
 from clipkit.metrics import inner_products, on_grid
-from clipkit.model_specs import refuse_another
+from clipkit.models import LazyModel, beside_background, fused, probabilities, refuse_another
 from clipkit.storage import Cache
 from clipkit.zeroshot import PROMPTS, class_vectors
 
 if TYPE_CHECKING:
-    from clipkit.towers import DualEncoder
+    from clipkit.models import DualEncoder
 
 __all__ = [
     "Classifier",

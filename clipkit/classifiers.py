@@ -10,11 +10,9 @@ from jaxtyping import Float, Int
 from clipkit import few_shot
 from clipkit.classification import Classifier, zero_shot
 from clipkit.core import ClipkitError
-from clipkit.decisions import fused, probabilities
 from clipkit.examples import Examples
 from clipkit.few_shot import FewShot
 from clipkit.labels import LabelSet
-from clipkit.lazy_model import LazyModel
 from clipkit.linear_probe import folds_of
 from clipkit.metrics import (
     COLDEST,
@@ -25,6 +23,7 @@ from clipkit.metrics import (
     inner_products,
     precision_threshold,
 )
+from clipkit.models import LazyModel, fused, probabilities
 from clipkit.storage import Cache, entry_key
 
 __all__ = [

@@ -16,10 +16,9 @@ from clipkit.data.sources import Source, Stamp, check_ids
 from clipkit.embeddings import Embedded, Embeddings, table_path, write_part
 from clipkit.encoding import embed_source
 from clipkit.images import Decoding, shown
-from clipkit.inference import cast_for_inference, compiled, compiling_pays, find_batch_size
+from clipkit.models import DualEncoder, cast_for_inference, compiled, compiling_pays, find_batch_size
 from clipkit.reuse import Known, part_files, refuse_unlike, write_stamps
 from clipkit.storage import Stage, read_manifest, state_of, write_ledger
-from clipkit.towers import DualEncoder
 
 __all__ = ["Outcome", "embed"]
 

@@ -25,10 +25,8 @@ from clipkit.core import (
 from clipkit.data.sources import Sample, Source
 from clipkit.embeddings import Embedded
 from clipkit.images import Decoding, Shown, decoded, shown
-from clipkit.inference import evaluating
+from clipkit.models import DualEncoder, evaluating, in_blocks
 from clipkit.reuse import Kept
-from clipkit.towers import DualEncoder
-from clipkit.towers.dual_encoder import in_blocks
 
 __all__ = ["embed_source"]
 

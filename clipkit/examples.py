@@ -14,8 +14,8 @@ from clipkit.data.sources import open_source
 from clipkit.decisions import CHUNK
 from clipkit.embeddings import stored_kind
 from clipkit.labels import LabelSet, plain_name, truth_of
-from clipkit.lazy_model import LazyModel
 from clipkit.metrics import inner_products
+from clipkit.models import LazyModel
 from clipkit.storage import Cache, content_hash
 
 __all__ = ["Examples", "open_examples"]

@@ -13,11 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from clipkit.checkpoint import Snapshot, load_checkpoint, take_snapshot
 from clipkit.core import keep_freed_memory
+from clipkit.models import DualEncoder, TowersConfig
 from clipkit.optim import make_optimizers, set_rate
 from clipkit.ranks import Ranks, whole
-from clipkit.settings import TowersConfig, TrainConfig
+from clipkit.settings import TrainConfig
 from clipkit.step import Gradient, Objective, clip_gradients, compute_gradient
-from clipkit.towers import DualEncoder
 from clipkit.weights import Weights
 
 __all__ = ["Learner", "prepare_towers"]

@@ -23,10 +23,10 @@ from clipkit.core import FEW_CORES, BadSample, ClipkitError, Threads, cores, in_
 from clipkit.data.shards import Shards
 from clipkit.data.sources import text_id
 from clipkit.images import Augmentation, Encoded, Preprocess, Waiting, augmented_pixels, can_wait, decode_waiting
+from clipkit.models import Tokenizer
 from clipkit.settings import DataConfig
 from clipkit.storage import is_pipe
 from clipkit.streams import StreamSet
-from clipkit.towers.dual_encoder import Tokenizer
 from clipkit.trainset import MISSING_HINT, Incomplete, TrainData, TrainSet, pick
 
 __all__ = ["Batch", "Batches", "describe", "open_train_data", "train_batches"]

@@ -38,7 +38,7 @@ def parameter_groups(
     Args:
         named: the model's parameters, or fp32 masters of them, with the names that `depths` has.
         weight_decay: of what decays.
-        depths: `clipkit.towers.DualEncoder.layer_depths`.
+        depths: `clipkit.models.DualEncoder.layer_depths`.
         layer_decay: for each side the factor between the rate of a layer and that of the layer above it (Clark et al.
             2020); needs `depths`. The last norm and the projection have the whole rate, and so have scale and bias.
 

@@ -5,8 +5,8 @@ from itertools import pairwise
 from torch import Tensor
 
 from clipkit.images import Preprocess
+from clipkit.models import DualEncoder
 from clipkit.settings import PhaseConfig, TrainConfig
-from clipkit.towers import DualEncoder
 
 __all__ = ["Phases"]
 

@@ -10,8 +10,8 @@ from zipfile import BadZipFile
 import numpy as np
 
 from clipkit.core import ClipkitError, did_you_mean
+from clipkit.models import DualEncoder
 from clipkit.search import Part
-from clipkit.towers import DualEncoder
 
 __all__ = ["Question", "open_questions"]
 

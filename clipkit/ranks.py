@@ -24,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipkit.config import flat
 from clipkit.core import ClipkitError, fast_bf16, launched, pick_device
+from clipkit.models import DualEncoder
 from clipkit.settings import TrainConfig
-from clipkit.towers import DualEncoder
 
 __all__ = ["Ranks", "set_seed", "whole"]
 

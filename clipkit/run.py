@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipkit.config import changed_keys, dump_yaml, load_config
 from clipkit.core import ClipkitError, atomic_write, read_json, write_json
+from clipkit.models import DualEncoder
 from clipkit.settings import TrainConfig
 from clipkit.storage import (
     MODEL_FOLDER,
@@ -20,7 +21,6 @@ from clipkit.storage import (
     remove_folder,
     write_ledger,
 )
-from clipkit.towers import DualEncoder
 
 if TYPE_CHECKING:
     from torch import Tensor

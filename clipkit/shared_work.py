@@ -13,7 +13,7 @@ from clipkit.cached import cached_images, cached_texts
 from clipkit.core import Gather, gathering, together
 from clipkit.data.sources import Source
 from clipkit.embeddings import Embedded
-from clipkit.lazy_model import LazyModel
+from clipkit.models import LazyModel
 from clipkit.storage import Cache
 
 __all__ = ["SharedImages", "SharedWork"]
@@ -43,7 +43,7 @@ def _towers_of(model: Any, cache: Cache, threads: int | None) -> _Towers:
         return _Towers(cached, lambda texts, batch_size: cached_texts(texts, lazy, cache, batch_size))
 
     from clipkit.encoding import embed_source
-    from clipkit.inference import evaluating
+    from clipkit.models import evaluating
 
     def images(source: Source, rows: range, batch_size: int, show: str | None) -> Embedded:
         how: dict[str, Any] = {"rows": rows, "batch_size": batch_size, "threads": threads, "show": show}

@@ -28,9 +28,8 @@ from clipkit.evaluation import (
     tell_clamped,
 )
 from clipkit.instances import open_instances
-from clipkit.lazy_model import LazyModel
 from clipkit.metrics import clamped
-from clipkit.model_specs import refuse_another, spec_of
+from clipkit.models import LazyModel, refuse_another, spec_of
 from clipkit.probe_data import open_probe
 from clipkit.probes import PROBE_KS, evaluate_probe
 from clipkit.results import known_or_new
@@ -299,7 +298,7 @@ def measure(
 
     Args:
         task: what to measure on what.
-        spec: see `clipkit.towers.load_model`; None for the model that embeddings were made with, which is not loaded
+        spec: see `clipkit.models.load_model`; None for the model that embeddings were made with, which is not loaded
             where nothing is asked of it.
         cache: of results and embeddings.
         device, precision: of the model, see `LazyModel`.

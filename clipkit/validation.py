@@ -19,11 +19,10 @@ from clipkit.evaluation import (
     evaluate_zeroshot,
     open_classes,
 )
-from clipkit.inference import cast_for_inference, evaluating
 from clipkit.metrics import guessed_retrieval, lower_is_better, retrieval_figures, zeroshot_chance
+from clipkit.models import DualEncoder, cast_for_inference, evaluating
 from clipkit.settings import ValidationConfig
 from clipkit.shared_work import SharedWork
-from clipkit.towers import DualEncoder
 
 __all__ = ["Validation", "open_validation", "validate"]
 

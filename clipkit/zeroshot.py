@@ -26,7 +26,7 @@ def prompt_set(name: str) -> list[str]:
         ClipkitError: for an unknown name, or a template without ``{}``.
     """
     if name == "openai80":
-        from clipkit.towers import openai_templates  # imports torch
+        from clipkit.models import openai_templates  # imports torch
 
         return openai_templates()
     if name in PROMPTS:

@@ -115,8 +115,7 @@ def main(source: str | None, labels: str | None, models: tuple[str, ...], fmt: s
     from clipkit.embeddings import stored_kind
     from clipkit.examples import open_examples
     from clipkit.labels import parse_labels, truth_of
-    from clipkit.lazy_model import LazyModel
-    from clipkit.model_specs import spec_of
+    from clipkit.models import LazyModel, spec_of
     from clipkit.storage import Cache, read_manifest
 
     if asked["undo"] is not None:

@@ -64,8 +64,8 @@ def main(image: Path, texts: tuple[str, ...], model: str | None, out: Path | Non
     if model is None:
         raise ClipkitError("name the model to explain with: --model RUN (or open_clip:NAME/TAG, or hf:ORG/NAME)")
     from clipkit.core import emit, note, pick_device, save_figure
-    from clipkit.explanation import check_texts, explain
-    from clipkit.towers import load_model
+    from clipkit.models import load_model
+    from clipkit.models.explain import check_texts, explain
 
     check_texts(texts, contrast=asked["contrast"])
     towers = load_model(model, pick_device(asked.pop("device")))

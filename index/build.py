@@ -56,7 +56,7 @@ def main(
             raise ClipkitError(f"cannot read {queries}: {error}") from error
         if not texts:
             raise ClipkitError(f"{queries} holds no text; write one question a line")
-        from clipkit.towers import load_model_of  # torch takes memory, and is needed for nothing else here
+        from clipkit.models import load_model_of  # torch takes memory, and is needed for nothing else here
 
         asked = load_model_of(sets[0].manifest, sets[0].folder, model).embed_texts(texts)
     reference = dict(sets[0].manifest["model"])

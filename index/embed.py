@@ -87,7 +87,7 @@ def main(
     from clipkit.core import SIDES, ClipkitError, Side, note, pick_device, warn
     from clipkit.data.sources import Globs, open_source
     from clipkit.embed import embed
-    from clipkit.towers import load_model, model_reference
+    from clipkit.models import load_model, model_reference
 
     if workers and (threads or decoding == "gpu"):
         raise ClipkitError("--workers are processes that decode on the CPU; leave out --threads and --decode gpu")

@@ -51,9 +51,9 @@ def main(index: Path, device: str | None, model: str | None, fmt: str, html: Pat
     object with any of text, image, vector, minus, minus_image (a value or a list) and weights.
     """
     from clipkit.core import ClipkitError, Side, emit, note, pick_device
+    from clipkit.models import load_model_of
     from clipkit.questions import Question, open_questions
     from clipkit.search import Index, ask
-    from clipkit.towers import load_model_of
 
     if asked["with_vectors"] and fmt not in ("json", "jsonl"):
         raise ClipkitError("--with-vectors goes with --format json or jsonl")

@@ -27,10 +27,11 @@ HOOKED = [
     "clipkit.attention_probe",
     "clipkit.zeroshot",
     "clipkit.decisions",
-    "clipkit.relevance",
-    "clipkit.towers.dual_encoder",
+    "clipkit.models.explain.relevance",
+    "clipkit.models.dual_encoder",
     "clipkit.metrics.accuracy",
     "clipkit.metrics.selective",
+    "clipkit.models.probability",
 ]
 hook = install_import_hook(HOOKED, "beartype.beartype")
 
@@ -48,8 +49,7 @@ import torch
 
 from clipkit.cli import main
 from clipkit.data import COLOURS, SHAPES, caption, draw, random_scene
-from clipkit.settings import ModelConfig
-from clipkit.towers import DualEncoder, create_model
+from clipkit.models import DualEncoder, ModelConfig, create_model
 
 torch.set_num_threads(1 if BESIDE_OTHERS else 2)
 
@@ -193,7 +193,7 @@ def embeddings(pictures: Path, model_dir: Path, tmp_path_factory: pytest.TempPat
     """The 48 pictures and captions, embedded."""
     from clipkit.data.sources import open_source
     from clipkit.embed import embed
-    from clipkit.towers import load_model, model_reference
+    from clipkit.models import load_model, model_reference
 
     folder = tmp_path_factory.mktemp("embedded") / "emb"
     towers = load_model(model_dir)

@@ -13,20 +13,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from clipkit import checkpoint
-from clipkit.checkpoint import (
-    Saver,
-    checkpoint_bytes,
-    checkpoints,
-    load_checkpoint,
-    newest_usable,
-    take_snapshot,
-)
-from clipkit.checkpoint_files import best_checkpoint
+from clipkit.checkpoint import Saver, checkpoint_bytes, load_checkpoint, newest_usable, take_snapshot
 from clipkit.core import ClipkitError
+from clipkit.models import best_checkpoint, checkpoints, load_model
+from clipkit.models.model_spec import model_folder
 from clipkit.optim import parameter_groups
 from clipkit.run import Run
 from clipkit.settings import TrainConfig
-from clipkit.towers import load_model, model_folder
 from tests.conftest import TINY_VIT, tiny_model
 from tests.distributed import run_two_ranks
 
@@ -195,7 +188,7 @@ def test_an_average_begins_where_a_run_without_one_stood(tmp_path):
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_masters_of_a_hugging_face_model_in_bf16_are_saved_whole(tmp_path, kind):
-    from tests.test_towers import hugging_face_folder
+    from tests.models.test_towers import hugging_face_folder
 
     model = load_model(hugging_face_folder(tmp_path / "hf", kind))
     masters = {name: tensor.clone() for name, tensor in model.state_dict().items()}

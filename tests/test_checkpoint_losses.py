@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from clipkit import checkpoint
-from clipkit.checkpoint import Saver, checkpoints, newest_usable
+from clipkit.checkpoint import Saver, newest_usable
 from clipkit.checkpoint_files import flaw
 from clipkit.core import ClipkitError
+from clipkit.models import checkpoints
 from tests.kills import apart
 from tests.test_checkpoint import Training, names, save
 

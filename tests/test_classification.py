@@ -18,9 +18,8 @@ from clipkit.core import ClipkitError
 from clipkit.data.sources import open_source
 from clipkit.decisions import Rule, decide
 from clipkit.labels import as_label_set
-from clipkit.lazy_model import LazyModel
+from clipkit.models import DualEncoder, LazyModel
 from clipkit.storage import Cache
-from clipkit.towers import DualEncoder
 from clipkit.zeroshot import ablate, prompt_set
 from tests.conftest import tiny_model
 from tests.samples import distinct
@@ -61,7 +60,7 @@ def test_a_second_run_asks_no_tower_and_an_edited_file_asks_once(run, calls, fol
     first = classify(run, folder, model_dir)
     assert (sum(calls["image"]), sum(calls["text"])) == (9, 6)  # two prompts each
     loaded = []
-    monkeypatch.setattr("clipkit.towers.load_model", lambda *about: loaded.append(about))
+    monkeypatch.setattr("clipkit.models.loading.load_model", lambda *about: loaded.append(about))
     calls["image"].clear(), calls["text"].clear()
     assert classify(run, folder, model_dir) == first
     assert (calls, loaded) == ({"image": [], "text": []}, [])
@@ -344,7 +343,7 @@ def test_another_version_embeds_anew(model_dir, tmp_path, own_cache, calls, monk
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     for version in ("1", "1", "2"):
         monkeypatch.setattr("clipkit.cached.__version__", version)
-        monkeypatch.setattr("clipkit.lazy_model.__version__", version)
+        monkeypatch.setattr("clipkit.models.lazy.__version__", version)
         lazy = LazyModel(model_dir, Cache(own_cache))
         cached_images(open_source(tmp_path), lazy, Cache(own_cache))
         cached_texts(["a"], lazy, Cache(own_cache))

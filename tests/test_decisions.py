@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipkit.core import ClipkitError
-from clipkit.decisions import STATUSES, Rule, beside_background, decide, fused, joined, probabilities
+from clipkit.decisions import STATUSES, Rule, decide, joined
+from clipkit.models import beside_background, fused, probabilities
 
 
 def one_by_one(shares, rule, top):

@@ -13,7 +13,6 @@ import torch
 from clipkit.cached import cached_images, cached_texts
 from clipkit.data.sources import open_source
 from clipkit.embeddings import table_path, vectors_path
-from clipkit.lazy_model import LazyModel
 from clipkit.metrics import (
     chance_of,
     choice_scores,
@@ -23,10 +22,10 @@ from clipkit.metrics import (
     retrieval_ranks,
     winoground_per_sample,
 )
+from clipkit.models import DualEncoder, LazyModel
 from clipkit.search import Index
 from clipkit.search.update import delete_rows
 from clipkit.storage import Cache
-from clipkit.towers import DualEncoder
 from tests.conftest import tiny_model
 from tests.samples import photo
 from tests.test_benchmarks import CLASSES, npy, write

@@ -23,11 +23,10 @@ from clipkit.evaluation import (
     evaluate_zeroshot,
     open_classes,
 )
-from clipkit.inference import cast_for_inference, evaluating
 from clipkit.metrics import retrieval_figures, retrieval_ranks
+from clipkit.models import cast_for_inference, evaluating, load_model
 from clipkit.settings import ValidationConfig
 from clipkit.shared_work import SharedWork
-from clipkit.towers import load_model
 from clipkit.validation import open_validation
 from tests.conftest import make_pictures, tiny_model
 from tests.distributed import run_two_ranks

@@ -16,9 +16,10 @@ from clipkit.data import draw, random_scene
 from clipkit.decisions import Rule
 from clipkit.examples import Examples, open_examples
 from clipkit.labels import Label, LabelSet, as_label_set
-from clipkit.lazy_model import LazyModel, ModelFacts
 from clipkit.metrics import auroc
 from clipkit.metrics.selective import fpr_at_tpr
+from clipkit.models import LazyModel
+from clipkit.models.lazy import ModelFacts
 from clipkit.storage import Cache
 from tests.conftest import tiny_model
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from clipkit import validation
-from clipkit.checkpoint import checkpoints
 from clipkit.core import ClipkitError
 from clipkit.learner import Learner
 from clipkit.loader import Batches
+from clipkit.models import checkpoints
 from tests.conftest import with_settings
 from tests.test_train import TRAIN, begin, metrics, weights
 

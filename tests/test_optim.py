@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from clipkit import optim
+from clipkit.models import ModelConfig, create_model
 from clipkit.optim import Muon, make_optimizers, parameter_groups, set_rate
-from clipkit.settings import ModelConfig, OptimConfig
-from clipkit.towers import create_model
+from clipkit.settings import OptimConfig
 from tests.conftest import tiny_model
 from tests.distributed import run_two_ranks
 

@@ -88,7 +88,7 @@ def test_copied_by_one_command_they_are_where_one_is(recipe, shards, alone, tmp_
 
 def test_divided_weights_go_on_undivided_and_back(recipe, shards, alone, tmp_path):
     """The first half on two ranks with everything divided, the other on one: one sequence, one optimizer."""
-    from clipkit.checkpoint import checkpoints
+    from clipkit.models import checkpoints
 
     out = tmp_path / "run"
     train(recipe, shards, out, *TWENTY, "sharding=full", "checkpoint.keep=9")

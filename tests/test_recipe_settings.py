@@ -9,9 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clipkit.checkpoint import checkpoints
 from clipkit.embeddings import Embeddings
-from clipkit.towers import load_model
+from clipkit.models import checkpoints, load_model
 from tests.conftest import with_settings
 from tests.test_train import ENVIRONMENT, TRAIN, metrics, weights
 

@@ -5,8 +5,7 @@ import torch
 
 from clipkit.cli import recipes
 from clipkit.config import load_config
-from clipkit.settings import ModelConfig
-from clipkit.towers import create_model
+from clipkit.models import ModelConfig, create_model
 
 SCRATCH = ("vit_b32", "vit_b16", "siglip_b16")
 

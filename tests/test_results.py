@@ -11,12 +11,11 @@ from clipkit.core import UnreadSample
 from clipkit.data.sources import FolderSource, Sample
 from clipkit.data.sources.files import Files
 from clipkit.evaluation import Evaluation
-from clipkit.lazy_model import LazyModel
+from clipkit.models import DualEncoder, LazyModel
 from clipkit.results import Result, as_clip_benchmark, markdown, side_by_side
 from clipkit.shared_work import SharedWork
 from clipkit.storage import Cache
 from clipkit.tasks import evaluate, open_task
-from clipkit.towers import DualEncoder
 from tests.conftest import make_pictures, tiny_model
 from tests.samples import distinct
 from tests.test_benchmarks import CLASSES, PROMPTS, write

@@ -11,7 +11,7 @@ import yaml
 
 from clipkit import tasks
 from clipkit.core import ClipkitError
-from clipkit.lazy_model import LazyModel
+from clipkit.models import LazyModel
 from clipkit.results import as_clip_benchmark
 from clipkit.shared_work import SharedWork
 from clipkit.storage import Cache

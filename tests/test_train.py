@@ -20,9 +20,9 @@ from clipkit import checkpoint
 from clipkit.images import Preprocess
 from clipkit.loader import Batches, open_train_data, train_batches
 from clipkit.loss import info_nce
+from clipkit.models import load_model
 from clipkit.optim import learning_rate, parameter_groups
 from clipkit.pace import Pace
-from clipkit.towers import load_model
 from tests.conftest import tiny_model, with_settings
 
 TRAIN = [sys.executable, "-m", "clipkit", "train"]
@@ -97,7 +97,7 @@ def test_the_loop_is_the_loop_written_plainly(trained, shards):
 
     set_seed(0)
     from clipkit.config import load_config
-    from clipkit.towers import create_model
+    from clipkit.models import create_model
 
     config = load_config(trained / "config.yaml")
     model = create_model(config.model).train()

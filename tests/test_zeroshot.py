@@ -9,7 +9,7 @@ from PIL import Image
 
 import clipkit
 from clipkit.core import ClipkitError
-from clipkit.decisions import probabilities
+from clipkit.models import probabilities
 from clipkit.zeroshot import class_vectors, prompt_set
 from tests.conftest import tiny_model
 

@@ -61,8 +61,8 @@ def main(
 
     from clipkit.core import ClipkitError, emit, note, warn
     from clipkit.data.check import judge, pack_clean, scan, summary, write_page
+    from clipkit.models import token_counter
     from clipkit.storage import refuse_own_input
-    from clipkit.towers.tokens import token_counter
 
     if fix != (out is not None):
         raise ClipkitError("--fix and --out belong together: clipkit check SOURCE --fix --out CLEAN")

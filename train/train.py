@@ -76,6 +76,7 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
     from clipkit.guard import Guard
     from clipkit.learner import Learner, prepare_towers
     from clipkit.loader import Batches, describe, open_train_data, train_batches
+    from clipkit.models import create_model, load_model
     from clipkit.objective import make_objective
     from clipkit.optim import learning_rate
     from clipkit.pace import MetricsLog, Pace, memory_gib
@@ -84,7 +85,6 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
     from clipkit.ranks import Ranks, set_seed
     from clipkit.run import Run, refuse_too_many
     from clipkit.storage import MODEL_FOLDER
-    from clipkit.towers import create_model, load_model
     from clipkit.validation import open_validation, validate
 
     ranks = Ranks(config, out)

@@ -104,8 +104,7 @@ def towers_alone(model: Path, batch_size: int, compile: bool) -> float:
     import torch
 
     from clipkit.core import keep_freed_memory, pick_device
-    from clipkit.inference import cast_for_inference, compiled
-    from clipkit.towers import load_model
+    from clipkit.models import cast_for_inference, compiled, load_model
 
     keep_freed_memory()
     towers = cast_for_inference(load_model(model, pick_device()), "auto")

@@ -128,7 +128,7 @@ def main() -> None:
     model, other = work / "open_clip", work.parent / "embed" / "model"
     if not (model / "open_clip_config.json").is_file():
         make = (
-            "from clipkit.towers import create_model; import sys, pathlib, torch; torch.manual_seed(0); "
+            "from clipkit.models import create_model; import sys, pathlib, torch; torch.manual_seed(0); "
             "create_model('open_clip:ViT-B-32-quickgelu').save(pathlib.Path(sys.argv[1]))"
         )
         subprocess.run([sys.executable, "-c", make, str(model)], env=own, check=True)

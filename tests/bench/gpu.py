@@ -63,7 +63,7 @@ def embed(args: argparse.Namespace) -> None:
     model = args.work / args.model
     if not model.is_dir():
         make = (
-            "from clipkit.towers import create_model; import sys, pathlib, torch; torch.manual_seed(0); "
+            "from clipkit.models import create_model; import sys, pathlib, torch; torch.manual_seed(0); "
             "create_model('open_clip:' + sys.argv[2]).save(pathlib.Path(sys.argv[1]))"
         )
         subprocess.run([sys.executable, "-c", make, str(model), args.model], env=OWN, check=True)

@@ -144,7 +144,7 @@ def agreement(shards: Path) -> str:
 
     from clipkit.data.shards import Shards
     from clipkit.images import AugmentConfig, augmented_pixels
-    from clipkit.towers import create_model
+    from clipkit.models import create_model
 
     torch.manual_seed(0)
     model = create_model("open_clip:ViT-B-32").eval()

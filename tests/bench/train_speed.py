@@ -249,8 +249,7 @@ def operations(name: str) -> float:
     from PIL import Image
     from torch.utils.flop_counter import FlopCounterMode
 
-    from clipkit.settings import ModelConfig
-    from clipkit.towers import create_model
+    from clipkit.models import ModelConfig, create_model
 
     model = create_model(ModelConfig.model_validate(PAIR) if name == "pair" else f"open_clip:{name}").eval()
     pixels = torch.from_numpy(model.load_image(Image.new("RGB", (8, 8))))[None]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from clipkit.checkpoint import checkpoints
+from clipkit.models import checkpoints
 from tests.conftest import with_settings
 from tests.paths import ROOT
 from tests.test_train import TRAIN, assert_equal_runs, begin

@@ -16,7 +16,7 @@ from clipkit.data.check.scanning import SAMPLE
 from clipkit.data.shards import Shards
 from clipkit.data.sources import open_source
 from clipkit.images import decoding
-from clipkit.towers.tokens import token_counter
+from clipkit.models import token_counter
 from tests.conftest import make_pictures
 from tests.core.test_html_report import assert_refers_to_nothing_outside
 from tests.samples import encoded, photo, tar_of

@@ -4,13 +4,13 @@ import io
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
-import clipkit.decode as room
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
 from clipkit.core import BadSample
 from clipkit.images import Encoded, decode, identify
+from clipkit.images import decoding as room
 
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:

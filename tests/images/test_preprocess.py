@@ -1,6 +1,5 @@
 """Pixels agree with open_clip's, and the fast resize with the exact one."""
 
-import clipkit.preprocess as room
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,6 +8,7 @@ from open_clip.transform import image_transform
 from PIL import Image
 
 from clipkit.images import Preprocess
+from clipkit.images import preprocess as room
 
 
 @pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])

@@ -9,7 +9,6 @@ from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from clipkit.core import ClipkitError
-from clipkit.decisions import probabilities
 from clipkit.metrics import (
     COLDEST,
     HOTTEST,
@@ -23,6 +22,7 @@ from clipkit.metrics import (
 )
 from clipkit.metrics.intervals import clopper_pearson_interval
 from clipkit.metrics.selective import fpr_at_tpr, risk_coverage
+from clipkit.models import probabilities
 
 
 @given(st.integers(1, 60), st.integers(0, 10**6), st.integers(1, 20), st.booleans())

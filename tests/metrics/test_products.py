@@ -9,14 +9,15 @@ from PIL import Image
 
 from clipkit.classification import Classifier, Images, classify_images
 from clipkit.data.sources import Globs, open_source
-from clipkit.decisions import Rule, beside_background, probabilities
+from clipkit.decisions import Rule
 from clipkit.embed import embed
 from clipkit.embeddings import Embeddings
 from clipkit.few_shot import linear, prototypes, tip_adapter
 from clipkit.metrics import choice_scores, inner_products, on_grid, paired_products, products, rank_pairs
+from clipkit.models import beside_background, in_blocks, probabilities
+from clipkit.models.dual_encoder import CPU_IMAGES
 from clipkit.search import Index, Part, ask
 from clipkit.search.build import Wanted, build_index
-from clipkit.towers.dual_encoder import CPU_IMAGES, in_blocks
 from tests.conftest import make_pictures, tiny_model
 from tests.indexes import DIM, make_embeddings
 

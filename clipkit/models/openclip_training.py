@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from clipkit.core import ClipkitError
-from clipkit.towers.fast import PooledBlock
+from clipkit.models.openclip_fast import PooledBlock
 
 __all__ = [
     "PatchDropout",

@@ -1,5 +1,6 @@
 """Start one tower of a model from another model's weights."""
 
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ from open_clip.transformer import QuickGELU
 from torch import Tensor
 
 from clipkit.core import ClipkitError, note, read_json
-from clipkit.towers import load_model, model_folder
-from clipkit.towers.dual_encoder import DualEncoder
-from clipkit.towers.huggingface import MODEL_TYPES, load_text_model
-from clipkit.towers.layers import Side, under
-from clipkit.towers.openclip import OpenClipEncoder
+from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.huggingface import MODEL_TYPES, load_text_model
+from clipkit.models.layers import Side, under
+from clipkit.models.model_spec import model_folder
+from clipkit.models.openclip import OpenClipEncoder
 
 __all__ = ["take_tower"]
 
@@ -32,7 +33,7 @@ CUSTOM_SETTINGS = {"norm_kwargs", "act_kwargs", "scaled_cosine_attn"}
 HUGGING_FACE_SETTINGS = ("model_type", "num_attention_heads", "hidden_act", "layer_norm_eps", "eos_token_id")
 
 
-def take_tower(model: DualEncoder, side: Side, spec: str) -> None:
+def take_tower(model: DualEncoder, side: Side, spec: str, load: Callable[[str], DualEncoder]) -> None:
     """Give a model's tower the weights of another model's, and with an image tower the preprocessing it was trained on.
 
     The projection into the shared space is taken where its shape is the same, and otherwise left as it is.
@@ -40,8 +41,9 @@ def take_tower(model: DualEncoder, side: Side, spec: str) -> None:
     Args:
         model: changed in place.
         side: which tower.
-        spec: anything that `clipkit.towers.load_model` takes; for texts also a local folder with one of Hugging Face's
+        spec: anything that `clipkit.models.load_model` takes; for texts also a local folder with one of Hugging Face's
             text models, such as XLM-R, for a model whose ``text_cfg.hf_model_name`` is such a model.
+        load: `clipkit.models.load_model`, which itself may start a tower.
 
     Raises:
         ClipkitError: where there is no such model, or its tower has another shape, settings or tokenizer.
@@ -51,7 +53,7 @@ def take_tower(model: DualEncoder, side: Side, spec: str) -> None:
     if side == "text" and folder is not None and _model_type(folder) not in (None, *MODEL_TYPES):
         _take_text_model(model, folder, where)
         return
-    source = load_model(spec)
+    source = load(spec)
     if type(source) is not type(model):
         raise ClipkitError(f"{where} is of another library than the model; both must be open_clip's, or both not")
     layouts = {m: m.layouts()[side] for m in (model, source)}

@@ -11,17 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from clipkit import explanation
 from clipkit.core import ClipkitError
 from clipkit.data import COLOURS, draw, random_scene
-from clipkit.explanation import explain
 from clipkit.images import Preprocess
-from clipkit.relevance import cell_means, patch_readout, relevance, spread, weighted_attention, windows
-from clipkit.towers import load_model
-from clipkit.towers.attention import AttentionWatch, NoAttention, attention_relevance, patch_tokens
+from clipkit.models import load_model
+from clipkit.models.explain import explain, heatmap
+from clipkit.models.explain.attention import AttentionWatch, NoAttention, attention_relevance, patch_tokens
+from clipkit.models.explain.relevance import cell_means, patch_readout, relevance, spread, weighted_attention, windows
 from tests.conftest import TINY_VIT, tiny_model
 from tests.core.test_html_report import assert_refers_to_nothing_outside
-from tests.test_towers import hugging_face_folder, noise
+from tests.models.test_towers import hugging_face_folder, noise
 
 SIDE = 32
 TEXTS = ["a red heart", "a dog"]
@@ -297,7 +296,7 @@ def test_boxes_and_heat_lie_on_what_was_seen(tower, size, mode, monkeypatch):
     model.set_preprocess(before.model_copy(update={"resize_mode": mode}))
     hot = np.zeros((1, 4, 4))
     hot[0, 1, 2] = 1
-    monkeypatch.setattr(explanation, "attention_relevance", lambda *_: torch.from_numpy(hot))
+    monkeypatch.setattr(heatmap, "attention_relevance", lambda *_: torch.from_numpy(hot))
     try:
         found = explain(Image.new("RGB", size), ["a"], model)
     finally:

@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from clipkit.core import ClipkitError, pick_device
-from clipkit.settings import ModelConfig
-from clipkit.towers import create_model, load_model, load_model_of, model_folder, model_reference, openai_templates
-from clipkit.towers.openclip import _NothingDrawn
+from clipkit.models import ModelConfig, create_model, load_model, load_model_of, model_reference, openai_templates
+from clipkit.models.model_spec import model_folder
+from clipkit.models.openclip import _NothingDrawn
 from tests.conftest import TINY_VIT, tiny_model
 
 TEXTS = ["a red heart", "ein großer Hund", "x " * 90]

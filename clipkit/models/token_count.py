@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.core import ClipkitError, did_you_mean, read_json
-from clipkit.towers import download, model_folder
+from clipkit.models.loading import download
+from clipkit.models.model_spec import model_folder
 
 __all__ = ["TokenCounter", "token_counter"]
 
@@ -26,7 +27,7 @@ def token_counter(spec: str | None = None) -> TokenCounter:
     """The tokenizer of a model; no weights are read.
 
     Args:
-        spec: what `clipkit.towers.load_model` takes, and ``open_clip:NAME`` without weights; None for open_clip's own
+        spec: what `clipkit.models.load_model` takes, and ``open_clip:NAME`` without weights; None for open_clip's own
             byte-pair encoding of 49,408 tokens with a context of 77.
 
     Raises:
@@ -48,7 +49,7 @@ def token_counter(spec: str | None = None) -> TokenCounter:
     if folder is not None and (folder / "open_clip_config.json").is_file():
         return _of_openclip(read_json(folder / "open_clip_config.json").get("model_cfg"), None, folder, spec)
     if folder is not None and (folder / "config.json").is_file():
-        from clipkit.towers.huggingface import load_tokenizer
+        from clipkit.models.huggingface import load_tokenizer
 
         tokenizer = load_tokenizer(folder)
         return TokenCounter(lambda texts: _count(tokenizer.tokenizer, texts), tokenizer.context_length, spec)
@@ -56,7 +57,7 @@ def token_counter(spec: str | None = None) -> TokenCounter:
 
 
 def _of_openclip(model_cfg: Any, name: str | None, folder: Path | None, spec: str) -> TokenCounter:
-    from clipkit.towers.openclip import load_tokenizer
+    from clipkit.models.openclip import load_tokenizer
 
     if not isinstance(model_cfg, dict) or "text_cfg" not in model_cfg:
         raise ClipkitError(f"{folder}: open_clip_config.json lacks model_cfg with text_cfg")

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from clipkit.core import ClipkitError
-from clipkit.towers import load_model
-from clipkit.towers.dual_encoder import GRAIN
-from clipkit.towers.openclip_forward import resize_positions
+from clipkit.models import load_model
+from clipkit.models.dual_encoder import GRAIN
+from clipkit.models.openclip_training import resize_positions
 from tests.conftest import TINY_VIT, tiny_model
-from tests.test_text_towers import text_model_folder
-from tests.test_towers import hugging_face_folder
+from tests.models.test_text_towers import text_model_folder
+from tests.models.test_towers import hugging_face_folder
 
 SIGLIP_TEXT = {**TINY_VIT["text_cfg"], "no_causal_mask": True, "pool_type": "last", "proj_bias": True}
 RESNET = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64, "head_width": 32}

@@ -8,10 +8,9 @@ import torch
 from PIL import Image
 
 from clipkit.core import ClipkitError
-from clipkit.settings import ModelConfig, TowersConfig
-from clipkit.towers import create_model, load_model
+from clipkit.models import ModelConfig, TowersConfig, create_model, load_model
 from tests.conftest import TINY_VIT, tiny_model
-from tests.test_towers import hugging_face_folder
+from tests.models.test_towers import hugging_face_folder
 
 TEXTS = ["a red heart", "dog", "a dog a red a red heart"]
 WORDS = ["a", "red", "heart", "dog", "blue"]

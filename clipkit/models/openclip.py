@@ -22,11 +22,11 @@ from torch.overrides import TorchFunctionMode
 
 from clipkit.core import ClipkitError, atomic_write, did_you_mean, explain_validation, read_json, write_json
 from clipkit.images import OPENAI_MEAN, OPENAI_STD, Preprocess
-from clipkit.settings import ModelConfig
-from clipkit.towers import openclip_forward
-from clipkit.towers.dual_encoder import MODEL_FILE, DualEncoder, Tokenizer
-from clipkit.towers.fast import speed_up
-from clipkit.towers.layers import Layout, Side, openclip_layouts
+from clipkit.models import openclip_training
+from clipkit.models.dual_encoder import MODEL_FILE, DualEncoder, Tokenizer
+from clipkit.models.layers import Layout, Side, openclip_layouts
+from clipkit.models.openclip_fast import speed_up
+from clipkit.models.settings import ModelConfig
 
 __all__ = ["OpenClipEncoder", "load_tokenizer"]
 
@@ -43,7 +43,7 @@ class OpenClipEncoder(DualEncoder):
         self._recompute = False
         self._patch_dropout = float(model_cfg["vision_cfg"].get("patch_dropout") or 0)
         if hasattr(model.visual, "patch_dropout"):
-            model.visual.patch_dropout = openclip_forward.PatchDropout(self._patch_dropout)
+            model.visual.patch_dropout = openclip_training.PatchDropout(self._patch_dropout)
         super().__init__(
             speed_up(model),
             tokenizer,
@@ -109,19 +109,19 @@ class OpenClipEncoder(DualEncoder):
         return cls(model, model_cfg, load_tokenizer(model_cfg, None, folder), _preprocess(settings))
 
     def _image_features(self, pixels: Tensor) -> Tensor:
-        return openclip_forward.image_features(self.backbone, pixels, recompute=self._recompute and self.training)
+        return openclip_training.image_features(self.backbone, pixels, recompute=self._recompute and self.training)
 
     def _text_features(self, tokens: Tensor) -> Tensor:
-        return openclip_forward.text_features(self.backbone, tokens)
+        return openclip_training.text_features(self.backbone, tokens)
 
     def _needed_lengths(self, tokens: Tensor) -> Tensor:
-        return openclip_forward.needed_lengths(self.backbone, tokens)
+        return openclip_training.needed_lengths(self.backbone, tokens)
 
     def layouts(self) -> dict[Side, Layout]:
         return openclip_layouts(self.backbone)
 
     def check_image_size(self, side: int) -> None:
-        openclip_forward.check_image_size(self.backbone.visual, side)
+        openclip_training.check_image_size(self.backbone.visual, side)
 
     def set_patch_dropout(self, share: float | None) -> None:
         dropout = getattr(self.backbone.visual, "patch_dropout", None)
@@ -133,7 +133,7 @@ class OpenClipEncoder(DualEncoder):
             dropout.prob = self._patch_dropout if share is None else share
 
     def set_gradient_checkpointing(self, on: bool) -> None:
-        openclip_forward.checkpoint_gradients(self.backbone, on)
+        openclip_training.checkpoint_gradients(self.backbone, on)
         self._recompute = on
 
     @property

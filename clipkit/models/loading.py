@@ -1,6 +1,6 @@
-"""Image and text towers behind one face, `DualEncoder`, whichever library they come from.
+"""Models made and loaded by name or folder, whichever library they come from.
 
-open_clip and transformers are imported here and nowhere else, and only when a model is made or loaded.
+open_clip and transformers are imported only when a model is made or loaded.
 """
 
 import re
@@ -12,24 +12,15 @@ from pydantic import ValidationError
 
 from clipkit.core import ClipkitError, explain_validation, note
 from clipkit.images import Preprocess
-from clipkit.model_specs import model_folder, refuse_another, spec_of
-from clipkit.settings import ModelConfig, TowersConfig
+from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.model_spec import model_folder, refuse_another, spec_of
+from clipkit.models.settings import ModelConfig, TowersConfig
 from clipkit.storage import kind_of, relative_to_artifact
-from clipkit.towers.dual_encoder import DualEncoder
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "DualEncoder",
-    "create_model",
-    "download",
-    "load_model",
-    "load_model_of",
-    "model_folder",
-    "model_reference",
-    "openai_templates",
-]
+__all__ = ["create_model", "download", "load_model", "load_model_of", "model_reference", "openai_templates"]
 
 SIDES: tuple[Literal["image", "text"], ...] = ("image", "text")
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
@@ -50,7 +41,7 @@ def create_model(
     Raises:
         ClipkitError: where there is no such model, a setting does not exist, or a tower does not fit.
     """
-    from clipkit.towers.openclip import OpenClipEncoder
+    from clipkit.models.openclip import OpenClipEncoder
 
     if isinstance(config, ModelConfig):
         model = OpenClipEncoder.from_config(config)
@@ -61,9 +52,9 @@ def create_model(
     starts = {side: getattr(towers or TowersConfig(), side).init for side in SIDES}
     for side in SIDES:
         if starts[side] is not None:
-            from clipkit.towers.start import take_tower
+            from clipkit.models.tower_init import take_tower
 
-            take_tower(model, side, starts[side])
+            take_tower(model, side, starts[side], load_model)
     if preprocess:
         try:
             model.set_preprocess(Preprocess.model_validate({**model.preprocess.model_dump(), **preprocess}))
@@ -95,7 +86,7 @@ def load_model(spec: str | Path, device: "str | torch.device" = "cpu") -> DualEn
     if folder is not None:
         model = _load_folder(folder)
     elif spec.startswith("open_clip:"):
-        from clipkit.towers.openclip import OpenClipEncoder
+        from clipkit.models.openclip import OpenClipEncoder
 
         name, _, tag = spec.removeprefix("open_clip:").partition("/")
         if not tag:
@@ -138,11 +129,11 @@ def load_model_of(
 
 def _load_folder(folder: Path) -> DualEncoder:
     if (folder / "open_clip_config.json").is_file():
-        from clipkit.towers.openclip import OpenClipEncoder
+        from clipkit.models.openclip import OpenClipEncoder
 
         return OpenClipEncoder.from_folder(folder)
     if (folder / "config.json").is_file():
-        from clipkit.towers.huggingface import HuggingFaceEncoder
+        from clipkit.models.huggingface import HuggingFaceEncoder
 
         return HuggingFaceEncoder.from_folder(folder)
     kind = kind_of(folder)

@@ -14,8 +14,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from clipkit.core import ClipkitError, read_json
 from clipkit.images import Preprocess
-from clipkit.towers.dual_encoder import MODEL_FILE, DualEncoder
-from clipkit.towers.layers import Layout, Side, huggingface_layouts
+from clipkit.models.dual_encoder import MODEL_FILE, DualEncoder
+from clipkit.models.layers import Layout, Side, huggingface_layouts
 
 __all__ = ["MODEL_TYPES", "HuggingFaceEncoder", "load_text_model", "load_tokenizer"]
 

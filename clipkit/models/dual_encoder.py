@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from clipkit.core import ClipkitError, write_json
 from clipkit.images import Preprocess, decode, to_rgb
-from clipkit.towers.layers import Layout, Side, under
+from clipkit.models.layers import Layout, Side, under
 
 __all__ = ["BACKBONE", "MODEL_FILE", "DualEncoder", "Tokenizer", "in_blocks"]
 

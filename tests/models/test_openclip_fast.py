@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
 from torch import nn
 
-from clipkit.towers.fast import PooledBlock, SelfAttention, attend, speed_up
+from clipkit.models.openclip_fast import PooledBlock, SelfAttention, attend, speed_up
 from tests.conftest import tiny_model
 
 PAIR = {

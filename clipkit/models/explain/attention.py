@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from clipkit.core import ClipkitError
-from clipkit.relevance import patch_readout, relevance, weighted_attention
-from clipkit.towers.dual_encoder import DualEncoder
+from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.explain.relevance import patch_readout, relevance, weighted_attention
 
 __all__ = ["AttentionWatch", "NoAttention", "PatchTokens", "attention_relevance", "patch_tokens"]
 
@@ -139,9 +139,9 @@ def attention_relevance(
 ) -> Float[Tensor, "n rows columns"]:
     """For each target, how much each patch of an image matters to ``embedding · target``.
 
-    See `clipkit.relevance.relevance`. Where patches are pooled by attention, the readout is the pooling's own weighted
-    attention, where they are averaged, `clipkit.relevance.patch_readout`. One forward pass and n backward passes; no
-    parameter's gradient is touched.
+    See `clipkit.models.explain.relevance.relevance`. Where patches are pooled by attention, the readout is the
+    pooling's own weighted attention, where they are averaged, `clipkit.models.explain.relevance.patch_readout`. One
+    forward pass and n backward passes; no parameter's gradient is touched.
 
     Args:
         model: in evaluation mode.

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from clipkit.checkpoint_files import best_checkpoint, checkpoint_name, checkpoints
 from clipkit.core import ClipkitError, did_you_mean
+from clipkit.models.checkpoint_folders import best_checkpoint, checkpoint_name, checkpoints
 from clipkit.storage import MODEL_FOLDER
 
 __all__ = ["model_folder", "refuse_another", "spec_of"]

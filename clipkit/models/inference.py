@@ -7,8 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from clipkit.core import Side, settled_precision, warn
-from clipkit.towers import DualEncoder
-from clipkit.towers.dual_encoder import GRAIN
+from clipkit.models.dual_encoder import GRAIN, DualEncoder
 
 __all__ = ["cast_for_inference", "compiled", "compiling_pays", "evaluating", "find_batch_size"]
 

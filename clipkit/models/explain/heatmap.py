@@ -12,12 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from clipkit.core import BadSample, ClipkitError, Report, heat_figure, progress
-from clipkit.decisions import probabilities
 from clipkit.images import decode, to_rgb
-from clipkit.inference import evaluating
-from clipkit.relevance import cell_means, spread, windows
-from clipkit.towers import DualEncoder
-from clipkit.towers.attention import NoAttention, attention_relevance, patch_tokens
+from clipkit.models.dual_encoder import DualEncoder
+from clipkit.models.explain.attention import NoAttention, attention_relevance, patch_tokens
+from clipkit.models.explain.relevance import cell_means, spread, windows
+from clipkit.models.inference import evaluating
+from clipkit.models.probability import probabilities
 
 __all__ = ["METHODS", "Explanation", "check_texts", "explain"]
 

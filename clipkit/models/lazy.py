@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipkit.core import ClipkitError, __version__
-from clipkit.model_specs import model_folder
+from clipkit.models.model_spec import model_folder
 from clipkit.storage import Cache, entry_key
 
 if TYPE_CHECKING:
-    from clipkit.towers import DualEncoder
+    from clipkit.models.dual_encoder import DualEncoder
 
 __all__ = ["LazyModel", "ModelFacts"]
 
@@ -37,11 +37,11 @@ class LazyModel:
     """Stands for a model; importing torch and loading the weights take seconds, which a second run need not spend.
 
     Args:
-        spec: see `clipkit.towers.load_model`.
+        spec: see `clipkit.models.load_model`.
         cache: remembers the facts by the names, sizes and times of the files in the model's folder; those of a model
             that is named otherwise are not remembered.
         device: by name; None for a GPU where there is one.
-        precision: of the towers, see `clipkit.inference.cast_for_inference`.
+        precision: of the towers, see `clipkit.models.cast_for_inference`.
 
     Raises:
         ClipkitError: where there is no such folder.
@@ -77,7 +77,7 @@ class LazyModel:
         """The model, in its precision.
 
         Raises:
-            ClipkitError: see `clipkit.towers.load_model`; or where its files changed without it showing.
+            ClipkitError: see `clipkit.models.load_model`; or where its files changed without it showing.
         """
         towers, found = self._loaded
         if found != self.facts:
@@ -92,8 +92,8 @@ class LazyModel:
     @functools.cached_property
     def _loaded(self) -> "tuple[DualEncoder, ModelFacts]":
         from clipkit.core import keep_freed_memory, pick_device, settled_precision
-        from clipkit.inference import cast_for_inference
-        from clipkit.towers import load_model
+        from clipkit.models.inference import cast_for_inference
+        from clipkit.models.loading import load_model
 
         towers = load_model(self.spec, pick_device(self.device))
         # Before the cast, which changes the values that the fingerprint is made of.

@@ -10,13 +10,11 @@ import pytest
 import torch
 
 from clipkit import embed as embedding
-from clipkit import inference
 from clipkit.data.sources import open_source
 from clipkit.embeddings import Embeddings
 from clipkit.encoding import embed_source
-from clipkit.inference import cast_for_inference, compiling_pays, find_batch_size
+from clipkit.models import DualEncoder, cast_for_inference, compiling_pays, find_batch_size, inference, load_model
 from clipkit.storage import read_manifest
-from clipkit.towers import DualEncoder, load_model
 
 
 def test_bf16_is_close_to_fp32(pictures, model_dir):

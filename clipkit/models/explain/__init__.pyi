@@ -1,0 +1,2 @@
+from .heatmap import check_texts as check_texts
+from .heatmap import explain as explain

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.cached import cached_texts
 from clipkit.classification import Images
 from clipkit.core import ClipkitError
+from clipkit.embedding import cached_texts
 from clipkit.labels import LabelSet, truth_of
 from clipkit.metrics import inner_products
 from clipkit.models import LazyModel

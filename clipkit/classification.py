@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clipkit.cached import cached_images, cached_texts
 from clipkit.core import ClipkitError
 from clipkit.data.sources import Globs, Sample, Source, open_source
 from clipkit.decisions import CHUNK, OK, STATUSES, Decisions, Rule, decide, joined
-from clipkit.embeddings import Embeddings, stored_kind
+from clipkit.embedding import Embeddings, cached_images, cached_texts, stored_kind
 from clipkit.labels import LabelSet, as_label_set
 from clipkit.metrics import inner_products, on_grid
 from clipkit.models import LazyModel, beside_background, fused, probabilities, refuse_another

@@ -12,7 +12,7 @@ from clipkit.classification import Images, open_images
 from clipkit.core import BadSample, ClipkitError, did_you_mean, note
 from clipkit.data.sources import open_source
 from clipkit.decisions import CHUNK
-from clipkit.embeddings import stored_kind
+from clipkit.embedding import stored_kind
 from clipkit.labels import LabelSet, plain_name, truth_of
 from clipkit.metrics import inner_products
 from clipkit.models import LazyModel
@@ -101,7 +101,7 @@ def open_examples(
         labels: the classes.
         models: that embed them.
         cache: of what was embedded before.
-        batch_size, show: see `clipkit.cached.cached_images`.
+        batch_size, show: see `clipkit.embedding.cached_images`.
 
     Returns:
         Copies of one image under one class share a group; under several classes none of them is used.

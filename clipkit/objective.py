@@ -4,18 +4,21 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from clipkit import loss
 from clipkit.core import ClipkitError
+from clipkit.embedding import Teacher
 from clipkit.loader import Batch
-from clipkit.settings import TrainConfig
+from clipkit.settings import DataConfig, TrainConfig
 from clipkit.step import Objective
-from clipkit.teacher import Teacher
 from clipkit.trainset import TrainData
 
-__all__ = ["make_objective"]
+__all__ = ["check_teacher", "make_objective"]
+
+PROBES = 256  # samples of which a teacher's embeddings are looked for before training
 
 
 def make_objective(
@@ -43,7 +46,7 @@ def make_objective(
     teacher = None
     if config.distill is not None:
         teacher = Teacher.open(config.distill.teacher)
-        teacher.check(data, recipe.data)
+        check_teacher(teacher, data, recipe.data)
 
     def of_batch(batch: Batch) -> Objective:
         ids = {}
@@ -68,3 +71,32 @@ def make_objective(
         return objective
 
     return of_batch
+
+
+def check_teacher(teacher: Teacher, data: TrainData, config: DataConfig, first: int = 0) -> None:
+    """Look for the first samples of a run, so that what does not fit is found before it starts.
+
+    Args:
+        teacher: that is asked.
+        data: what is trained on.
+        config: its settings.
+        first: the position where the run begins.
+
+    Raises:
+        ClipkitError: where one of `PROBES` samples was not embedded, or captions are put into other words.
+    """
+    if set(config.templates) - {"{caption}"}:
+        raise ClipkitError(
+            f"data.templates changes the captions, and {teacher.folder} holds embeddings of the captions as they are; "
+            "remove it, or loss.distill"
+        )
+    if data.size is None:
+        return  # a stream cannot be looked into and read again
+    references = data.first(range(first, first + min(PROBES, data.size)))
+    rows = teacher.rows(np.array([data.image_id(reference) for reference in references]))
+    if (rows < 0).any():
+        shard, key = data.name(references[int(np.flatnonzero(rows < 0)[0])])
+        raise ClipkitError(
+            f"{teacher.folder} has no embedding of sample {key!r} of {shard}, and of {(rows < 0).sum()} among "
+            f"{len(rows)} that were looked for; {teacher.hint}"
+        )

@@ -9,10 +9,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from clipkit.cached import cached_images, cached_texts
 from clipkit.core import Gather, gathering, together
 from clipkit.data.sources import Source
-from clipkit.embeddings import Embedded
+from clipkit.embedding import Embedded, cached_images, cached_texts
 from clipkit.models import LazyModel
 from clipkit.storage import Cache
 
@@ -42,7 +41,7 @@ def _towers_of(model: Any, cache: Cache, threads: int | None) -> _Towers:
 
         return _Towers(cached, lambda texts, batch_size: cached_texts(texts, lazy, cache, batch_size))
 
-    from clipkit.encoding import embed_source
+    from clipkit.embedding import embed_source
     from clipkit.models import evaluating
 
     def images(source: Source, rows: range, batch_size: int, show: str | None) -> Embedded:
@@ -63,7 +62,7 @@ class SharedWork:
         model: a `DualEncoder`, which is used as it is, or a `LazyModel`; in the precision that is wanted, the same on
             all ranks. None where nothing is to be embedded.
         batch_size: images at a time; texts go four times as many at a time.
-        threads: that decode images, see `clipkit.encoding.embed_source`.
+        threads: that decode images, see `clipkit.embedding.embed_source`.
         show: title of a progress bar.
         cache: of results, and for a `LazyModel` of what was embedded before. Where ranks do not share it, it must hold
             the same for each.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clipkit.core import ClipkitError, Side
-from clipkit.embeddings import Embeddings
+from clipkit.embedding import Embeddings
 from clipkit.storage import digest, kind_of
 
 if TYPE_CHECKING:

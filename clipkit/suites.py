@@ -27,7 +27,7 @@ from clipkit.core import (
     note,
     on_each,
 )
-from clipkit.embeddings import stored_kind
+from clipkit.embedding import stored_kind
 from clipkit.measuring import Evaluation
 from clipkit.results import Result
 from clipkit.tasks import OPENERS, Task, open_task

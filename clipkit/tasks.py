@@ -12,7 +12,7 @@ from typing import Any
 from clipkit.benchmarks import Benchmark, is_benchmark, open_benchmark
 from clipkit.core import ClipkitError, gathering, note, on_each
 from clipkit.data.sources import Source, open_source
-from clipkit.embeddings import stored_kind
+from clipkit.embedding import stored_kind
 from clipkit.evaluation import (
     RETRIEVAL_KS,
     ZEROSHOT_KS,

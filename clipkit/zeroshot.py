@@ -1,6 +1,7 @@
 """Zero-shot classification: class names become vectors, images take the nearest (Radford et al. 2021, section 3.1)."""
 
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import NamedTuple
 
 import numpy as np
@@ -9,8 +10,9 @@ from jaxtyping import Float, Int
 from clipkit.core import ClipkitError, did_you_mean
 from clipkit.labels import LabelSet, as_label_set
 from clipkit.metrics import inner_products
+from clipkit.storage import Cache, entry_key
 
-__all__ = ["PROMPTS", "Ablation", "ablate", "class_vectors", "prompt_set"]
+__all__ = ["PROMPTS", "Ablation", "ablate", "cached_prompts", "class_vectors", "prompt_set"]
 
 PROMPTS: dict[str, tuple[str, ...]] = {
     "default": ("{}", "a photo of a {}."),
@@ -104,4 +106,16 @@ def ablate(
     for at, prompt in enumerate(prompts):
         others = [*prompts[:at], *prompts[at + 1 :]]
         found.append(Ablation(prompt, accuracy([prompt]), accuracy(others) if others else float("nan")))
+    return found
+
+
+def cached_prompts(name: str, cache: Cache) -> list[str]:
+    """As `clipkit.zeroshot.prompt_set`; those that another library ships, which takes seconds to import, are kept."""
+    if name != "openai80":
+        return prompt_set(name)
+    key = entry_key(name, version("open_clip_torch"))
+    found = cache.fact(key)
+    if found is None:
+        found = prompt_set(name)
+        cache.keep_fact(key, found)
     return found

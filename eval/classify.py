@@ -104,7 +104,6 @@ def main(source: str | None, labels: str | None, models: tuple[str, ...], fmt: s
     command goes on, and --undo DIR (which needs nothing else) restores what was there before.
     """
     from clipkit.ablation import ablate_prompts
-    from clipkit.cached import cached_prompts
     from clipkit.classification import classify_images, open_images, rows_of, summary
     from clipkit.classifiers import fit_classifiers, wanted_threshold
     from clipkit.classify_report import accuracy, pictures, write_report
@@ -112,11 +111,12 @@ def main(source: str | None, labels: str | None, models: tuple[str, ...], fmt: s
     from clipkit.core import ClipkitError, cache_folder, emit, note, warn
     from clipkit.data.sources import Globs, open_source
     from clipkit.decisions import Rule
-    from clipkit.embeddings import stored_kind
+    from clipkit.embedding import stored_kind
     from clipkit.examples import open_examples
     from clipkit.labels import parse_labels, truth_of
     from clipkit.models import LazyModel, spec_of
     from clipkit.storage import Cache, read_manifest
+    from clipkit.zeroshot import cached_prompts
 
     if asked["undo"] is not None:
         if source or labels or asked["sort_into"]:

@@ -114,7 +114,7 @@ def main(task: str, source: str, models: tuple[str, ...], fmt: str, **asked: Any
     """
     from clipkit.baselines import beside, changes_of_all, matches
     from clipkit.core import ClipkitError, cache_folder, emit, note, process_group, warn
-    from clipkit.embeddings import stored_kind
+    from clipkit.embedding import stored_kind
     from clipkit.evaluation_report import check_name, write_results
     from clipkit.probes import probe_rows, readable_rows
     from clipkit.results import Result, differences_from_first, from_clip_benchmark, readable, side_by_side

@@ -40,7 +40,7 @@ def main(
     with --queries, or, where there are neither, with images. What was tried stands in OUT/manifest.json and as a plot.
     """
     from clipkit.core import ClipkitError, note
-    from clipkit.embeddings import Embeddings
+    from clipkit.embedding import Embeddings
     from clipkit.search import Wanted, build_index
     from clipkit.storage import digest, relative_to_artifact
 

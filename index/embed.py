@@ -86,7 +86,7 @@ def main(
     """
     from clipkit.core import SIDES, ClipkitError, Side, note, pick_device, warn
     from clipkit.data.sources import Globs, open_source
-    from clipkit.embed import embed
+    from clipkit.embedding import embed
     from clipkit.models import load_model, model_reference
 
     if workers and (threads or decoding == "gpu"):

@@ -31,7 +31,7 @@ def main(
 ) -> None:
     """Change INDEX: bring it up to date with EMBEDDINGS (new images are added, changed ones replaced), or as told."""
     from clipkit.core import ClipkitError, note
-    from clipkit.embeddings import Embeddings
+    from clipkit.embedding import Embeddings
     from clipkit.search import Index
     from clipkit.search.update import compact_index, delete_rows, go_back, update_index
 

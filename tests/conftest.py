@@ -192,7 +192,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def embeddings(pictures: Path, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The 48 pictures and captions, embedded."""
     from clipkit.data.sources import open_source
-    from clipkit.embed import embed
+    from clipkit.embedding import embed
     from clipkit.models import load_model, model_reference
 
     folder = tmp_path_factory.mktemp("embedded") / "emb"

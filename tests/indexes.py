@@ -5,7 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipkit.data.sources import Sample
-from clipkit.embeddings import Embedded, Embeddings, write_part
+from clipkit.embedding import Embedded, Embeddings
+from clipkit.embedding.store import write_part
 from clipkit.storage import Stage
 
 DIM = 32

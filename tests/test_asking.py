@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clipkit.core import ClipkitError
-from clipkit.embeddings import Embeddings
+from clipkit.embedding import Embeddings
 from clipkit.questions import Question, open_questions
 from clipkit.search import Index, Part, ask
 from clipkit.search.asking import fused_vector

@@ -11,16 +11,16 @@ import pytest
 from PIL import Image
 
 import clipkit
-from clipkit.cached import cached_images, cached_prompts, cached_texts
 from clipkit.classification import Images, classify_images, open_images, zero_shot
 from clipkit.classify_report import write_report
 from clipkit.core import ClipkitError
 from clipkit.data.sources import open_source
 from clipkit.decisions import Rule, decide
+from clipkit.embedding import cached_images, cached_texts
 from clipkit.labels import as_label_set
 from clipkit.models import DualEncoder, LazyModel
 from clipkit.storage import Cache
-from clipkit.zeroshot import ablate, prompt_set
+from clipkit.zeroshot import ablate, cached_prompts, prompt_set
 from tests.conftest import tiny_model
 from tests.samples import distinct
 
@@ -342,7 +342,7 @@ def test_a_fault_of_the_words_is_not_remembered_as_the_images(model_dir, tmp_pat
 def test_another_version_embeds_anew(model_dir, tmp_path, own_cache, calls, monkeypatch):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     for version in ("1", "1", "2"):
-        monkeypatch.setattr("clipkit.cached.__version__", version)
+        monkeypatch.setattr("clipkit.embedding.cached.__version__", version)
         monkeypatch.setattr("clipkit.models.lazy.__version__", version)
         lazy = LazyModel(model_dir, Cache(own_cache))
         cached_images(open_source(tmp_path), lazy, Cache(own_cache))

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from clipkit.core import ClipkitError
-from clipkit.embeddings import table_path, vectors_path
+from clipkit.embedding.store import table_path, vectors_path
 from clipkit.search import Wanted, build_index
 from clipkit.search.choose import choose
 from clipkit.search.coding import (

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from clipkit.cached import cached_images, cached_texts
 from clipkit.data.sources import open_source
-from clipkit.embeddings import table_path, vectors_path
+from clipkit.embedding import cached_images, cached_texts
+from clipkit.embedding.store import table_path, vectors_path
 from clipkit.metrics import (
     chance_of,
     choice_scores,
@@ -293,7 +293,7 @@ def test_several_captions_of_one_image_in_embeddings(run, captioned, model_dir, 
         "embed", captioned, "--model", model_dir, "--precision", "fp32", "--part-size", 5, "--out", tmp_path / "e"
     )
     assert made.status == 0, made
-    from clipkit.embeddings import Embeddings
+    from clipkit.embedding import Embeddings
 
     opened = Embeddings.open(tmp_path / "e")
     image, text = opened.vectors("image"), opened.vectors("text")

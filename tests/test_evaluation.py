@@ -16,7 +16,7 @@ from PIL import Image
 
 from clipkit.core import ClipkitError, gather_objects, process_group
 from clipkit.data.sources import open_source
-from clipkit.encoding import embed_source
+from clipkit.embedding import embed_source
 from clipkit.evaluation import (
     class_folders,
     evaluate_retrieval,

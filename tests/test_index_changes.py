@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clipkit.core import ClipkitError
-from clipkit.embeddings import Embeddings
+from clipkit.embedding import Embeddings
 from clipkit.search import KINDS, Effort, Index, Part, Wanted, ask, build_index
 from clipkit.search.update import compact_index, delete_rows, go_back, update_index
 from clipkit.storage import hold

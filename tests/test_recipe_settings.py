@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clipkit.embeddings import Embeddings
+from clipkit.embedding import Embeddings
 from clipkit.models import checkpoints, load_model
 from tests.conftest import with_settings
 from tests.test_train import ENVIRONMENT, TRAIN, metrics, weights

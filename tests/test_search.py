@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from clipkit.core import ClipkitError
-from clipkit.embeddings import Embeddings
+from clipkit.embedding import Embeddings
 from clipkit.search import Index, build_index
 from tests.conftest import tiny_model
 

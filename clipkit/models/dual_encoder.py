@@ -292,7 +292,7 @@ class DualEncoder(nn.Module, ABC):
     def embed_images(self, images: Sequence[Image.Image | bytes | str | Path], batch_size: int = 64) -> np.ndarray:
         """Embeddings of images (paths, bytes or Pillow images), float32 ``[n, dim]``, unit norm.
 
-        For a large set use `clipkit.embed`, which decodes in parallel and keeps what it has done.
+        For a large set use `clipkit.embedding.embed`, which decodes in parallel and keeps what it has done.
         """
         rows, block = [np.zeros((0, self.embed_dim), np.float32)], self.image_block(batch_size)
         for start in range(0, len(images), block):

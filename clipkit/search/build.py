@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipkit.core import ClipkitError, Side, atomic_write, give_back_freed_memory, note, save_figure, tradeoff_figure
-from clipkit.embeddings import Embeddings, in_schema, joined_schema
+from clipkit.embedding import Embeddings, in_schema, joined_schema
 from clipkit.search.choose import Choice, allowed, choose
 from clipkit.search.coding import Coding, encode, lies_on_disk, read_codes, sample_rows, train_coding
 from clipkit.search.generations import Generation, SegmentState, commit

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from clipkit.core import ClipkitError, Side
-from clipkit.embeddings import in_schema, joined_schema
+from clipkit.embedding import in_schema, joined_schema
 from clipkit.filters import Filter
 from clipkit.search.generations import Generation, current_number, read
 from clipkit.search.kinds import Effort

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from clipkit.core import ClipkitError, Side, atomic_write
-from clipkit.embeddings import in_schema
+from clipkit.embedding import in_schema
 from clipkit.filters import Filter
 from clipkit.search.coding import read_codes
 from clipkit.search.generations import SegmentState, read_dead

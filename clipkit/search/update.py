@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from clipkit.core import ClipkitError, Side, note, warn
-from clipkit.embeddings import Embeddings, image_id_column, in_schema, joined_schema
+from clipkit.embedding import Embeddings, image_id_column, in_schema, joined_schema
 from clipkit.search import generations
 from clipkit.search.build import default_memory, kept_queries
 from clipkit.search.coding import Coding, encode, sample_rows

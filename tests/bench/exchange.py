@@ -58,7 +58,7 @@ def main() -> None:
         return
     from rival import environment
 
-    from clipkit.embeddings import Embeddings
+    from clipkit.embedding import Embeddings
 
     own = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as work:

@@ -157,7 +157,7 @@ def main() -> None:
     from rival import environment
     from vectors import World, write_embeddings
 
-    from clipkit.embeddings import Embeddings
+    from clipkit.embedding import Embeddings
 
     work = args.work / (args.embeddings[0].name if args.embeddings else f"{args.rows}-{args.dim}")
     work.mkdir(parents=True, exist_ok=True)

@@ -52,7 +52,7 @@ def write_embeddings(folder: Path, rows: int, dim: int, queries: int, seed: int 
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from clipkit.embeddings import table_path, vectors_path
+    from clipkit.embedding.store import table_path, vectors_path
     from clipkit.storage import Stage
 
     world = World(dim, seed)

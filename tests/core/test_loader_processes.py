@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from torch.utils.data import Dataset
 
-from clipkit import encoding as room_of
 from clipkit.core import ClipkitError, in_loader_processes
 from clipkit.data.sources import open_source
-from clipkit.encoding import embed_source
+from clipkit.embedding import embed_source
+from clipkit.embedding import encode as room_of
 from tests.kills import FORK
 
 

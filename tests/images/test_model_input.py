@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from clipkit import encoding
 from clipkit.core import BadSample
 from clipkit.data.sources import open_source
-from clipkit.encoding import embed_source
+from clipkit.embedding import embed_source, encode
 from clipkit.images import Preprocess, decoded, model_input, shown
 from tests.images.test_gpu_decode import broken_inside
 from tests.samples import encoded, photo
@@ -71,7 +70,7 @@ def test_what_the_gpu_refuses_is_decoded_here_or_told_and_spoils_nothing_else(mo
 
 
 def test_what_cannot_be_decoded_in_a_batch_goes_to_the_ledger(files, model, monkeypatch):
-    monkeypatch.setattr(encoding, "decoded", lambda *args: [*decoded(*args)[:-1], BadSample("refused")])
+    monkeypatch.setattr(encode, "decoded", lambda *args: [*decoded(*args)[:-1], BadSample("refused")])
     found = embed_source(open_source(files), model, decoding="gpu", batch_size=4, show=None)
     refused = [line["key"] for line in found.left_out if line["reason"] == "refused"]
     assert len(refused) == 3  # the last of each batch of 4, 4 and 1

@@ -10,8 +10,7 @@ from PIL import Image
 from clipkit.classification import Classifier, Images, classify_images
 from clipkit.data.sources import Globs, open_source
 from clipkit.decisions import Rule
-from clipkit.embed import embed
-from clipkit.embeddings import Embeddings
+from clipkit.embedding import Embeddings, embed
 from clipkit.few_shot import linear, prototypes, tip_adapter
 from clipkit.metrics import choice_scores, inner_products, on_grid, paired_products, products, rank_pairs
 from clipkit.models import beside_background, in_blocks, probabilities

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from clipkit import embed as embedding
 from clipkit.data.sources import open_source
-from clipkit.embeddings import Embeddings
-from clipkit.encoding import embed_source
+from clipkit.embedding import Embeddings, embed_source
+from clipkit.embedding import pipeline as embedding
 from clipkit.models import DualEncoder, cast_for_inference, compiling_pays, find_batch_size, inference, load_model
 from clipkit.storage import read_manifest
 

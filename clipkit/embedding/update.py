@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 
 from clipkit.core import SIDES, ClipkitError, atomic_write, read_json, warn
 from clipkit.data.sources import Stamp
-from clipkit.embeddings import Embedded, table_path, vectors_path, write_table
+from clipkit.embedding.store import Embedded, table_path, vectors_path
+from clipkit.embedding.tables import write_table
 from clipkit.storage import WORK, Checksum, flaw, size_flaw, state_of
 
 __all__ = ["Kept", "Known", "part_files", "refuse_unlike", "stamps_path", "write_stamps"]

@@ -10,11 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from clipkit import encoding as room
 from clipkit.core import ClipkitError
 from clipkit.data.sources import open_source, sample_id
-from clipkit.embeddings import Embeddings
-from clipkit.encoding import embed_source
+from clipkit.embedding import Embeddings, embed_source
+from clipkit.embedding import encode as room
 from clipkit.storage import Stage
 from tests.conftest import tiny_model
 from tests.distributed import run_together
@@ -51,7 +50,7 @@ def test_the_layout_is_clip_retrievals(embeddings, pictures, model):
 
 
 def test_several_captions_have_rows_that_lead_to_their_image(captioned, model, tmp_path):
-    from clipkit.embed import embed
+    from clipkit.embedding import embed
 
     embed(
         open_source(captioned),
@@ -249,7 +248,7 @@ def test_what_an_older_clipkit_wrote_is_read_without_checksums(run, embeddings, 
 
 def test_two_samples_with_one_id_are_named(model, tmp_path, monkeypatch):
     from clipkit.data.sources import sample
-    from clipkit.embed import embed
+    from clipkit.embedding import embed
 
     for number in range(5):
         Image.new("RGB", (9, 9)).save(tmp_path / f"{number}.png")
@@ -267,7 +266,7 @@ def test_two_samples_with_one_id_are_named(model, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("side", ["image", "text"])
 def test_a_broken_model_is_named_and_its_vectors_are_not_kept(pictures, tmp_path, side):
-    from clipkit.embed import embed
+    from clipkit.embedding import embed
 
     model = tiny_model()
     broken = model.backbone.visual.proj if side == "image" else model.backbone.text_projection
@@ -282,7 +281,7 @@ def test_a_broken_model_is_named_and_its_vectors_are_not_kept(pictures, tmp_path
 def test_a_part_that_is_made_again_leaves_nothing_of_what_it_was_before(model, tmp_path, monkeypatch):
     """Killed before its record was written, and now nothing of it can be read: other readers take every file."""
     from clipkit.data.sources import Sample, sample
-    from clipkit.embed import embed
+    from clipkit.embedding import embed
 
     for number in range(4):
         Image.new("RGB", (9, 9)).save(tmp_path / f"{number}.png")

@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clipkit.data.sources import open_source, sample_id
-from clipkit.embed import embed
-from clipkit.embeddings import Embeddings
+from clipkit.embedding import Embeddings, embed
 from tests.conftest import tiny_model
 from tests.kills import apart, begin, contents, killed
 from tests.samples import encoded, photo, png

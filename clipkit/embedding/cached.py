@@ -1,20 +1,18 @@
 """Embeddings that are computed once: what the cache holds is not read, decoded or encoded again."""
 
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from clipkit.core import BadSample, ClipkitError, UnreadSample, __version__, progress
 from clipkit.data.sources import Sample, Source
-from clipkit.embeddings import Embedded
+from clipkit.embedding.store import Embedded
+from clipkit.embedding.update import Kept
 from clipkit.models import LazyModel
-from clipkit.reuse import Kept
 from clipkit.storage import Cache, Entry, entry_key
-from clipkit.zeroshot import prompt_set
 
-__all__ = ["cached_images", "cached_prompts", "cached_texts"]
+__all__ = ["cached_images", "cached_texts"]
 
 BATCHES = 16  # between two times that something is kept, which is what an interruption can cost
 NO_TEXTS = np.zeros((0, 0), np.float32)
@@ -42,7 +40,7 @@ def cached_images(
         model: of which the image tower is asked.
         cache: where they are kept.
         rows: which samples; all of them when not given.
-        batch_size, threads, decoding: see `clipkit.encoding.embed_source`.
+        batch_size, threads, decoding: see `clipkit.embedding.embed_source`.
         show: title of a progress bar.
 
     Returns:
@@ -60,7 +58,7 @@ def cached_images(
         if len(known) == len(some):
             part = _known(source, known, model.facts.dim)
         else:
-            from clipkit.encoding import embed_source
+            from clipkit.embedding.encode import embed_source
 
             kept = {row: Kept(entry.reason, entry.vector, (), NO_TEXTS) for row, entry in known.items()}
             how = {"sides": ["image"], "rows": some, "kept": kept, "batch_size": batch_size, "threads": threads}
@@ -92,18 +90,6 @@ def cached_texts(texts: Sequence[str], model: LazyModel, cache: Cache, batch_siz
     found = np.empty((len(texts), facts.dim), np.float32)
     for at, key in enumerate(keys):
         found[at] = vectors[key]
-    return found
-
-
-def cached_prompts(name: str, cache: Cache) -> list[str]:
-    """As `clipkit.zeroshot.prompt_set`; those that another library ships, which takes seconds to import, are kept."""
-    if name != "openai80":
-        return prompt_set(name)
-    key = entry_key(name, version("open_clip_torch"))
-    found = cache.fact(key)
-    if found is None:
-        found = prompt_set(name)
-        cache.keep_fact(key, found)
     return found
 
 

@@ -12,12 +12,12 @@ from clipkit.core import ClipkitError
 from clipkit.data import pack
 from clipkit.data.shards import captions_of, image_extension, write_shard
 from clipkit.data.sources import open_source, sample_id, text_id
-from clipkit.embed import embed
-from clipkit.embeddings import Embeddings, table_path, vectors_path
+from clipkit.embedding import Embeddings, Teacher, embed
+from clipkit.embedding.store import table_path, vectors_path
 from clipkit.images import Preprocess
 from clipkit.loader import Batches, open_train_data, train_batches
+from clipkit.objective import check_teacher
 from clipkit.settings import DataConfig
-from clipkit.teacher import Teacher
 from tests.conftest import make_pictures
 from tests.samples import encoded, fake_tokens, photo
 
@@ -61,7 +61,7 @@ def test_a_batch_of_two_sets_finds_its_embeddings(two_sets, model, weights):
     config = DataConfig(train=parts, workers=0)
     data = open_train_data(config, 0)
     teacher = Teacher.open(two_sets / "emb")
-    teacher.check(data, config)
+    check_teacher(teacher, data, config)
     seen = set()
     for step, batch in enumerate(batches_of(data, config, steps=8)):
         image, text = teacher.lookup(batch["image_ids"], batch["text_ids"])
@@ -155,16 +155,16 @@ def test_what_does_not_fit_is_found_before_training(two_sets, shards, embeddings
     with pytest.raises(
         ClipkitError, match=r"no embedding of sample '.*' of 00000\d\.tar, and of 48 among 48 that were"
     ):
-        teacher.check(open_train_data(config, 0), config)
+        check_teacher(teacher, open_train_data(config, 0), config)
     config = DataConfig(train=[str(two_sets / "a"), str(two_sets / "b")], templates=["{caption}", "a {caption}"])
     with pytest.raises(ClipkitError, match=r"data\.templates changes the captions"):
-        teacher.check(open_train_data(config, 0), config)
+        check_teacher(teacher, open_train_data(config, 0), config)
     plain = config.model_copy(update={"templates": ["{caption}"]})
-    teacher.check(open_train_data(plain, 0), plain, first=1000)
+    check_teacher(teacher, open_train_data(plain, 0), plain, first=1000)
     half = Teacher.open(store(str(shards / "000000.tar"), model, tmp_path / "half"))
     config = DataConfig(train=str(shards))
     with pytest.raises(ClipkitError, match="and of 35 among 48 that were looked for; embed all of data.train: clipkit"):
-        half.check(open_train_data(config, 0), config)
+        check_teacher(half, open_train_data(config, 0), config)
 
 
 def test_what_is_no_teacher(two_sets, shards, index, model_dir, run, tmp_path):

@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 
 from clipkit.core import BadSample, ClipkitError, Side, UnreadSample, keep_freed_memory, settled_precision
 from clipkit.data.sources import Source, Stamp, check_ids
-from clipkit.embeddings import Embedded, Embeddings, table_path, write_part
-from clipkit.encoding import embed_source
+from clipkit.embedding.encode import embed_source
+from clipkit.embedding.store import Embedded, Embeddings, table_path, write_part
+from clipkit.embedding.update import Known, part_files, refuse_unlike, write_stamps
 from clipkit.images import Decoding, shown
 from clipkit.models import DualEncoder, cast_for_inference, compiled, compiling_pays, find_batch_size
-from clipkit.reuse import Known, part_files, refuse_unlike, write_stamps
 from clipkit.storage import Stage, read_manifest, state_of, write_ledger
 
 __all__ = ["Outcome", "embed"]

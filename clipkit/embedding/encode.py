@@ -23,10 +23,10 @@ from clipkit.core import (
     progress,
 )
 from clipkit.data.sources import Sample, Source
-from clipkit.embeddings import Embedded
+from clipkit.embedding.store import Embedded
+from clipkit.embedding.update import Kept
 from clipkit.images import Decoding, Shown, decoded, shown
 from clipkit.models import DualEncoder, evaluating, in_blocks
-from clipkit.reuse import Kept
 
 __all__ = ["embed_source"]
 
@@ -65,8 +65,8 @@ def embed_source(
             but two, as in one process Python lets threads compute one at a time between what the decoders do. Fewer
             where shared memory has no room for what they hand over.
         show: title of the progress bar; None for no bar.
-        kept: what is known of rows from before, see `clipkit.reuse`: their images are not read, nor are they encoded,
-            nor captions that there were before. The others of the rows go into batches together.
+        kept: what is known of rows from before, see `clipkit.embedding.update`: their images are not read, nor are they
+            encoded, nor captions that there were before. The others of the rows go into batches together.
         decoding: of the images, see `clipkit.images.model_input`.
     """
     rows = range(len(source)) if rows is None else rows

@@ -17,13 +17,9 @@ from torch import Tensor
 
 from clipkit.core import SIDES, ClipkitError, Side
 from clipkit.data.sources import text_id
-from clipkit.embeddings import Embeddings, table_path
-from clipkit.settings import DataConfig
-from clipkit.trainset import TrainData
+from clipkit.embedding.store import Embeddings, table_path
 
 __all__ = ["Teacher"]
-
-PROBES = 256  # samples that are looked for before training
 
 
 class Teacher:
@@ -90,7 +86,7 @@ class Teacher:
             raise ClipkitError(f"{path} has {len(column)} rows, the manifest says {rows}")
         return column
 
-    def _rows(self, image_ids: np.ndarray) -> np.ndarray:
+    def rows(self, image_ids: np.ndarray) -> np.ndarray:
         """Rows of the images, -1 where there is none; int64 ``[n]``."""
         if not len(self._ids):
             return np.full(len(image_ids), -1)
@@ -124,21 +120,22 @@ class Teacher:
             ClipkitError: where an image, or such a caption of it, was not embedded.
         """
         wanted, texts = image_ids.numpy(), text_ids.numpy()
-        rows = self._rows(wanted)
+        rows = self.rows(wanted)
         if (rows < 0).any():
             number = wanted[rows < 0][0]
-            raise ClipkitError(f"{self.folder} has no embedding of the image with id {number}; {self._hint}")
+            raise ClipkitError(f"{self.folder} has no embedding of the image with id {number}; {self.hint}")
         caption_rows = self._caption_rows(rows, texts)
         if (caption_rows < 0).any():
             at = int(np.flatnonzero(caption_rows < 0)[0])
             raise ClipkitError(
                 f"{self.folder} has no embedding of the caption with id {texts[at]} of sample "
-                f"{self._key(int(rows[at]))!r}; the captions were others when it was made; {self._hint}"
+                f"{self._key(int(rows[at]))!r}; the captions were others when it was made; {self.hint}"
             )
         return self._vectors("image", rows), self._vectors("text", caption_rows)
 
     @property
-    def _hint(self) -> str:
+    def hint(self) -> str:
+        """What mends it where samples are missing."""
         return f"embed all of data.train: clipkit embed SHARDS --model TEACHER --out {self.folder} --overwrite"
 
     def _vectors(self, side: Side, rows: np.ndarray) -> Tensor:
@@ -156,30 +153,3 @@ class Teacher:
                 return self._column(part, "image", "key")[row].as_py()
             row -= part["images"]
         raise IndexError(row)
-
-    def check(self, data: TrainData, config: DataConfig, first: int = 0) -> None:
-        """Look for the first samples of a run, so that what does not fit is found before it starts.
-
-        Args:
-            data: what is trained on.
-            config: its settings.
-            first: the position where the run begins.
-
-        Raises:
-            ClipkitError: where one of `PROBES` samples was not embedded, or captions are put into other words.
-        """
-        if set(config.templates) - {"{caption}"}:
-            raise ClipkitError(
-                f"data.templates changes the captions, and {self.folder} holds embeddings of the captions as they are; "
-                "remove it, or loss.distill"
-            )
-        if data.size is None:
-            return  # a stream cannot be looked into and read again
-        references = data.first(range(first, first + min(PROBES, data.size)))
-        rows = self._rows(np.array([data.image_id(reference) for reference in references]))
-        if (rows < 0).any():
-            shard, key = data.name(references[int(np.flatnonzero(rows < 0)[0])])
-            raise ClipkitError(
-                f"{self.folder} has no embedding of sample {key!r} of {shard}, and of {(rows < 0).sum()} among "
-                f"{len(rows)} that were looked for; {self._hint}"
-            )

@@ -10,13 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from clipkit import embed as room
-from clipkit import encoding
 from clipkit.core import ClipkitError
 from clipkit.data import pack
 from clipkit.data.sources import open_source
-from clipkit.embed import embed
-from clipkit.embeddings import Embeddings
+from clipkit.embedding import Embeddings, embed, encode
+from clipkit.embedding import pipeline as room
 from tests.conftest import tiny_model
 from tests.kills import contents
 from tests.samples import distinct, photo
@@ -28,7 +26,7 @@ class Counted:
     def __init__(self, model, monkeypatch):
         self.model = model
         self.decoded, self.images, self.texts = 0, 0, 0
-        decode, image, tokenize = encoding.shown, model.encode_image, model.tokenize
+        decode, image, tokenize = encode.shown, model.encode_image, model.tokenize
 
         def counted_decode(*args):
             self.decoded += 1
@@ -42,7 +40,7 @@ class Counted:
             self.texts += len(texts)
             return tokenize(texts)
 
-        monkeypatch.setattr(encoding, "shown", counted_decode)
+        monkeypatch.setattr(encode, "shown", counted_decode)
         monkeypatch.setattr(model, "encode_image", counted_image)
         monkeypatch.setattr(model, "tokenize", counted_tokenize)
 

@@ -1,0 +1,11 @@
+from .cached import cached_images as cached_images
+from .cached import cached_texts as cached_texts
+from .encode import embed_source as embed_source
+from .lookup import Teacher as Teacher
+from .pipeline import embed as embed
+from .store import Embedded as Embedded
+from .store import Embeddings as Embeddings
+from .store import image_id_column as image_id_column
+from .store import stored_kind as stored_kind
+from .tables import in_schema as in_schema
+from .tables import joined_schema as joined_schema

@@ -3,4 +3,4 @@ from .core import ClipkitError as ClipkitError
 from .core.version import __version__ as __version__
 from .embedding import Embeddings as Embeddings
 from .models import load_model as load_model
-from .search.index import Index as Index
+from .search import Index as Index

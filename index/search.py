@@ -52,8 +52,7 @@ def main(index: Path, device: str | None, model: str | None, fmt: str, html: Pat
     """
     from clipkit.core import ClipkitError, Side, emit, note, pick_device
     from clipkit.models import load_model_of
-    from clipkit.questions import Question, open_questions
-    from clipkit.search import Index, ask
+    from clipkit.search import Index, Question, ask, open_questions
 
     if asked["with_vectors"] and fmt not in ("json", "jsonl"):
         raise ClipkitError("--with-vectors goes with --format json or jsonl")
@@ -96,7 +95,7 @@ def main(index: Path, device: str | None, model: str | None, fmt: str, html: Pat
                 row["vector"] = vector.tolist()
         answers.append(rows)
     if html is not None:
-        from clipkit.sheet import write_sheet
+        from clipkit.search import write_sheet
 
         write_sheet(html, [question.told for question in questions], answers, asked["image_root"] or Path())
         note(f"{html}: the results as pictures")

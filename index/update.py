@@ -32,8 +32,7 @@ def main(
     """Change INDEX: bring it up to date with EMBEDDINGS (new images are added, changed ones replaced), or as told."""
     from clipkit.core import ClipkitError, note
     from clipkit.embedding import Embeddings
-    from clipkit.search import Index
-    from clipkit.search.update import compact_index, delete_rows, go_back, update_index
+    from clipkit.search import Index, compact_index, delete_rows, go_back, update_index
 
     told = [bool(embeddings), bool(ids) or delete_where is not None, compact, back]
     if sum(told) != 1:

@@ -23,13 +23,12 @@ from clipkit.metrics import (
     winoground_per_sample,
 )
 from clipkit.models import DualEncoder, LazyModel
-from clipkit.search import Index
-from clipkit.search.update import delete_rows
+from clipkit.search import Index, delete_rows
 from clipkit.storage import Cache
 from tests.conftest import tiny_model
 from tests.samples import photo
+from tests.search.test_quantize import peak
 from tests.test_benchmarks import CLASSES, npy, write
-from tests.test_coding import peak
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,10 @@
 
 An index never sees a model; it takes unit-norm vectors and returns rows. It knows the fingerprint of the model whose
 vectors it holds, so that a question from another model can be refused. FAISS is imported here and nowhere else.
+
+Read `index.py` first, then `build.py`.
 """
 
-from clipkit.search.asking import Part, ask
-from clipkit.search.build import Wanted, build_index
-from clipkit.search.index import Found, Index
-from clipkit.search.kinds import KINDS, Effort
+import lazy_loader
 
-__all__ = ["KINDS", "Effort", "Found", "Index", "Part", "Wanted", "ask", "build_index"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

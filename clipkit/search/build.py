@@ -13,13 +13,13 @@ import pyarrow.compute as pc
 
 from clipkit.core import ClipkitError, Side, atomic_write, give_back_freed_memory, note, save_figure, tradeoff_figure
 from clipkit.embedding import Embeddings, in_schema, joined_schema
-from clipkit.search.choose import Choice, allowed, choose
-from clipkit.search.coding import Coding, encode, lies_on_disk, read_codes, sample_rows, train_coding
+from clipkit.search.autotune import Choice, allowed, choose
 from clipkit.search.generations import Generation, SegmentState, commit
-from clipkit.search.kinds import KINDS, Effort
-from clipkit.search.measure import Queries, Truth, tune_and_measure
+from clipkit.search.index_types import KINDS, Effort
+from clipkit.search.quantize import Coding, encode, lies_on_disk, read_codes, sample_rows, train_coding
+from clipkit.search.recall import Queries, Truth, tune_and_measure
 from clipkit.search.segments import codes_path, read_table, table_path, vectors_path, write_table
-from clipkit.search.vectors import Vectors, write_vectors
+from clipkit.search.vector_file import Vectors, write_vectors
 from clipkit.storage import Stage, digest, read_manifest
 
 __all__ = ["Wanted", "build_index", "default_memory", "kept_queries"]

@@ -13,11 +13,11 @@ import pyarrow as pa
 
 from clipkit.core import ClipkitError, Side
 from clipkit.embedding import in_schema, joined_schema
-from clipkit.filters import Filter
+from clipkit.search.filters import Filter
 from clipkit.search.generations import Generation, current_number, read
-from clipkit.search.kinds import Effort
+from clipkit.search.index_types import Effort
 from clipkit.search.segments import Passing, Segment
-from clipkit.search.vectors import refuse_bad_vectors
+from clipkit.search.vector_file import refuse_bad_vectors
 from clipkit.storage import read_manifest
 
 __all__ = ["Found", "Index"]
@@ -128,7 +128,8 @@ class Index:
             vectors: float ``[queries, dim]``, unit norm.
             k: how many; one larger than what can be found is cut to it.
             side: whether to look among images or captions.
-            where: a condition on the metadata (see `clipkit.filters`); only rows that it holds for are looked at.
+            where: a condition on the metadata (see `clipkit.search.filters`); only rows that it holds for are looked
+                at.
             exact: compare in full, whatever the kind of the index.
             effort: how hard to look, in place of what was tuned when the index was built.
 

@@ -12,11 +12,11 @@ import pyarrow as pa
 
 from clipkit.core import ClipkitError, Side, atomic_write
 from clipkit.embedding import in_schema
-from clipkit.filters import Filter
-from clipkit.search.coding import read_codes
+from clipkit.search.filters import Filter
 from clipkit.search.generations import SegmentState, read_dead
-from clipkit.search.kinds import Effort, parameters, reranking, selector_of
-from clipkit.search.vectors import Vectors
+from clipkit.search.index_types import Effort, parameters, reranking, selector_of
+from clipkit.search.quantize import read_codes
+from clipkit.search.vector_file import Vectors
 
 __all__ = ["Passing", "Segment", "codes_path", "read_table", "table_path", "vectors_path", "write_table"]
 

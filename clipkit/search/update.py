@@ -18,13 +18,13 @@ from clipkit.core import ClipkitError, Side, note, warn
 from clipkit.embedding import Embeddings, image_id_column, in_schema, joined_schema
 from clipkit.search import generations
 from clipkit.search.build import default_memory, kept_queries
-from clipkit.search.coding import Coding, encode, sample_rows
 from clipkit.search.generations import Generation, SegmentState, commit, current, write_dead
 from clipkit.search.index import Index
-from clipkit.search.kinds import KINDS, TUNED_FOR, Effort
-from clipkit.search.measure import share_found, without_self
+from clipkit.search.index_types import KINDS, TUNED_FOR, Effort
+from clipkit.search.quantize import Coding, encode, sample_rows
+from clipkit.search.recall import share_found, without_self
 from clipkit.search.segments import codes_path, table_path, vectors_path, write_table
-from clipkit.search.vectors import Vectors, write_vectors
+from clipkit.search.vector_file import Vectors, write_vectors
 from clipkit.storage import hold, read_manifest
 
 __all__ = ["Changed", "compact_index", "delete_rows", "go_back", "update_index"]

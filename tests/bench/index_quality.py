@@ -186,7 +186,7 @@ def main() -> None:
     script = Path(__file__).resolve()
     rows = vectors.manifest["counts"]["images"]
     idle = {
-        "clipkit": sampled([sys.executable, "-c", "import clipkit.search, time; time.sleep(1)"], own)[2],
+        "clipkit": sampled([sys.executable, "-c", "import clipkit.search.build, time; time.sleep(1)"], own)[2],
         "autofaiss": sampled([other, script, "--call", json.dumps({"side": "autofaiss", "what": "imports"})], alone)[2],
     }
     heads = ("memory", "index", "recall@10", "queries/s, 1 thread", "2 threads, all at once", "bytes per vector")

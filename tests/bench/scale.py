@@ -24,7 +24,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[2]
 LARGE = (100_000_000, 5_000_000_000)
-IDLE = "import clipkit.search, clipkit.core.figures, matplotlib.pyplot, time; time.sleep(1)"
+IDLE = "import clipkit.search.build, clipkit.core.figures, matplotlib.pyplot, time; time.sleep(1)"
 
 
 def power_law(rows: list[int], values: list[float]) -> tuple[float, float]:

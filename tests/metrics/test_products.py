@@ -15,8 +15,8 @@ from clipkit.few_shot import linear, prototypes, tip_adapter
 from clipkit.metrics import choice_scores, inner_products, on_grid, paired_products, products, rank_pairs
 from clipkit.models import beside_background, in_blocks, probabilities
 from clipkit.models.dual_encoder import CPU_IMAGES
-from clipkit.search import Index, Part, ask
-from clipkit.search.build import Wanted, build_index
+from clipkit.search import Index, Wanted, ask, build_index
+from clipkit.search.query import Part
 from tests.conftest import make_pictures, tiny_model
 from tests.indexes import DIM, make_embeddings
 

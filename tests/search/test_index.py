@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from clipkit.core import ClipkitError
-from clipkit.search import KINDS, Index, Part, Wanted, ask, build_index
-from clipkit.search.vectors import Vectors, write_vectors
+from clipkit.search import Index, Wanted, ask, build_index
+from clipkit.search.index_types import KINDS
+from clipkit.search.query import Part
+from clipkit.search.vector_file import Vectors, write_vectors
 from tests.indexes import DIM, brute_force, make_embeddings, recall, unit, with_column
 
 

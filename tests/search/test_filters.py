@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipkit.core import ClipkitError
-from clipkit.filters import Filter
+from clipkit.search.filters import Filter
 
 TABLE = pa.table(
     {

@@ -17,18 +17,11 @@ import pytest
 from clipkit.core import ClipkitError
 from clipkit.embedding.store import table_path, vectors_path
 from clipkit.search import Wanted, build_index
-from clipkit.search.choose import choose
-from clipkit.search.coding import (
-    Coding,
-    encode,
-    learn_lists,
-    read_codes,
-    sample_rows,
-    train_coding,
-)
-from clipkit.search.kinds import KINDS, Effort, lists_for, parameters
-from clipkit.search.measure import Queries, Truth, measure, tune, tune_and_measure
-from clipkit.search.vectors import Vectors, write_vectors
+from clipkit.search.autotune import choose
+from clipkit.search.index_types import KINDS, Effort, lists_for, parameters
+from clipkit.search.quantize import Coding, encode, learn_lists, read_codes, sample_rows, train_coding
+from clipkit.search.recall import Queries, Truth, measure, tune, tune_and_measure
+from clipkit.search.vector_file import Vectors, write_vectors
 from tests.indexes import make_embeddings
 
 ROWS, DIM = 3000, 24
@@ -141,11 +134,11 @@ def test_the_least_effort_that_reaches_the_floor(vectors, questions, tmp_path):
 
 
 def test_what_does_not_fit_into_the_memory_it_is_served_from_is_not_tried(vectors, questions, tmp_path, monkeypatch):
-    monkeypatch.setattr("clipkit.search.choose.SMALL", 0)
+    monkeypatch.setattr("clipkit.search.autotune.SMALL", 0)
     how = {"floor": 0.9, "memory": 2**30, "kinds": [KINDS[k] for k in ("Flat", "IVF-SQ8", "RaBitQ", "HNSW")]}
     queries = Queries(questions, "")
     there = []
-    monkeypatch.setattr("clipkit.search.choose.note", lambda _: there.extend((tmp_path / "a").rglob("codes.faiss")))
+    monkeypatch.setattr("clipkit.search.autotune.note", lambda _: there.extend((tmp_path / "a").rglob("codes.faiss")))
     free = choose(vectors, queries, serve_memory=None, scratch=tmp_path / "a", **how)
     assert there == []  # each kind's goes before the next is built
     assert [each.kind for each in free.tried] == ["Flat", "IVF-SQ8", "RaBitQ", "HNSW"]
@@ -159,8 +152,8 @@ def test_what_does_not_fit_into_the_memory_it_is_served_from_is_not_tried(vector
 
 
 def test_kinds_are_compared_on_a_sample_of_many(vectors, questions, tmp_path, monkeypatch):
-    monkeypatch.setattr("clipkit.search.choose.SMALL", 0)
-    monkeypatch.setattr("clipkit.search.choose.PILOT", 1000)
+    monkeypatch.setattr("clipkit.search.autotune.SMALL", 0)
+    monkeypatch.setattr("clipkit.search.autotune.PILOT", 1000)
     own = sample_rows(ROWS, 60, seed=3)
     for queries in (Queries(questions, ""), Queries(vectors.rows[own].astype(np.float32), "", own)):
         found = choose(
@@ -194,7 +187,7 @@ def test_a_build_of_a_million_stays_within_a_third_of_its_data(tmp_path, kind):
     make_embeddings(tmp_path / "emb", [0], dim=dim)
     grow(tmp_path / "emb", rows, dim)
     memory = rows * dim * 2 // 3
-    idle = peak([sys.executable, "-c", "import clipkit.search, clipkit.core.figures, faiss, matplotlib.pyplot"])
+    idle = peak([sys.executable, "-c", "import clipkit.search.build, clipkit.core.figures, faiss, matplotlib.pyplot"])
     flags = ["--memory", str(memory), "--kind", kind, "--out", str(tmp_path / "index")]
     used = peak([sys.executable, "-c", BUILD, str(tmp_path / "emb"), *flags])
     assert used - idle < memory, (used, idle, memory)

@@ -4,10 +4,10 @@ import faiss
 import numpy as np
 import pytest
 
-from clipkit.search.coding import Coding, encode, read_codes, train_coding
-from clipkit.search.gpus import lists_found_on_gpus
-from clipkit.search.kinds import KINDS, Effort, parameters, reranking, selector_of
-from tests.test_coding import DIM, ROWS, questions, vectors
+from clipkit.search.gpu_build import lists_found_on_gpus
+from clipkit.search.index_types import KINDS, Effort, parameters, reranking, selector_of
+from clipkit.search.quantize import Coding, encode, read_codes, train_coding
+from tests.search.test_quantize import DIM, ROWS, questions, vectors
 
 __all__ = ["questions", "vectors"]
 

@@ -16,9 +16,9 @@ import numpy as np
 from faiss.contrib.ondisk import merge_ondisk
 
 from clipkit.core import ClipkitError, atomic_write, give_back_freed_memory
-from clipkit.search.gpus import graph_found_on_gpu, lists_found_on_gpus
-from clipkit.search.kinds import Kind, lists_for
-from clipkit.search.vectors import Vectors
+from clipkit.search.gpu_build import graph_found_on_gpu, lists_found_on_gpus
+from clipkit.search.index_types import Kind, lists_for
+from clipkit.search.vector_file import Vectors
 
 __all__ = [
     "Coding",

@@ -14,7 +14,7 @@ import numpy as np
 
 from clipkit.core import ClipkitError, atomic_write
 from clipkit.metrics import paired_products
-from clipkit.search.kinds import Effort, parameters
+from clipkit.search.index_types import Effort, parameters
 
 __all__ = ["Vectors", "refuse_bad_vectors", "write_vectors"]
 

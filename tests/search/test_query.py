@@ -7,9 +7,8 @@ import pytest
 
 from clipkit.core import ClipkitError
 from clipkit.embedding import Embeddings
-from clipkit.questions import Question, open_questions
-from clipkit.search import Index, Part, ask
-from clipkit.search.asking import fused_vector
+from clipkit.search import Index, Question, ask, open_questions
+from clipkit.search.query import Part, fused_vector
 
 
 @pytest.fixture(scope="module")

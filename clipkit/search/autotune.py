@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from clipkit.core import ClipkitError, give_back_freed_memory, note
-from clipkit.search.coding import (
+from clipkit.search.index_types import KINDS, TUNED_FOR, Effort, Kind, lists_for
+from clipkit.search.quantize import (
     Coding,
     can_be_built,
     encode,
@@ -21,9 +22,8 @@ from clipkit.search.coding import (
     sample_rows,
     train_coding,
 )
-from clipkit.search.kinds import KINDS, TUNED_FOR, Effort, Kind, lists_for
-from clipkit.search.measure import Queries, Truth, seconds_per_query, tune_and_measure
-from clipkit.search.vectors import Vectors, write_vectors
+from clipkit.search.recall import Queries, Truth, seconds_per_query, tune_and_measure
+from clipkit.search.vector_file import Vectors, write_vectors
 
 __all__ = ["Choice", "Tried", "allowed", "choose"]
 

@@ -13,8 +13,8 @@ from typing import Any
 import faiss
 import numpy as np
 
-from clipkit.search.kinds import TUNED_FOR, Effort, parameters, reranking
-from clipkit.search.vectors import Vectors
+from clipkit.search.index_types import TUNED_FOR, Effort, parameters, reranking
+from clipkit.search.vector_file import Vectors
 
 __all__ = [
     "Queries",

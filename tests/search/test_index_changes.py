@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from clipkit.core import ClipkitError
 from clipkit.embedding import Embeddings
-from clipkit.search import KINDS, Effort, Index, Part, Wanted, ask, build_index
-from clipkit.search.update import compact_index, delete_rows, go_back, update_index
+from clipkit.search import Index, Wanted, ask, build_index, compact_index, delete_rows, go_back, update_index
+from clipkit.search.index_types import KINDS, Effort
+from clipkit.search.query import Part
 from clipkit.storage import hold
 from tests.indexes import DIM, brute_force, make_embeddings, recall, unit, with_column
 
@@ -343,7 +344,7 @@ def test_killed_with_lists_on_the_disk_a_change_goes_on_with_more_memory(tmp_pat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("clipkit.search.coding.lies_on_disk", lambda *_: True)
+        patch.setattr("clipkit.search.quantize.lies_on_disk", lambda *_: True)
         patch.setattr("clipkit.search.update._measured", dies)
         with pytest.raises(KeyboardInterrupt):
             update_index(folder, [newer])

@@ -11,7 +11,7 @@ import numpy as np
 
 from clipkit.core import ClipkitError, did_you_mean
 from clipkit.models import DualEncoder
-from clipkit.search import Part
+from clipkit.search.query import Part
 
 __all__ = ["Question", "open_questions"]
 

@@ -1,0 +1,11 @@
+from .build import Wanted as Wanted
+from .build import build_index as build_index
+from .index import Index as Index
+from .page import write_sheet as write_sheet
+from .query import ask as ask
+from .query_input import Question as Question
+from .query_input import open_questions as open_questions
+from .update import compact_index as compact_index
+from .update import delete_rows as delete_rows
+from .update import go_back as go_back
+from .update import update_index as update_index

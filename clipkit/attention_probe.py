@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from clipkit.classification import Linear, fit_linear, folds_of
 from clipkit.fusion_probe import IMAGE, TEXT, Heads, Samples, late_fusion
-from clipkit.linear_probe import Linear, fit_linear, folds_of
 
 __all__ = ["Attention", "Fitted", "Training", "attend", "attention_fusion", "begin", "fit_attention"]
 

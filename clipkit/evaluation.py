@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.core import ClipkitError, did_you_mean, meter, note
+from clipkit.classification import class_folders, class_vectors, prompt_set
+from clipkit.core import ClipkitError, meter, note
 from clipkit.data.sources import FolderSource, Source, open_source
 from clipkit.instances import Instances
-from clipkit.labels import plain_name
 from clipkit.measuring import (
     Evaluation,
     Further,
@@ -22,14 +22,10 @@ from clipkit.served import served_hits
 from clipkit.shared_work import SharedImages, SharedWork
 from clipkit.storage import digest
 from clipkit.stored import Stored
-from clipkit.zeroshot import class_vectors, prompt_set
 
 __all__ = [
     "RETRIEVAL_KS",
     "ZEROSHOT_KS",
-    "Evaluation",
-    "class_folders",
-    "classes_of",
     "evaluate_choice",
     "evaluate_retrieval",
     "evaluate_stored_classes",
@@ -99,7 +95,8 @@ def evaluate_zeroshot(
         ranks: see `evaluate_retrieval`.
         source: see `open_classes`; any other where the truth is given.
         classes: the names to choose among; those of the sub-folders when not given.
-        templates: with ``{}``, or the name of a set (see `clipkit.zeroshot.prompt_set`); used as in `class_vectors`.
+        templates: with ``{}``, or the name of a set (see `clipkit.classification.prompt_set`); used as in
+            `class_vectors`.
         ks: list lengths; of no use for several classes.
         truth: int64 ``[rows]``, places in `classes`, -1 where it is not known; by the sub-folders when not given. Or
             ``[rows, classes]``: 1 for each class that an image is of, 0 for the others, -1 where it is not known.
@@ -259,46 +256,3 @@ def tell_clamped(where: str, classes: int, ks: Sequence[int]) -> None:
     for k in ks:
         if k > classes:
             note(f"{where} has {classes} classes; zeroshot_acc@{k} counts all of them")
-
-
-def class_folders(source: Source, classes: Sequence[str] | None = None) -> tuple[list[str], np.ndarray]:
-    """The classes of a source, and which one each row belongs to.
-
-    A class is called as the first folder in its keys, with spaces for underscores.
-
-    Args:
-        source: with a folder per class.
-        classes: their names in the order that is wanted, or more; sorted when not given.
-
-    Returns:
-        Names, and int64 ``[rows]`` of places in them, -1 for a row that stands in no folder.
-
-    Raises:
-        ClipkitError: where there are no two classes, two folders have one name, or a folder is none of `classes`.
-    """
-    return classes_of(source.spec, [source.key(row) for row in range(len(source))], classes)
-
-
-def classes_of(spec: str, keys: Sequence[str], classes: Sequence[str] | None = None) -> tuple[list[str], np.ndarray]:
-    """As `class_folders`, from the keys of a source's samples.
-
-    Args:
-        spec: how messages call the source.
-        keys: of its samples, as they were relative to it.
-        classes: see `class_folders`.
-    """
-    folders = [key.rpartition("/")[0].partition("/")[0] for key in keys]
-    name_of = {folder: plain_name(folder) for folder in sorted(set(folders)) if folder}
-    folder_of = {name: folder for folder, name in name_of.items()}
-    for folder, name in name_of.items():
-        if folder_of[name] != folder:
-            raise ClipkitError(f"{spec}: folders {folder!r} and {folder_of[name]!r} are both called {name!r}")
-    names = list(folder_of) if classes is None else [plain_name(name) for name in classes]
-    for name in name_of.values():
-        if name not in names:
-            raise ClipkitError(f"{spec}: folder {name!r} is none of the classes{did_you_mean(name, names)}")
-    if len(names) < 2:
-        held = f"one sub-folder of images, {names[0]!r}" if names else "no sub-folders of images"
-        raise ClipkitError(f"{spec} has {held}; name the folder that holds one per class, and two or more")
-    place = {name: at for at, name in enumerate(names)}
-    return names, np.array([place[name_of[folder]] if folder else -1 for folder in folders], np.int64)

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from clipkit.classification import STRENGTHS, Linear, choose_strength, fit_linear
 from clipkit.core import ClipkitError
-from clipkit.linear_probe import STRENGTHS, Linear, choose_strength, fit_linear
 from clipkit.metrics import fit_temperature, log_loss
 
 __all__ = [
@@ -69,7 +69,7 @@ class Head(NamedTuple):
 
     linear: Linear
     strength: float
-    """That was chosen; see `clipkit.linear_probe.fit_linear`."""
+    """That was chosen; see `clipkit.classification.fit_linear`."""
     fitted: int
     """Of the samples that it was fitted to."""
     judged: Int[Array, " judged"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.benchmarks import Benchmark, is_benchmark, open_benchmark
+from clipkit.classification import class_folders, classes_of, prompt_set
 from clipkit.core import ClipkitError, gathering, note, on_each
 from clipkit.data.sources import Source, open_source
 from clipkit.embedding import stored_kind
@@ -17,8 +18,6 @@ from clipkit.evaluation import (
     RETRIEVAL_KS,
     ZEROSHOT_KS,
     Evaluation,
-    class_folders,
-    classes_of,
     evaluate_choice,
     evaluate_retrieval,
     evaluate_stored_classes,
@@ -36,7 +35,6 @@ from clipkit.results import known_or_new
 from clipkit.shared_work import SharedWork
 from clipkit.storage import Cache
 from clipkit.stored import Stored, open_stored
-from clipkit.zeroshot import prompt_set
 
 __all__ = ["OPENERS", "Asked", "Task", "evaluate", "measure", "open_task"]
 

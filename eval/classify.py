@@ -103,20 +103,29 @@ def main(source: str | None, labels: str | None, models: tuple[str, ...], fmt: s
     rows have "to", the place in DIR. A journal in DIR is written ahead of every step: whatever ends the sort, the same
     command goes on, and --undo DIR (which needs nothing else) restores what was there before.
     """
-    from clipkit.ablation import ablate_prompts
-    from clipkit.classification import classify_images, open_images, rows_of, summary
-    from clipkit.classifiers import fit_classifiers, wanted_threshold
-    from clipkit.classify_report import accuracy, pictures, write_report
-    from clipkit.classify_sort import Sorter, undo_sort
+    from clipkit.classification import (
+        Rule,
+        ablate_prompts,
+        accuracy,
+        cached_prompts,
+        classify_images,
+        fit_classifiers,
+        open_examples,
+        open_images,
+        parse_labels,
+        pictures,
+        rows_of,
+        summary,
+        truth_of,
+        wanted_threshold,
+        write_report,
+    )
+    from clipkit.classification.sort import Sorter, undo_sort
     from clipkit.core import ClipkitError, cache_folder, emit, note, warn
     from clipkit.data.sources import Globs, open_source
-    from clipkit.decisions import Rule
     from clipkit.embedding import stored_kind
-    from clipkit.examples import open_examples
-    from clipkit.labels import parse_labels, truth_of
     from clipkit.models import LazyModel, spec_of
     from clipkit.storage import Cache, read_manifest
-    from clipkit.zeroshot import cached_prompts
 
     if asked["undo"] is not None:
         if source or labels or asked["sort_into"]:

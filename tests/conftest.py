@@ -21,17 +21,18 @@ HOOKED = [
     "clipkit.metrics.choice",
     "clipkit.metrics.intervals",
     "clipkit.metrics.calibration",
-    "clipkit.linear_probe",
-    "clipkit.few_shot",
+    "clipkit.classification.logistic",
+    "clipkit.classification.few_shot",
     "clipkit.fusion_probe",
     "clipkit.attention_probe",
-    "clipkit.zeroshot",
-    "clipkit.decisions",
+    "clipkit.classification.prompts",
+    "clipkit.classification.decisions",
     "clipkit.models.explain.relevance",
     "clipkit.models.dual_encoder",
     "clipkit.metrics.accuracy",
     "clipkit.metrics.selective",
     "clipkit.models.probability",
+    "clipkit.classification.prompt_ablation",
 ]
 hook = install_import_hook(HOOKED, "beartype.beartype")
 

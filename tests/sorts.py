@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from clipkit.placing import carry_out, settle
-from clipkit.sort_journal import Journal
-from clipkit.sorting import Item, plan
+from clipkit.classification.sort.journal import Journal
+from clipkit.classification.sort.plan import Item, plan
+from clipkit.classification.sort.transfer import carry_out, settle
 
 HOWS = ("copy", "link", "move")
 

@@ -14,15 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
+from clipkit.classification import class_folders
 from clipkit.core import ClipkitError, gather_objects, process_group
 from clipkit.data.sources import open_source
 from clipkit.embedding import embed_source
-from clipkit.evaluation import (
-    class_folders,
-    evaluate_retrieval,
-    evaluate_zeroshot,
-    open_classes,
-)
+from clipkit.evaluation import evaluate_retrieval, evaluate_zeroshot, open_classes
 from clipkit.metrics import retrieval_figures, retrieval_ranks
 from clipkit.models import cast_for_inference, evaluating, load_model
 from clipkit.settings import ValidationConfig

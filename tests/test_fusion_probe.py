@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from clipkit.attention_probe import Attention, Training, attend, attention_fusion, begin, fit_attention
+from clipkit.classification import STRENGTHS, Linear, fit_linear
 from clipkit.core import ClipkitError
 from clipkit.fusion_probe import (
     IMAGE,
@@ -23,7 +24,6 @@ from clipkit.fusion_probe import (
     prior_of,
     side_alone,
 )
-from clipkit.linear_probe import STRENGTHS, Linear, fit_linear
 
 COLOURS, SHAPES = 3, 3
 CLASSES = COLOURS * SHAPES
@@ -150,7 +150,7 @@ def test_the_weight_is_that_of_who_knows():
 
 
 def test_the_strength_is_the_best_of_all_by_cross_validation():
-    from clipkit.linear_probe import choose_strength
+    from clipkit.classification import choose_strength
 
     for scale in (1.0, 0.02, 40.0):  # so that weak and strong ones are best
         samples, labels = halves(90, 5)

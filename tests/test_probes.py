@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clipkit.classification import choose_strength, fit_linear
 from clipkit.core import ClipkitError
 from clipkit.data.sources import Selected, Source, open_source, sample_id
 from clipkit.fusion_probe import fit_head
-from clipkit.linear_probe import choose_strength, fit_linear
 from clipkit.models import LazyModel
 from clipkit.probe_data import is_of_test, open_probe
 from clipkit.probes import evaluate_probe, probe_rows

@@ -7,11 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from clipkit.classification import Classifier, Images, classify_images
+from clipkit.classification import Rule, classify_images
+from clipkit.classification.classifier import Classifier
+from clipkit.classification.few_shot import linear, prototypes, tip_adapter
+from clipkit.classification.images import Images
 from clipkit.data.sources import Globs, open_source
-from clipkit.decisions import Rule
 from clipkit.embedding import Embeddings, embed
-from clipkit.few_shot import linear, prototypes, tip_adapter
 from clipkit.metrics import choice_scores, inner_products, on_grid, paired_products, products, rank_pairs
 from clipkit.models import beside_background, in_blocks, probabilities
 from clipkit.models.dual_encoder import CPU_IMAGES

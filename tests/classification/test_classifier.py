@@ -11,16 +11,17 @@ import pytest
 from PIL import Image
 
 import clipkit
-from clipkit.classification import Images, classify_images, open_images, zero_shot
-from clipkit.classify_report import write_report
+from clipkit.classification import Rule, cached_prompts, classify_images, open_images, prompt_set, write_report
+from clipkit.classification.classifier import zero_shot
+from clipkit.classification.decisions import decide
+from clipkit.classification.images import Images
+from clipkit.classification.labels import as_label_set
+from clipkit.classification.prompt_ablation import ablate
 from clipkit.core import ClipkitError
 from clipkit.data.sources import open_source
-from clipkit.decisions import Rule, decide
 from clipkit.embedding import cached_images, cached_texts
-from clipkit.labels import as_label_set
 from clipkit.models import DualEncoder, LazyModel
 from clipkit.storage import Cache
-from clipkit.zeroshot import ablate, cached_prompts, prompt_set
 from tests.conftest import tiny_model
 from tests.samples import distinct
 

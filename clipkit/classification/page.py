@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from clipkit.classification import Images
-from clipkit.classifiers import Fit, Threshold, ranked
+from clipkit.classification.decisions import OK, Decisions
+from clipkit.classification.fit import Fit, Threshold, ranked
+from clipkit.classification.images import Images
+from clipkit.classification.labels import LabelSet
 from clipkit.core import BadSample, Report, confusion_figure, reliability_figure
-from clipkit.decisions import OK, Decisions
 from clipkit.images import decode
-from clipkit.labels import LabelSet
 from clipkit.metrics import Interval, confusion_matrix, reliability, wilson_interval
 
 __all__ = ["accuracy", "pictures", "write_report"]

@@ -2,17 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
+from clipkit.classification.labels import LabelSet, as_label_set
 from clipkit.core import ClipkitError, did_you_mean
-from clipkit.labels import LabelSet, as_label_set
-from clipkit.metrics import inner_products
 from clipkit.storage import Cache, entry_key
 
-__all__ = ["PROMPTS", "Ablation", "ablate", "cached_prompts", "class_vectors", "prompt_set"]
+__all__ = ["PROMPTS", "cached_prompts", "class_vectors", "prompt_set"]
 
 PROMPTS: dict[str, tuple[str, ...]] = {
     "default": ("{}", "a photo of a {}."),
@@ -68,49 +66,9 @@ def class_vectors(
     return means / np.linalg.norm(means, axis=1, keepdims=True)
 
 
-class Ablation(NamedTuple):
-    """What one template does."""
-
-    prompt: str
-    alone: float
-    """Accuracy with this template only."""
-    without: float
-    """Accuracy with all others; NaN where it is the only one."""
-
-
-def ablate(
-    labels: LabelSet | Sequence[str],
-    prompts: Sequence[str],
-    embed_texts: EmbedTexts,
-    images: Float[np.ndarray, "n dim"],
-    truth: Int[np.ndarray, " n"],
-) -> list[Ablation]:
-    """For each template the accuracy with it alone and with all others. Every text is embedded once.
-
-    Args:
-        labels, prompts, embed_texts: see `class_vectors`.
-        images: unit-norm image embeddings.
-        truth: the class of each.
-    """
-
-    known = as_label_set(labels)
-    texts = list(dict.fromkeys(text for label in known.labels for text in label.texts(prompts)))
-    row = {text: at for at, text in enumerate(texts)}
-    vector_of = embed_texts(texts)
-
-    def accuracy(some: Sequence[str]) -> float:
-        vectors = class_vectors(known, some, lambda wanted: vector_of[[row[text] for text in wanted]])
-        return float((inner_products(images, vectors).argmax(axis=1) == truth).mean())
-
-    found = []
-    for at, prompt in enumerate(prompts):
-        others = [*prompts[:at], *prompts[at + 1 :]]
-        found.append(Ablation(prompt, accuracy([prompt]), accuracy(others) if others else float("nan")))
-    return found
-
-
 def cached_prompts(name: str, cache: Cache) -> list[str]:
-    """As `clipkit.zeroshot.prompt_set`; those that another library ships, which takes seconds to import, are kept."""
+    """As `clipkit.classification.prompt_set`; those that another library ships, which takes seconds to import, are
+    kept."""
     if name != "openai80":
         return prompt_set(name)
     key = entry_key(name, version("open_clip_torch"))

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clipkit import placing
+from clipkit.classification.sort import transfer
+from clipkit.classification.sort.journal import JOURNAL, Journal
+from clipkit.classification.sort.plan import Item, plan
+from clipkit.classification.sort.transfer import carry_out, settle, undo
 from clipkit.core import ClipkitError
-from clipkit.placing import carry_out, settle, undo
-from clipkit.sort_journal import JOURNAL, Journal
-from clipkit.sorting import Item, plan
 from tests.sorts import HOWS, far, few, items_of, photos, planned, sort, tree
 
 __all__ = ["far", "photos"]
@@ -263,21 +263,21 @@ def refuse_links(monkeypatch, code):
     def link(*_, **__):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(placing.os, "link", link)
+    monkeypatch.setattr(transfer.os, "link", link)
 
 
 @pytest.mark.parametrize("code", [errno.EXDEV, errno.EPERM])
 def test_without_hard_links_it_goes_all_the_same(photos, tmp_path, monkeypatch, code):
     """Where one disk is mounted twice, and on disks that know no links."""
     before, out = tree(photos), tmp_path / "out"
-    whole = placing._rename
+    whole = transfer._rename
 
     def rename(path, target):
         if code == errno.EXDEV and not path.name.startswith(".clipkit"):
             raise OSError(code, os.strerror(code))
         return whole(path, target)
 
-    monkeypatch.setattr(placing, "_rename", rename)
+    monkeypatch.setattr(transfer, "_rename", rename)
     if code == errno.EPERM:
         refuse_links(monkeypatch, code)
     sort(items_of(photos), out, "move")
@@ -289,7 +289,7 @@ def test_without_hard_links_it_goes_all_the_same(photos, tmp_path, monkeypatch, 
 def test_a_full_disk_is_one_line_and_can_be_undone(photos, tmp_path, monkeypatch):
     before, out = tree(photos), tmp_path / "out"
     left = [3]
-    whole = placing.shutil.copystat
+    whole = transfer.shutil.copystat
 
     def copystat(*about, **more):
         left[0] -= 1
@@ -297,7 +297,7 @@ def test_a_full_disk_is_one_line_and_can_be_undone(photos, tmp_path, monkeypatch
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return whole(*about, **more)
 
-    monkeypatch.setattr(placing.shutil, "copystat", copystat)
+    monkeypatch.setattr(transfer.shutil, "copystat", copystat)
     with pytest.raises(ClipkitError, match=r"is full; 3 of 9 files are there\. Make room .* clipkit classify --undo"):
         sort(items_of(photos), out, "copy")
     assert not list(out.rglob("*.part"))
@@ -313,7 +313,7 @@ def test_without_times_and_rights_it_goes_all_the_same(photos, tmp_path, monkeyp
         raise OSError(code, os.strerror(code))
 
     before, out = tree(photos), tmp_path / "out"
-    monkeypatch.setattr(placing.shutil, "copystat", copystat)
+    monkeypatch.setattr(transfer.shutil, "copystat", copystat)
     assert sort(items_of(photos), out, "copy") == []
     assert undo(out) == (9, [])
     assert tree(photos) == before
@@ -326,7 +326,7 @@ def test_a_disk_that_is_full_before_the_first_file(tmp_path, monkeypatch):
     photos = few(tmp_path / "photos")
     with Journal.open(tmp_path / "out", create=True) as journal:
         steps = planned(journal, items_of(photos))
-        monkeypatch.setattr("clipkit.sort_journal.os.write", write)
+        monkeypatch.setattr("clipkit.classification.sort.journal.os.write", write)
         with pytest.raises(ClipkitError, match="is full; 0 of 4 files are there"):
             carry_out(journal, steps, "copy", labels={"cat": "cat"})
     monkeypatch.undo()
@@ -336,7 +336,7 @@ def test_a_disk_that_is_full_before_the_first_file(tmp_path, monkeypatch):
 def test_folders_are_on_the_disk_before_the_only_copy_is_in_them(tmp_path, monkeypatch):
     """What moves to another disk leaves the first only when even its new folder would outlast a power cut."""
     photos, out = few(tmp_path / "photos"), tmp_path / "out"
-    whole, seen = {name: getattr(placing, name) for name in ("_rename", "_remove", "sync_folder")}, []
+    whole, seen = {name: getattr(transfer, name) for name in ("_rename", "_remove", "sync_folder")}, []
 
     def rename(path, target):
         if not path.name.startswith(".clipkit"):
@@ -355,7 +355,7 @@ def test_folders_are_on_the_disk_before_the_only_copy_is_in_them(tmp_path, monke
         whole["_remove"](path, or_else)
 
     for name, function in (("_rename", rename), ("_remove", remove), ("sync_folder", sync_folder)):
-        monkeypatch.setattr(placing, name, function)
+        monkeypatch.setattr(transfer, name, function)
     items, checked, made = [item for item in items_of(photos) if not Path(item.path).is_symlink()], [], out
     assert sort(items, out, "move") == []
     assert len(checked) == 3

@@ -16,8 +16,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from clipkit.classification.logistic import CLOSE, Linear, choose_strength, fit_linear
 from clipkit.core import ClipkitError
-from clipkit.linear_probe import CLOSE, Linear, choose_strength, fit_linear
 from clipkit.metrics import fit_temperature, inner_products, log_loss, on_grid
 
 __all__ = ["ALPHAS", "BETAS", "STRENGTHS", "WEIGHTS", "FewShot", "lifted", "linear", "prototypes", "tip_adapter"]
@@ -170,7 +170,7 @@ def linear(
 ) -> FewShot:
     """A linear probe that begins at the names and is pulled back to them: weights ``scale * text``, no bias.
 
-    See `clipkit.linear_probe.fit_linear`; how strongly it fits is chosen over five folds. Text-initialised probes are
+    See `clipkit.classification.fit_linear`; how strongly it fits is chosen over five folds. Text-initialised probes are
     those of Li et al. 2022 ("ELEVATER") and Silva-Rodriguez et al. 2024 ("CLAP"), who show that the pull back is what
     makes them better than names with few examples, too.
 

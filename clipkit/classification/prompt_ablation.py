@@ -1,20 +1,63 @@
 """What each prompt template does for zero-shot accuracy on images of known classes."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Int
 
-from clipkit.classification import Images
+from clipkit.classification.folder_classes import truth_of
+from clipkit.classification.images import Images
+from clipkit.classification.labels import LabelSet, as_label_set
+from clipkit.classification.prompts import EmbedTexts, class_vectors
 from clipkit.core import ClipkitError
 from clipkit.embedding import cached_texts
-from clipkit.labels import LabelSet, truth_of
 from clipkit.metrics import inner_products
 from clipkit.models import LazyModel
 from clipkit.storage import Cache
-from clipkit.zeroshot import ablate, class_vectors
 
-__all__ = ["ablate_prompts"]
+__all__ = ["Ablation", "ablate", "ablate_prompts"]
+
+
+class Ablation(NamedTuple):
+    """What one template does."""
+
+    prompt: str
+    alone: float
+    """Accuracy with this template only."""
+    without: float
+    """Accuracy with all others; NaN where it is the only one."""
+
+
+def ablate(
+    labels: LabelSet | Sequence[str],
+    prompts: Sequence[str],
+    embed_texts: EmbedTexts,
+    images: Float[np.ndarray, "n dim"],
+    truth: Int[np.ndarray, " n"],
+) -> list[Ablation]:
+    """For each template the accuracy with it alone and with all others. Every text is embedded once.
+
+    Args:
+        labels, prompts, embed_texts: see `class_vectors`.
+        images: unit-norm image embeddings.
+        truth: the class of each.
+    """
+
+    known = as_label_set(labels)
+    texts = list(dict.fromkeys(text for label in known.labels for text in label.texts(prompts)))
+    row = {text: at for at, text in enumerate(texts)}
+    vector_of = embed_texts(texts)
+
+    def accuracy(some: Sequence[str]) -> float:
+        vectors = class_vectors(known, some, lambda wanted: vector_of[[row[text] for text in wanted]])
+        return float((inner_products(images, vectors).argmax(axis=1) == truth).mean())
+
+    found = []
+    for at, prompt in enumerate(prompts):
+        others = [*prompts[:at], *prompts[at + 1 :]]
+        found.append(Ablation(prompt, accuracy([prompt]), accuracy(others) if others else float("nan")))
+    return found
 
 
 def ablate_prompts(

@@ -6,9 +6,9 @@ import os
 
 import pytest
 
+from clipkit.classification.sort.journal import JOURNAL, Journal
+from clipkit.classification.sort.transfer import carry_out, undo
 from clipkit.core import ClipkitError
-from clipkit.placing import carry_out, undo
-from clipkit.sort_journal import JOURNAL, Journal
 from tests.sorts import items_of, photos, planned, sort, tree
 
 __all__ = ["photos"]
@@ -55,7 +55,7 @@ def test_what_a_full_disk_cut_short_is_no_line_of_the_journal(photos, tmp_path, 
     with Journal.open(out, create=True) as journal:
         steps = planned(journal, items_of(photos))
         with monkeypatch.context() as full:
-            full.setattr("clipkit.sort_journal.os.write", write)
+            full.setattr("clipkit.classification.sort.journal.os.write", write)
             with pytest.raises(ClipkitError, match="is full"):
                 carry_out(journal, steps, "move")
         assert carry_out(journal, steps, "move") == []  # there is room again

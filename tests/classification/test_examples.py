@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipkit.classification import Images, classify_images
-from clipkit.classifiers import METHODS, fit_classifiers, wanted_threshold
+from clipkit.classification import Rule, classify_images, fit_classifiers, open_examples, wanted_threshold
+from clipkit.classification.examples import Examples
+from clipkit.classification.fit import METHODS
+from clipkit.classification.images import Images
+from clipkit.classification.labels import Label, LabelSet, as_label_set
 from clipkit.core import ClipkitError
 from clipkit.data import draw, random_scene
-from clipkit.decisions import Rule
-from clipkit.examples import Examples, open_examples
-from clipkit.labels import Label, LabelSet, as_label_set
 from clipkit.metrics import auroc
 from clipkit.metrics.selective import fpr_at_tpr
 from clipkit.models import LazyModel

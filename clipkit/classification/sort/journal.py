@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from clipkit.classification.sort.plan import How
 from clipkit.core import ClipkitError, sync_folder
-from clipkit.sorting import How
 from clipkit.storage import one_at_a_time
 
 __all__ = ["JOURNAL", "Journal", "Record", "is_begun"]

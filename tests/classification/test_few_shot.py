@@ -6,9 +6,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from clipkit.classification import Linear, fit_linear, folds_of
+from clipkit.classification.few_shot import FewShot, lifted, linear, prototypes, tip_adapter
+from clipkit.classification.logistic import CLOSE
 from clipkit.core import ClipkitError
-from clipkit.few_shot import FewShot, lifted, linear, prototypes, tip_adapter
-from clipkit.linear_probe import CLOSE, Linear, fit_linear, folds_of
 from clipkit.metrics import fit_temperature, log_loss
 
 METHODS = [prototypes, tip_adapter, linear]

@@ -1,4 +1,4 @@
-"""From cosines to decisions: which class, how probable, how far before the next, and whether that is sure enough.
+"""From probabilities to decisions: which class, how far before the next, and whether that is sure enough.
 
 Pure functions over arrays, in chunks, so that a million images take no more memory than their answers do.
 """

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clipkit.classification import Images
+from clipkit.classification.decisions import STATUSES, Decisions
+from clipkit.classification.images import Images
+from clipkit.classification.labels import LabelSet
+from clipkit.classification.sort.journal import Journal, is_begun
+from clipkit.classification.sort.plan import BACKGROUND, UNSURE, How, Item, Step, folders_of, plan
+from clipkit.classification.sort.transfer import Refused, carry_out, settle, undo
 from clipkit.core import ClipkitError, meter, note, warn
 from clipkit.data.sources import Globs, Selected, Source, open_source, readable
-from clipkit.decisions import STATUSES, Decisions
-from clipkit.labels import LabelSet
-from clipkit.placing import Refused, carry_out, settle, undo
-from clipkit.sort_journal import Journal, is_begun
-from clipkit.sorting import BACKGROUND, UNSURE, How, Item, Step, folders_of, plan
 from clipkit.storage import is_remote
 
 __all__ = ["Sorted", "Sorter", "undo_sort"]
@@ -225,7 +225,7 @@ def undo_sort(into: Path) -> list[dict[str, Any]]:
         A row for each file that was not touched: ``path`` (where it was), ``target`` (in the folder), ``reason``.
 
     Raises:
-        ClipkitError: see `clipkit.placing.undo`.
+        ClipkitError: see `clipkit.classification.sort.transfer.undo`.
     """
     with meter("undo", None, "files") as advance:
         back, refused = undo(into, advance)

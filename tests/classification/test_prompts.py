@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 import clipkit
+from clipkit.classification import class_vectors, prompt_set
 from clipkit.core import ClipkitError
 from clipkit.models import probabilities
-from clipkit.zeroshot import class_vectors, prompt_set
 from tests.conftest import tiny_model
 
 LABELS = ["red heart", "blue star", "green ring"]

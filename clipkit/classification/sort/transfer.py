@@ -17,9 +17,9 @@ from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 
+from clipkit.classification.sort.journal import JOURNAL, Journal, Record
+from clipkit.classification.sort.plan import How, Step, plain_form
 from clipkit.core import ClipkitError, sync_folder
-from clipkit.sort_journal import JOURNAL, Journal, Record
-from clipkit.sorting import How, Step, plain_form
 
 __all__ = ["Refused", "carry_out", "settle", "undo"]
 
@@ -52,7 +52,7 @@ def carry_out(
 
     Args:
         journal: of the folder that they go into.
-        steps: from `clipkit.sorting.plan`.
+        steps: from `clipkit.classification.sort.plan.plan`.
         how: what is done.
         advance: is told how many were done.
         labels: the folder of each label, which the journal keeps.

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clipkit.classification import Rule
+from clipkit.classification.decisions import STATUSES, decide, joined
 from clipkit.core import ClipkitError
-from clipkit.decisions import STATUSES, Rule, decide, joined
 from clipkit.models import beside_background, fused, probabilities
 
 

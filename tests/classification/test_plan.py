@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipkit.sorting import Item, Step, folders_of, numbered, plain_form, plan, safe_name
+from clipkit.classification.sort.plan import Item, Step, folders_of, numbered, plain_form, plan, safe_name
 
 
 @pytest.mark.parametrize(

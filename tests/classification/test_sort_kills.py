@@ -7,14 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
+from clipkit.classification.sort.journal import JOURNAL
+from clipkit.classification.sort.transfer import undo
 from clipkit.core import ClipkitError
-from clipkit.placing import undo
-from clipkit.sort_journal import JOURNAL
 from tests.kills import apart, killed
+from tests.paths import ROOT
 from tests.sorts import HOWS, far, few, items_of, sort, tree
 
 __all__ = ["far"]
@@ -93,7 +93,7 @@ def test_killed_at_any_moment(tmp_path, how):
     chance = random.Random(0)
     for _ in range(8):
         call = [sys.executable, "-c", WORK, photos, out, how]
-        process = subprocess.Popen(call, stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent)
+        process = subprocess.Popen(call, stdout=subprocess.PIPE, cwd=ROOT)
         process.stdout.readline()
         time.sleep(chance.random() * 0.3)
         process.send_signal(signal.SIGKILL)

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.classification import Images, open_images
+from clipkit.classification.decisions import CHUNK
+from clipkit.classification.folder_classes import plain_name, truth_of
+from clipkit.classification.images import Images, open_images
+from clipkit.classification.labels import LabelSet
 from clipkit.core import BadSample, ClipkitError, did_you_mean, note
 from clipkit.data.sources import open_source
-from clipkit.decisions import CHUNK
 from clipkit.embedding import stored_kind
-from clipkit.labels import LabelSet, plain_name, truth_of
 from clipkit.metrics import inner_products
 from clipkit.models import LazyModel
 from clipkit.storage import Cache, content_hash

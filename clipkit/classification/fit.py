@@ -7,13 +7,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from clipkit import few_shot
-from clipkit.classification import Classifier, zero_shot
+from clipkit.classification import few_shot
+from clipkit.classification.classifier import Classifier, zero_shot
+from clipkit.classification.examples import Examples
+from clipkit.classification.few_shot import FewShot
+from clipkit.classification.labels import LabelSet
+from clipkit.classification.logistic import folds_of
 from clipkit.core import ClipkitError
-from clipkit.examples import Examples
-from clipkit.few_shot import FewShot
-from clipkit.labels import LabelSet
-from clipkit.linear_probe import folds_of
 from clipkit.metrics import (
     COLDEST,
     HOTTEST,
@@ -83,7 +83,7 @@ class Fit:
     classifiers: list[Classifier]
     method: str
     chosen: list[dict[str, float]]
-    """By each model's examples, see `clipkit.few_shot`."""
+    """By each model's examples, see `clipkit.classification.few_shot`."""
     temperatures: list[float]
     """Of each model; 1 is the model's own."""
     calibrated: bool
@@ -139,7 +139,7 @@ def fit_classifiers(
         cache: of texts and temperatures.
         examples: embedded by the same models.
         method: ``zero-shot`` (by the names; examples serve for calibration), ``prototypes``, ``tip-adapter`` or
-            ``linear``, see `clipkit.few_shot`; the last one where there are examples, when not given.
+            ``linear``, see `clipkit.classification.few_shot`; the last one where there are examples, when not given.
         calibrate: fit a temperature to the examples, or take the kept one where there are none.
         temperature: of one's own, for every model.
         several: see `zero_shot`.

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipkit.classification import Images
-from clipkit.classify_sort import Sorter
+from clipkit.classification import Rule
+from clipkit.classification.decisions import decide
+from clipkit.classification.images import Images
+from clipkit.classification.labels import as_label_set
+from clipkit.classification.sort import Sorter
+from clipkit.classification.sort.journal import Journal
+from clipkit.classification.sort.plan import Step
+from clipkit.classification.sort.transfer import carry_out, undo
 from clipkit.data.sources import open_source
-from clipkit.decisions import Rule, decide
-from clipkit.labels import as_label_set
-from clipkit.placing import carry_out, undo
-from clipkit.sort_journal import Journal
-from clipkit.sorting import Step
 from tests.conftest import make_pictures
 from tests.sorts import tree
 

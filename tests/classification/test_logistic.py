@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from clipkit.classification import Linear, choose_strength, fit_linear, folds_of
 from clipkit.core import ClipkitError
-from clipkit.linear_probe import Linear, choose_strength, fit_linear, folds_of
 
 
 def samples(n: int, dim: int, classes: int, seed: int = 0, apart: float = 1.0):

@@ -2,8 +2,9 @@
 
 import pytest
 
+from clipkit.classification import parse_labels
+from clipkit.classification.labels import Label, LabelSet
 from clipkit.core import ClipkitError
-from clipkit.labels import Label, LabelSet, parse_labels
 
 WHOLE = """
 prompts: ["a drawing of a {}.", "{}"]

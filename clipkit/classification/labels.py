@@ -5,11 +5,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from clipkit.core import ClipkitError, did_you_mean
 
-__all__ = ["Label", "LabelSet", "as_label_set", "parse_labels", "plain_name", "truth_of"]
+__all__ = ["Label", "LabelSet", "as_label_set", "parse_labels"]
 
 OF_FILE = ("labels", "prompts", "background", "hierarchy")
 OF_LABEL = ("aliases", "prompts", "descriptions", "group")
@@ -91,37 +89,6 @@ class LabelSet:
 def as_label_set(labels: LabelSet | Sequence[str]) -> LabelSet:
     """The same, of bare names too."""
     return labels if isinstance(labels, LabelSet) else LabelSet(tuple(Label(name) for name in labels))
-
-
-def plain_name(folder: str) -> str:
-    """A folder's name as a class is called: spaces for underscores, none twice."""
-    return " ".join(folder.replace("_", " ").split())
-
-
-def truth_of(paths: Sequence[str], labels: LabelSet) -> np.ndarray | None:
-    """Which class each image is of, where the folder that it stands in, or one above, is called as a class or an alias.
-
-    Args:
-        paths: of the images, relative to the source.
-        labels: the classes; case and underscores in names do not count.
-
-    Returns:
-        int64 ``[n]`` of places in the labels, -1 where no folder names one; None where none does for any image.
-    """
-    place = {
-        plain_name(name).casefold(): at
-        for at, label in reversed(list(enumerate(labels.labels)))
-        for name in (*label.aliases, label.name)
-    }
-    found = np.full(len(paths), -1, np.int64)
-    known: dict[str, int] = {}
-    for at, path in enumerate(paths):
-        above = path.rpartition("/")[0]
-        if above not in known:
-            folders = reversed(above.split("/"))  # the nearest first
-            known[above] = next((place[n] for f in folders if (n := plain_name(f).casefold()) in place), -1)
-        found[at] = known[above]
-    return found if (found >= 0).any() else None
 
 
 def parse_labels(given: str) -> LabelSet:

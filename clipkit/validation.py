@@ -15,6 +15,7 @@ from clipkit.evaluation import (
     RETRIEVAL_KS,
     ZEROSHOT_KS,
     Evaluation,
+    SharedWork,
     evaluate_retrieval,
     evaluate_zeroshot,
     open_classes,
@@ -22,7 +23,6 @@ from clipkit.evaluation import (
 from clipkit.metrics import guessed_retrieval, lower_is_better, retrieval_figures, zeroshot_chance
 from clipkit.models import DualEncoder, cast_for_inference, evaluating
 from clipkit.settings import ValidationConfig
-from clipkit.shared_work import SharedWork
 
 __all__ = ["Validation", "open_validation", "validate"]
 

@@ -112,14 +112,25 @@ def main(task: str, source: str, models: tuple[str, ...], fmt: str, **asked: Any
     Embeddings are kept, so that it goes on where it was interrupted; a result is taken from the last time where
     model, data, prompts and code are the same. Under torchrun the processes divide the work; the figures are the same.
     """
-    from clipkit.baselines import beside, changes_of_all, matches
     from clipkit.core import ClipkitError, cache_folder, emit, note, process_group, warn
     from clipkit.embedding import stored_kind
-    from clipkit.evaluation_report import check_name, write_results
-    from clipkit.probes import probe_rows, readable_rows
-    from clipkit.results import Result, differences_from_first, from_clip_benchmark, readable, side_by_side
+    from clipkit.evaluation import (
+        PROBE,
+        Result,
+        beside,
+        changes_of_all,
+        check_name,
+        differences_from_first,
+        from_clip_benchmark,
+        matches,
+        measure,
+        open_task,
+        readable,
+        side_by_side,
+        write_results,
+    )
+    from clipkit.evaluation.probe import probe_rows, readable_rows
     from clipkit.storage import Cache
-    from clipkit.tasks import PROBE, measure, open_task
 
     out, baseline = asked["out"], asked["baseline"]
     if out is not None:
@@ -136,7 +147,7 @@ def main(task: str, source: str, models: tuple[str, ...], fmt: str, **asked: Any
     compat = asked["compat"] is not None
     suite = opened = run_suite = None
     if task == "suite":
-        from clipkit.suites import load_suite, run_suite
+        from clipkit.evaluation import load_suite, run_suite
 
         if told or asked["ks"]:
             flags = [*(f"--{name.replace('_', '-')}" for name in told), *(["-k"] if asked["ks"] else [])]

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from clipkit.baselines import changes, changes_of_all, matches, matching
 from clipkit.core import ClipkitError
-from clipkit.measuring import Evaluation, Further, measure_classes, measure_labels, measure_retrieval
+from clipkit.evaluation import Evaluation, Result, changes_of_all, differences_from_first, matches
+from clipkit.evaluation.baseline import changes, matching
+from clipkit.evaluation.measuring import Further, measure_classes, measure_labels, measure_retrieval
 from clipkit.metrics import (
     Samples,
     bootstrap,
@@ -28,7 +29,6 @@ from clipkit.metrics import (
 from clipkit.metrics.average_precision import mean_average_precision_of
 from clipkit.metrics.intervals import bootstrap_all
 from clipkit.metrics.ranking import median_rank_of
-from clipkit.results import Result, differences_from_first
 
 
 def unit(rng, rows, dim=8):

@@ -28,9 +28,9 @@ from clipkit.core import (
     on_each,
 )
 from clipkit.embedding import stored_kind
-from clipkit.measuring import Evaluation
-from clipkit.results import Result
-from clipkit.tasks import OPENERS, Task, open_task
+from clipkit.evaluation.measuring import Evaluation
+from clipkit.evaluation.results import Result
+from clipkit.evaluation.tasks import OPENERS, Task, open_task
 
 __all__ = ["DatasetConfig", "SuiteConfig", "load_suite", "run_suite"]
 

@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipkit import results as room
 from clipkit.core import UnreadSample
 from clipkit.data.sources import FolderSource, Sample
 from clipkit.data.sources.files import Files
-from clipkit.evaluation import Evaluation
+from clipkit.evaluation import Evaluation, Result, SharedWork, open_task, side_by_side
+from clipkit.evaluation import results as room
+from clipkit.evaluation.results import as_clip_benchmark
+from clipkit.evaluation.tables import markdown
+from clipkit.evaluation.tasks import evaluate
 from clipkit.models import DualEncoder, LazyModel
-from clipkit.results import Result, as_clip_benchmark, markdown, side_by_side
-from clipkit.shared_work import SharedWork
 from clipkit.storage import Cache
-from clipkit.tasks import evaluate, open_task
 from tests.conftest import make_pictures, tiny_model
+from tests.evaluation.test_benchmark_data import CLASSES, PROMPTS, write
 from tests.samples import distinct
-from tests.test_benchmarks import CLASSES, PROMPTS, write
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_another_version_of_the_code_computes_anew(run, classes, model_dir, monk
     wanted = json.loads(run(*call).out)
     room.code_version.cache_clear()
     told = {"figures": {"zeroshot_acc@1": 7.0}, "chance": {"zeroshot_acc@1": 0.5}, "counts": {}, "left_out": []}
-    monkeypatch.setattr("clipkit.tasks.evaluate_zeroshot", lambda *args, **how: Evaluation(**told))
+    monkeypatch.setattr("clipkit.evaluation.tasks.evaluate_zeroshot", lambda *args, **how: Evaluation(**told))
     assert json.loads(run(*call).out) == wanted
     monkeypatch.setattr(room, "code_version", lambda: "another")
     assert json.loads(run(*call).out)["zeroshot_acc@1"] == 7.0

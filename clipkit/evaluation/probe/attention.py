@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from clipkit.classification import Linear, fit_linear, folds_of
-from clipkit.fusion_probe import IMAGE, TEXT, Heads, Samples, late_fusion
+from clipkit.evaluation.probe.fusion import IMAGE, TEXT, Heads, Samples, late_fusion
 
 __all__ = ["Attention", "Fitted", "Training", "attend", "attention_fusion", "begin", "fit_attention"]
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from clipkit.benchmarks import is_benchmark, open_benchmark
 from clipkit.classification import class_folders
 from clipkit.core import BadSample, ClipkitError, UnreadSample, did_you_mean, note
 from clipkit.data.sources import (
@@ -23,6 +22,7 @@ from clipkit.data.sources import (
     open_source,
     sample_id,
 )
+from clipkit.evaluation.benchmark_data import is_benchmark, open_benchmark
 from clipkit.storage import content_hash, hash_of
 
 __all__ = ["TEST_SHARE", "Part", "ProbeTask", "is_of_test", "open_probe"]

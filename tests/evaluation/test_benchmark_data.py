@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import webdataset
 
-from clipkit.benchmarks import is_benchmark, open_benchmark
 from clipkit.core import ClipkitError
+from clipkit.evaluation.benchmark_data import is_benchmark, open_benchmark
 from tests.samples import encoded, photo
 
 

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clipkit.baselines import Change
 from clipkit.core import ClipkitError, Report, atomic_write, whisker_figure, write_json
-from clipkit.measuring import COMPAT
+from clipkit.evaluation.baseline import Change
+from clipkit.evaluation.measuring import COMPAT
+from clipkit.evaluation.results import Differences, Result, as_clip_benchmark
+from clipkit.evaluation.tables import markdown, readable
 from clipkit.metrics import lower_is_better
-from clipkit.results import Differences, Result, as_clip_benchmark, markdown, readable
 
 __all__ = ["SUFFIXES", "check_name", "write_page", "write_results"]
 
@@ -66,7 +67,7 @@ def write_page(
     Args:
         path: of the page.
         results: of any models on any datasets.
-        apart: see `clipkit.results.differences_from_first`.
+        apart: see `clipkit.evaluation.differences_from_first`.
         changes: beside a baseline.
         failures: what could not be measured, a line each.
     """

@@ -18,11 +18,10 @@ from clipkit.classification import class_folders
 from clipkit.core import ClipkitError, gather_objects, process_group
 from clipkit.data.sources import open_source
 from clipkit.embedding import embed_source
-from clipkit.evaluation import evaluate_retrieval, evaluate_zeroshot, open_classes
+from clipkit.evaluation import SharedWork, evaluate_retrieval, evaluate_zeroshot, open_classes
 from clipkit.metrics import retrieval_figures, retrieval_ranks
 from clipkit.models import cast_for_inference, evaluating, load_model
 from clipkit.settings import ValidationConfig
-from clipkit.shared_work import SharedWork
 from clipkit.validation import open_validation
 from tests.conftest import make_pictures, tiny_model
 from tests.distributed import run_two_ranks

@@ -1,4 +1,4 @@
-"""Results of evaluations: computed once, told in the field's forms, compared with one another."""
+"""Results of evaluations: computed once, kept for as long as data, model and code are the same."""
 
 import functools
 import hashlib
@@ -7,25 +7,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import clipkit
 from clipkit.core import ClipkitError, read_json
-from clipkit.measuring import COMPAT, Evaluation
-from clipkit.metrics import Interval, differences, unpacked
-from clipkit.shared_work import SharedWork
+from clipkit.evaluation.embedder import SharedWork
+from clipkit.evaluation.measuring import Evaluation
+from clipkit.metrics import Interval
 from clipkit.storage import entry_key
 
-__all__ = [
-    "Differences",
-    "Result",
-    "as_clip_benchmark",
-    "code_version",
-    "differences_from_first",
-    "from_clip_benchmark",
-    "known_or_new",
-    "markdown",
-    "readable",
-    "side_by_side",
-]
+__all__ = ["Differences", "Result", "as_clip_benchmark", "code_version", "from_clip_benchmark", "known_or_new"]
 
 Differences = dict[tuple[str, str, str], dict[str, Interval]]
 """By dataset, task and model: of each figure the difference from another model's, with its interval."""
@@ -69,7 +57,7 @@ class Result:
 def code_version() -> str:
     """A hash over the library's source, so that no result outlives the code that it was computed with."""
     hasher = hashlib.blake2b(digest_size=16)
-    folder = Path(clipkit.__file__).parent
+    folder = Path(__file__).parents[1]
     for path in sorted(folder.rglob("*.py")):
         hasher.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return hasher.hexdigest()
@@ -150,98 +138,3 @@ def from_clip_benchmark(path: Path) -> list[Result]:
         name, model, fingerprint = (str(entry.get(key, "")) for key in ("dataset", "model", "pretrained"))
         results.append(Result(name, task, model, fingerprint, result))
     return results
-
-
-def differences_from_first(results: Sequence[Result]) -> Differences:
-    """For every other model how much larger each figure is than the first result's model has it on the same dataset.
-
-    A dataset on which that model was not measured is passed over: beside another one a difference would say less than
-    it seems to.
-    """
-    first: dict[tuple[str, str], Result] = {}
-    found: Differences = {}
-    for result in results:
-        base = first.setdefault((result.name, result.task), result)
-        if base is result or base.model != results[0].model:
-            continue
-        if base.found.samples and result.found.samples:
-            told = differences(unpacked(result.found.samples), unpacked(base.found.samples))
-            if told is not None:
-                found[result.name, result.task, result.model] = told
-    return found
-
-
-def side_by_side(results: Sequence[Result], apart: Differences | None = None) -> list[dict[str, Any]]:
-    """A row per dataset and figure, columns per model, and what guessing scores.
-
-    Args:
-        results: of any models on any datasets.
-        apart: see `differences_from_first`.
-
-    Returns:
-        Rows with ``dataset``, ``figure``, each model's value under its name, its interval under the name with ``_low``
-        and ``_high``, the difference from the first model under ``_difference``, ``_difference_low`` and
-        ``_difference_high``, CLIP_benchmark's definition under ``_clip_benchmark``, and ``chance``. Columns that would
-        be empty throughout are left out.
-    """
-    apart = apart or {}
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for result in results:
-        told = apart.get((result.name, result.task, result.model), {})
-        for name, value in result.found.figures.items():
-            row = rows.setdefault((result.name, name), {"dataset": result.name, "figure": name})
-            row[result.model] = value
-            if name in result.found.intervals:
-                row[f"{result.model}_low"], row[f"{result.model}_high"] = result.found.intervals[name]
-            if name in told:
-                row |= {f"{result.model}_difference{end}": number for end, number in _ends(told[name])}
-            theirs = THEIR_FIGURES.get(name, name)
-            if theirs in result.found.compat:
-                row[f"{result.model}_{COMPAT}"] = result.found.compat[theirs]
-            row["chance"] = result.found.chance.get(name)
-    models = list(dict.fromkeys(result.model for result in results))
-    ends = ("", "_low", "_high", "_difference", "_difference_low", "_difference_high", f"_{COMPAT}")
-    order = ["dataset", "figure", *(f"{model}{end}" for model in models for end in ends), "chance"]
-    there = [column for column in order if any(column in row for row in rows.values())]
-    return [{column: row.get(column) for column in there} for row in rows.values()]
-
-
-def _ends(interval: Interval) -> list[tuple[str, float | None]]:
-    low, high = (None if value != value else value for value in (interval.low, interval.high))
-    return [("", interval.value), ("_low", low), ("_high", high)]
-
-
-def readable(results: Sequence[Result], apart: Differences | None = None) -> list[dict[str, str]]:
-    """As `side_by_side`, with each interval in the cell of its figure, for people."""
-    models = list(dict.fromkeys(result.model for result in results))
-    found = []
-    for row in side_by_side(results, apart):
-        shown = {"dataset": str(row["dataset"]), "figure": str(row["figure"])}
-        for model in models:
-            shown[model] = _cell(row, model)
-            if f"{model}_difference" in row:
-                shown[f"{model}, difference"] = _cell(row, f"{model}_difference", "+")
-            if f"{model}_{COMPAT}" in row:
-                shown[f"{model}, {COMPAT}"] = _cell(row, f"{model}_{COMPAT}")
-        found.append(shown | {"chance": _cell(row, "chance")})
-    return found
-
-
-def _cell(row: dict[str, Any], column: str, sign: str = "") -> str:
-    value, low, high = (row.get(f"{column}{end}") for end in ("", "_low", "_high"))
-    if value is None:
-        return ""
-    return f"{value:{sign}.4f}" + (f" [{low:{sign}.4f}, {high:{sign}.4f}]" if low is not None else "")
-
-
-def markdown(results: Sequence[Result], apart: Differences | None = None) -> str:
-    """The same as a table in Markdown."""
-    rows = readable(results, apart)
-    heads = list(rows[0]) if rows else []
-    lines = [f"| {' | '.join(_escaped(head) for head in heads)} |", f"|{'---|' * 2}{'---:|' * (len(heads) - 2)}"]
-    lines += [f"| {' | '.join(_escaped(cell) for cell in row.values())} |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|")

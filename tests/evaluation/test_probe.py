@@ -10,15 +10,16 @@ from PIL import Image
 from clipkit.classification import choose_strength, fit_linear
 from clipkit.core import ClipkitError
 from clipkit.data.sources import Selected, Source, open_source, sample_id
-from clipkit.fusion_probe import fit_head
+from clipkit.evaluation import SharedWork
+from clipkit.evaluation.probe import evaluate_probe, open_probe, probe_rows
+from clipkit.evaluation.probe.data import is_of_test
+from clipkit.evaluation.probe.fusion import fit_head
 from clipkit.models import LazyModel
-from clipkit.probe_data import is_of_test, open_probe
-from clipkit.probes import evaluate_probe, probe_rows
-from clipkit.shared_work import SharedWork
+from tests.evaluation.test_evaluation import make_classes, on_ranks
+from tests.paths import ROOT
 from tests.samples import encoded, photo, tar_of
-from tests.test_evaluation import make_classes, on_ranks
 
-DATA = Path(__file__).parent.parent.parent / "shared" / "data" / "emoji"
+DATA = ROOT.parent / "shared" / "data" / "emoji"
 COLOURS = {"red": (220, 30, 30), "blue": (30, 60, 220)}
 SHAPES = ("heart", "zebra crossing")
 ASKED = {"label_column": "kind", "text_column": "words", "group_column": "thing"}
@@ -263,13 +264,13 @@ def test_rows_of_a_source_are_a_source(kinds):
 
 
 def test_a_part_of_many_samples_chooses_the_strength(monkeypatch):
-    from clipkit import fusion_probe
+    from clipkit.evaluation.probe import fusion
 
     rng = np.random.default_rng(0)
     labels = rng.integers(3, size=200)
     features = np.eye(3)[labels] + rng.normal(size=(200, 3))
-    monkeypatch.setattr(fusion_probe, "JUDGES", 50)
-    monkeypatch.setattr(fusion_probe, "PER_CLASS", 10)
+    monkeypatch.setattr(fusion, "JUDGES", 50)
+    monkeypatch.setattr(fusion, "PER_CLASS", 10)
     head = fit_head(features, labels, 3)
     assert len(head.judged) == 50
     assert head.fitted == 200

@@ -136,7 +136,7 @@ def measure_retrieval(
         image, text, image_of_text, advance: see `clipkit.metrics.retrieval_ranks`.
         ks: list lengths.
         further: what else is wanted. CLIP_benchmark has no recall at lists longer than a side; it is left out.
-        served: whether each query's own item was among the answers of an index, see `clipkit.served`.
+        served: whether each query's own item was among the answers of an index, see `clipkit.evaluation.index_recall`.
 
     Raises:
         ClipkitError: see `retrieval_ranks`; or for CLIP_benchmark's definitions of too much.

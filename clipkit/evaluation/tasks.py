@@ -9,32 +9,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipkit.benchmarks import Benchmark, is_benchmark, open_benchmark
 from clipkit.classification import class_folders, classes_of, prompt_set
 from clipkit.core import ClipkitError, gathering, note, on_each
 from clipkit.data.sources import Source, open_source
 from clipkit.embedding import stored_kind
-from clipkit.evaluation import (
-    RETRIEVAL_KS,
+from clipkit.evaluation.benchmark_data import Benchmark, is_benchmark, open_benchmark
+from clipkit.evaluation.choice import evaluate_choice, open_instances
+from clipkit.evaluation.embedder import SharedWork
+from clipkit.evaluation.measuring import Evaluation
+from clipkit.evaluation.probe import PROBE_KS, evaluate_probe, open_probe
+from clipkit.evaluation.results import known_or_new
+from clipkit.evaluation.retrieval import RETRIEVAL_KS, evaluate_retrieval, evaluate_stored_retrieval
+from clipkit.evaluation.stored import Stored, open_stored
+from clipkit.evaluation.zeroshot import (
     ZEROSHOT_KS,
-    Evaluation,
-    evaluate_choice,
-    evaluate_retrieval,
     evaluate_stored_classes,
-    evaluate_stored_retrieval,
     evaluate_zeroshot,
     open_classes,
     tell_clamped,
 )
-from clipkit.instances import open_instances
 from clipkit.metrics import clamped
 from clipkit.models import LazyModel, refuse_another, spec_of
-from clipkit.probe_data import open_probe
-from clipkit.probes import PROBE_KS, evaluate_probe
-from clipkit.results import known_or_new
-from clipkit.shared_work import SharedWork
 from clipkit.storage import Cache
-from clipkit.stored import Stored, open_stored
 
 __all__ = ["OPENERS", "Asked", "Task", "evaluate", "measure", "open_task"]
 
@@ -66,7 +62,7 @@ class Asked:
     group_column: str | None = None
     shots: int | None = None
     seed: int | None = None
-    """This and those above: of a probe, see `clipkit.probe_data.open_probe`."""
+    """This and those above: of a probe, see `clipkit.evaluation.probe.open_probe`."""
 
     def columns(self) -> dict[str, Any]:
         """What is said of a list."""
@@ -123,8 +119,8 @@ def open_task(name: str, source: str, ks: Sequence[int] = (), **asked: Any) -> T
     Args:
         name: ``retrieval``, ``zeroshot``, ``choice`` or ``probe``.
         source: for retrieval images with captions; for zeroshot a folder with a sub-folder of images per class; for
-            choice see `clipkit.instances`, for a probe `clipkit.probe_data`; a dataset in CLIP_benchmark's layout for
-            each; embeddings or an index for retrieval and zeroshot.
+            choice see `clipkit.evaluation.choice`, for a probe `clipkit.evaluation.probe.data`; a dataset in
+            CLIP_benchmark's layout for each; embeddings or an index for retrieval and zeroshot.
         ks: list lengths; the task's usual ones where there are none.
         asked: see `Asked`.
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from clipkit.core import ClipkitError, Side
-from clipkit.stored import Stored
+from clipkit.evaluation.stored import Stored
 
 __all__ = ["served_hits"]
 

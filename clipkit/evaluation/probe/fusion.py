@@ -2,7 +2,7 @@
 
 The two classic ways (Baltrušaitis, Ahuja & Morency 2019, section 6.1), as pure functions over arrays: early fusion, one
 linear head on both embeddings side by side; and late fusion, a head on each and their answers joined. The third, a
-learned attention, is `clipkit.attention_probe`.
+learned attention, is `clipkit.evaluation.probe.attention`.
 
 Any sample may lack a side. What stands in that row is never used, not even multiplied by zero. The answer is then that
 of the head on the side that is there: a head for each pattern of what there is does better than one for all of them

@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipkit.core import ClipkitError
-from clipkit.fusion_probe import (
+from clipkit.evaluation.embedder import SharedWork
+from clipkit.evaluation.measuring import Evaluation
+from clipkit.evaluation.probe.data import Part, ProbeTask
+from clipkit.evaluation.probe.fusion import (
     IMAGE,
     TEXT,
     Samples,
@@ -19,7 +22,6 @@ from clipkit.fusion_probe import (
     prior_of,
     side_alone,
 )
-from clipkit.measuring import Evaluation
 from clipkit.metrics import (
     Interval,
     bootstrap,
@@ -32,8 +34,6 @@ from clipkit.metrics import (
     wilson_interval,
 )
 from clipkit.metrics import Samples as Kept
-from clipkit.probe_data import Part, ProbeTask
-from clipkit.shared_work import SharedWork
 from clipkit.storage import hash_of
 
 __all__ = ["PROBE_KS", "evaluate_probe", "probe_rows", "readable_rows"]
@@ -132,7 +132,7 @@ def _answers(task: ProbeTask, train: Samples, learned: Part, test: Samples, seed
         yield Answer("linear_probe", "linear", "image", head(test.image))
         return
 
-    from clipkit.attention_probe import Training, attention_fusion, fit_attention  # imports torch
+    from clipkit.evaluation.probe.attention import Training, attention_fusion, fit_attention  # imports torch
 
     heads = fit_heads(train, learned.labels, classes, groups=groups, seed=seed)
     attention = fit_attention(train, learned.labels, heads, groups=groups, how=Training(seed=seed))

@@ -9,18 +9,20 @@ CLIP_benchmark's layout hold an image with its captions, one a line, of which th
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clipkit.benchmarks import is_benchmark, open_benchmark
 from clipkit.core import BadSample, ClipkitError
 from clipkit.data.sources import LIST_SUFFIXES, NamedImages, Source, read_rows
+from clipkit.evaluation.benchmark_data import is_benchmark, open_benchmark
+from clipkit.evaluation.embedder import SharedWork, nothing_usable, samples_hash
+from clipkit.evaluation.measuring import Evaluation, Further, measure_choice
 from clipkit.storage import digest
 
-__all__ = ["Instances", "open_instances"]
+__all__ = ["Instances", "evaluate_choice", "open_instances"]
 
 IMAGES = ("image", "path", "filename", "file_name", "image_path", "filepath")
 CAPTIONS = ("caption", "text", "sentence")
@@ -153,3 +155,37 @@ def _of_shards(folder: Path, split: str) -> Instances:
         first = problems[0] if problems else {"key": folder, "reason": "has no sample"}
         raise ClipkitError(f"nothing in {folder} poses a choice; the first: {first['key']}: {first['reason']}")
     return Instances(opened.source, np.array(rows, np.int64), said, problems)
+
+
+def evaluate_choice(
+    ranks: SharedWork,
+    instances: Instances,
+    *,
+    intervals: bool = False,
+    compat: bool = False,
+) -> Evaluation:
+    """Whether a model tells a true caption from a false one (`clipkit.metrics.choice`).
+
+    Args:
+        ranks: see `evaluate_retrieval`.
+        instances: images with captions to choose among; one whose image cannot be used is left out.
+        intervals, compat: see `evaluate_retrieval`.
+
+    Raises:
+        ClipkitError: where no instance can be used, on all ranks also where one fails.
+    """
+    images = ranks.images(instances.source)
+    place = np.full(len(instances.source), -1)
+    place[images.rows] = np.arange(len(images.rows))
+    at = place[instances.images]
+    usable = (at >= 0).all(axis=1)
+    told = {line["row"] for line in images.left_out if "row" in line}  # a sample whose words are at fault is no image
+    left_out = [*images.left_out, *(line for line in instances.problems if line.get("row") not in told)]
+    if not usable.any():
+        raise nothing_usable(instances.source, left_out, "no instance has its images")
+    captions = [instances.captions[row] for row in np.flatnonzero(usable)]
+    text = ranks.texts([caption for of_instance in captions for caption in of_instance])
+    of = samples_hash(instances.source, images, captions, at[usable]) if intervals else None
+    both = images.vectors[at[usable]], text.reshape(len(captions), -1, text.shape[1])
+    found = ranks.by_the_first(lambda: measure_choice(*both, Further(of, compat)))
+    return replace(found, left_out=left_out)

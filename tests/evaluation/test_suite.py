@@ -9,18 +9,16 @@ import threading
 import pytest
 import yaml
 
-from clipkit import tasks
 from clipkit.core import ClipkitError
+from clipkit.evaluation import SharedWork, load_suite, run_suite, tasks
+from clipkit.evaluation.results import as_clip_benchmark
 from clipkit.models import LazyModel
-from clipkit.results import as_clip_benchmark
-from clipkit.shared_work import SharedWork
 from clipkit.storage import Cache
-from clipkit.suites import load_suite, run_suite
 from tests.conftest import make_pictures, tiny_model
 from tests.core.test_html_report import assert_refers_to_nothing_outside
+from tests.evaluation.test_benchmark_data import CLASSES, npy, write
+from tests.evaluation.test_evaluation import on_ranks
 from tests.samples import photo
-from tests.test_benchmarks import CLASSES, npy, write
-from tests.test_evaluation import on_ranks
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +204,7 @@ def test_ranks_keep_step_where_one_cannot_open_the_data(data, model_dir, tmp_pat
             raise ClipkitError("no such source here")
         return whole(name, *args, **asked)
 
-    monkeypatch.setattr("clipkit.suites.open_task", opened)
+    monkeypatch.setattr("clipkit.evaluation.suite.open_task", opened)
     (results, failures), second = on_two(suite, lambda rank: model_dir)
     assert second == (results, failures)
     assert [each["task"] for each in json.loads(results)] == ["zeroshot_retrieval", "image_caption_selection"]

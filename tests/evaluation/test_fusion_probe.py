@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from clipkit.attention_probe import Attention, Training, attend, attention_fusion, begin, fit_attention
 from clipkit.classification import STRENGTHS, Linear, fit_linear
 from clipkit.core import ClipkitError
-from clipkit.fusion_probe import (
+from clipkit.evaluation.probe.attention import Attention, Training, attend, attention_fusion, begin, fit_attention
+from clipkit.evaluation.probe.fusion import (
     IMAGE,
     TEXT,
     Head,

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipkit.core import ClipkitError
+from clipkit.evaluation.results import Result
 from clipkit.metrics import Interval, differences, lower_is_better, unpacked
-from clipkit.results import Result
 
 __all__ = ["Change", "beside", "changes", "changes_of_all", "matches", "matching"]
 
@@ -129,7 +129,7 @@ def changes_of_all(
 
 
 def beside(rows: Sequence[dict[str, Any]], changed: Sequence[Change]) -> list[dict[str, Any]]:
-    """Rows of `clipkit.results.side_by_side` with each model's baseline and the difference from it."""
+    """Rows of `clipkit.evaluation.side_by_side` with each model's baseline and the difference from it."""
     if not changed:
         return list(rows)
     ends = ("baseline", "baseline_difference", "baseline_difference_low", "baseline_difference_high", "regression")

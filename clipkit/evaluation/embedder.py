@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from clipkit.core import Gather, gathering, together
+from clipkit.core import ClipkitError, Gather, gathering, together
 from clipkit.data.sources import Source
 from clipkit.embedding import Embedded, cached_images, cached_texts
 from clipkit.models import LazyModel
-from clipkit.storage import Cache
+from clipkit.storage import Cache, digest
 
-__all__ = ["SharedImages", "SharedWork"]
+__all__ = ["SharedImages", "SharedWork", "nothing_usable", "samples_hash"]
 
 Value = TypeVar("Value")
 
@@ -140,3 +140,15 @@ class SharedImages:
     """Of each image."""
     left_out: list[dict[str, Any]]
     """Ledger lines of what could not be used; with ``unread``, true, of what might be read another time."""
+
+
+def samples_hash(source: Source, images: SharedImages, *more: Any) -> str:
+    """A hash of which samples were used, by their keys; not of where they are, so that results can be carried about."""
+    plain = [value.tolist() if isinstance(value, np.ndarray) else value for value in more]
+    return digest([[source.key(row) for row in images.rows], plain])
+
+
+def nothing_usable(source: Source, left_out: list[dict[str, Any]], reason: str) -> ClipkitError:
+    """The error where nothing of a source is left: it names the first that was left out."""
+    first = left_out[0] if left_out else {"key": source.spec, "reason": reason}
+    return ClipkitError(f"nothing in {source.spec} can be evaluated; the first: {first['key']}: {first['reason']}")

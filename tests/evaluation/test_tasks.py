@@ -26,9 +26,9 @@ from clipkit.models import DualEncoder, LazyModel
 from clipkit.search import Index, delete_rows
 from clipkit.storage import Cache
 from tests.conftest import tiny_model
+from tests.evaluation.test_benchmark_data import CLASSES, npy, write
 from tests.samples import photo
 from tests.search.test_quantize import peak
-from tests.test_benchmarks import CLASSES, npy, write
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ def test_baselines(run, refused, captioned, asked, model_dir, tmp_path, monkeypa
     assert "the baseline has no choice on" in refused(*choice, "--baseline", file)
     two = tmp_path / "two.json"
     assert run(*first, "--model", tmp_path / "other", "--out", two).status == 0
-    monkeypatch.setattr("clipkit.tasks.measure", None)  # what cannot be compared is not measured first
+    monkeypatch.setattr("clipkit.evaluation.tasks.measure", None)  # what cannot be compared is not measured first
     assert "holds several results of retrieval" in refused(*first, "--baseline", two)
     (tmp_path / "no.json").write_text("[1]")
     assert "holds no results" in refused(*first, "--baseline", tmp_path / "no.json")

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO_OUT ?= demo-out
 # Tests are shared out among so many processes of one thread each; a file by itself needs none:
-# .venv/bin/python -m pytest tests/test_loss.py
+# .venv/bin/python -m pytest tests/training/test_loss.py
 TEST_WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 

@@ -13,7 +13,7 @@ from jaxtyping import install_import_hook
 
 # Shapes and dtypes in signatures are checked while testing and cost nothing otherwise.
 HOOKED = [
-    "clipkit.loss",
+    "clipkit.training.loss",
     "clipkit.metrics.retrieval",
     "clipkit.metrics.clip_benchmark",
     "clipkit.metrics.ranking",

@@ -14,8 +14,8 @@ CHANGES = {"os.rename", "os.link", "os.remove", "os.rmdir", "os.symlink", "os.mk
 
 
 # What takes seconds to import, and the tests that such processes are most often begun by.
-PRELOADED = ["tests.conftest", "tests.test_train", "accelerate", "faiss", "open_clip", "transformers"]
-PRELOADED += ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "clipkit.learner"]
+PRELOADED = ["tests.conftest", "tests.training.test_train", "accelerate", "faiss", "open_clip", "transformers"]
+PRELOADED += ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "clipkit.training.train_state"]
 
 
 def ready_server() -> ForkServerContext:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from clipkit.cli import recipes
-from clipkit.config import load_config
 from clipkit.models import ModelConfig, create_model
+from clipkit.training import load_config
 
 SCRATCH = ("vit_b32", "vit_b16", "siglip_b16")
 

@@ -48,8 +48,8 @@ def main(
     told to stop (SIGTERM, SIGINT, SIGUSR1), has saved itself, and goes on with --resume. On --resume the length,
     validation, logging and checkpoint settings may change, and how the same thing is computed; other keys may not.
     """
-    from clipkit.config import dump_yaml, load_config
     from clipkit.core import ClipkitError, launch, launched
+    from clipkit.training import dump_yaml, load_config
 
     if init_from is not None:
         # A recipe that takes towers from elsewhere would take them again, over what was trained.
@@ -71,21 +71,30 @@ def main(
 
 
 def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, fmt: str) -> int:
-    from clipkit.checkpoint import Saver, newest_usable
     from clipkit.core import PREEMPTED, ClipkitError, StopRequest, emit, meter, note, warn
-    from clipkit.guard import Guard
-    from clipkit.learner import Learner, prepare_towers
-    from clipkit.loader import Batches, describe, open_train_data, train_batches
     from clipkit.models import create_model, load_model
-    from clipkit.objective import make_objective
-    from clipkit.optim import learning_rate
-    from clipkit.pace import MetricsLog, Pace, memory_gib
-    from clipkit.phases import Phases
-    from clipkit.plan import plan_run
-    from clipkit.ranks import Ranks, set_seed
-    from clipkit.run import Run, refuse_too_many
     from clipkit.storage import MODEL_FOLDER
-    from clipkit.validation import open_validation, validate
+    from clipkit.training import (
+        Guard,
+        Learner,
+        MetricsLog,
+        Pace,
+        Phases,
+        Ranks,
+        Run,
+        Saver,
+        learning_rate,
+        make_objective,
+        memory_gib,
+        newest_usable,
+        open_validation,
+        plan_run,
+        prepare_towers,
+        refuse_too_many,
+        set_seed,
+        validate,
+    )
+    from clipkit.training.batches import Batches, describe, open_train_data, train_batches
 
     ranks = Ranks(config, out)
 

@@ -23,7 +23,7 @@ __all__ = ["Teacher"]
 
 
 class Teacher:
-    """Embeddings of images and captions by their ids, as `clipkit.loader.Batch` has them.
+    """Embeddings of images and captions by their ids, as `clipkit.training.batches.Batch` has them.
 
     Args:
         embeddings: of both sides.
@@ -114,7 +114,7 @@ class Teacher:
         vector for both.
 
         Args:
-            image_ids, text_ids: as in `clipkit.loader.Batch`, on the CPU.
+            image_ids, text_ids: as in `clipkit.training.batches.Batch`, on the CPU.
 
         Raises:
             ClipkitError: where an image, or such a caption of it, was not embedded.

@@ -132,7 +132,7 @@ def open_clip_main(data: Path, csv: bool, rate: float, seed: int, steps: int, ou
     from safetensors.torch import save_file
 
     out.mkdir(parents=True, exist_ok=True)
-    warmup = min(WARMUP, steps // 5)  # as `clipkit.optim.learning_rate` has it
+    warmup = min(WARMUP, steps // 5)  # as `clipkit.training.learning_rate` has it
     (out / "bench-tiny.json").write_text(json.dumps(MODEL))
     open_clip.add_model_config(out / "bench-tiny.json")
     listed = ["--train-data", out / "pairs.csv", "--dataset-type", "csv"]

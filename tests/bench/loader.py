@@ -62,8 +62,8 @@ def clipkit_batches(shards: Path, transform: str, side: str) -> Iterator[Any]:
     from open_clip import get_tokenizer
 
     from clipkit.images import AugmentConfig, Preprocess
-    from clipkit.loader import Batches, open_train_data, train_batches
-    from clipkit.settings import DataConfig
+    from clipkit.training.batches import Batches, open_train_data, train_batches
+    from clipkit.training.settings import DataConfig
 
     # open_clip's training transform: a random crop of 90 to 100 per cent, no flip, no colours.
     augment = AugmentConfig(scale=(0.9, 1.0) if transform == "train" else (1.0, 1.0))

@@ -15,8 +15,8 @@ from PIL import Image
 
 from clipkit.data.shards import write_shard
 from clipkit.images import AugmentConfig, Preprocess
-from clipkit.loader import Batches, open_train_data, train_batches
-from clipkit.settings import DataConfig
+from clipkit.training.batches import Batches, open_train_data, train_batches
+from clipkit.training.settings import DataConfig
 
 
 def make_shards(folder: Path, count: int = 20_000, per_shard: int = 2_000) -> Path:

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 
-from clipkit.loss import info_nce, sigmoid_loss, tiled_info_nce, tiled_sigmoid_loss
+from clipkit.training.loss import info_nce, sigmoid_loss, tiled_info_nce, tiled_sigmoid_loss
 
 DIM = 512
 TIMED = 3

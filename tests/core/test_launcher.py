@@ -12,7 +12,7 @@ import pytest
 from clipkit.models import checkpoints
 from tests.conftest import with_settings
 from tests.paths import ROOT
-from tests.test_train import TRAIN, assert_equal_runs, begin
+from tests.training.test_train import TRAIN, assert_equal_runs, begin
 
 SLURM = ROOT / "train" / "slurm.sbatch"
 

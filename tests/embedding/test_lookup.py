@@ -15,9 +15,9 @@ from clipkit.data.sources import open_source, sample_id, text_id
 from clipkit.embedding import Embeddings, Teacher, embed
 from clipkit.embedding.store import table_path, vectors_path
 from clipkit.images import Preprocess
-from clipkit.loader import Batches, open_train_data, train_batches
-from clipkit.objective import check_teacher
-from clipkit.settings import DataConfig
+from clipkit.training.batches import Batches, open_train_data, train_batches
+from clipkit.training.objective import check_teacher
+from clipkit.training.settings import DataConfig
 from tests.conftest import make_pictures
 from tests.samples import encoded, fake_tokens, photo
 

@@ -21,8 +21,8 @@ from clipkit.embedding import embed_source
 from clipkit.evaluation import SharedWork, evaluate_retrieval, evaluate_zeroshot, open_classes
 from clipkit.metrics import retrieval_figures, retrieval_ranks
 from clipkit.models import cast_for_inference, evaluating, load_model
-from clipkit.settings import ValidationConfig
-from clipkit.validation import open_validation
+from clipkit.training import open_validation
+from clipkit.training.settings import ValidationConfig
 from tests.conftest import make_pictures, tiny_model
 from tests.distributed import run_two_ranks
 from tests.samples import photo

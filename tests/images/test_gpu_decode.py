@@ -19,8 +19,8 @@ from clipkit.images import (
     decode_waiting,
 )
 from clipkit.images.gpu_decode import is_baseline
-from clipkit.loader import Batches, open_train_data, train_batches
-from clipkit.settings import DataConfig
+from clipkit.training.batches import Batches, open_train_data, train_batches
+from clipkit.training.settings import DataConfig
 from tests.samples import fake_tokens
 
 CPU = torch.device("cpu")

@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from clipkit.cli import Job, cache_options, format_option, glob_options, list_options, sort_options
+from clipkit.cli import Job
+from clipkit.options import cache_options, format_option, glob_options, list_options, sort_options
 
 LISTED = 20  # unreadable files on the screen
 READABLE = 200  # rows of a table on the screen; of more, what each label got

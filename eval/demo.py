@@ -14,7 +14,8 @@ from typing import Any
 
 import click
 
-from clipkit.cli import Job, out_options, run_job
+from clipkit.cli import Job, run_job
+from clipkit.options import out_options
 
 QUESTIONS = 3  # held-out pairs that are searched for
 

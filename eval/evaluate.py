@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from clipkit.cli import Job, cache_options, format_option, list_options, probe_options
+from clipkit.cli import Job
+from clipkit.options import cache_options, format_option, list_options, probe_options
 
 
 @click.command(cls=Job)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from clipkit.cli import Bytes, Job, memory_option, model_option, out_options
+from clipkit.cli import Job
+from clipkit.options import Bytes, memory_option, model_option, out_options
 
 KINDS = ("auto", "Flat", "IVF-Flat", "IVF-SQ8", "IVF-PQ", "OPQ", "RaBitQ", "HNSW")
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from clipkit.cli import Job, glob_options, list_options, model_option, out_options
+from clipkit.cli import Job
+from clipkit.options import glob_options, list_options, model_option, out_options
 
 
 @click.command(cls=Job)

@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from clipkit.cli import Job, format_option, model_option
+from clipkit.cli import Job
+from clipkit.options import format_option, model_option
 
 
 @click.command(cls=Job)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from clipkit.cli import Job, memory_option
+from clipkit.cli import Job
+from clipkit.options import memory_option
 
 
 @click.command(cls=Job)

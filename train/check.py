@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from clipkit.cli import Job, format_option, list_options, model_option
+from clipkit.cli import Job
+from clipkit.options import format_option, list_options, model_option
 
 SHOWN = 5  # findings of a kind in the table for people
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import click
 
-from clipkit.cli import Job, list_options, out_options
+from clipkit.cli import Job
+from clipkit.options import list_options, out_options
 
 
 @click.command(cls=Job)

@@ -14,7 +14,8 @@ from typing import Any
 
 import click
 
-from clipkit.cli import Job, find_recipe, format_option
+from clipkit.cli import Job, find_recipe
+from clipkit.options import format_option
 
 
 @click.command(cls=Job)

@@ -1,11 +1,12 @@
 """The spine on real input, where it is present beside the checkout."""
 
 import json
-from pathlib import Path
 
 import pytest
 
-DATA = Path(__file__).parent.parent.parent / "shared" / "data"
+from tests.paths import ROOT
+
+DATA = ROOT.parent / "shared" / "data"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"the real data ({DATA}) is not here")
 
 

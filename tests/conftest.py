@@ -4,10 +4,10 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network must fail at once
 # Threads of one pool wait for each other by spinning: beside another worker one thread each is the quickest. It is
-# said before torch, numpy and FAISS are loaded, and to every process that a test starts.
-BESIDE_OTHERS = "PYTEST_XDIST_WORKER" in os.environ
-if BESIDE_OTHERS:
-    os.environ["OMP_NUM_THREADS"] = "1"
+# said before torch, numpy and FAISS are loaded, and to every process that a test starts. Who says OMP_NUM_THREADS has
+# so many: results must hold for any number.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from jaxtyping import install_import_hook
 
@@ -52,7 +52,7 @@ from clipkit.cli import main
 from clipkit.data import COLOURS, SHAPES, caption, draw, random_scene
 from clipkit.models import DualEncoder, ModelConfig, create_model
 
-torch.set_num_threads(1 if BESIDE_OTHERS else 2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 TINY_VIT = {
     "embed_dim": 32,

@@ -2,7 +2,6 @@
 
 import os
 import socket
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from clipkit.cli import main
-from tests.kills import ready_server
+from tests.kills import command, ready_server
 
 
 def _rank(rank: int, function: Callable[[int, int], Any], folder: str, environment: dict[str, str]) -> None:
@@ -35,16 +33,6 @@ def run_two_ranks(function: Callable[[int, int], Any]) -> list[Any]:
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
 
 
-def _command(args: list[str], environment: dict[str, str], said: str, first: Callable[[], None] | None) -> None:
-    torch.set_num_threads(1)
-    os.environ.clear()
-    os.environ.update(environment)
-    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
-    if first is not None:
-        first()
-    main(args)
-
-
 def run_together(
     *args: object, processes: int, first: Callable[[], None] | None = None
 ) -> list[tuple[str, int | None]]:
@@ -62,14 +50,12 @@ def run_together(
     if processes > 1:
         told |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
         told |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    words, server, started = [str(arg) for arg in args], ready_server(), []
+    started = []
     with tempfile.TemporaryDirectory() as folder:
         for rank in range(processes):
             of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
             environment = {**os.environ, **told, **of_rank}
-            process = server.Process(target=_command, args=(words, environment, f"{folder}/{rank}", first))
-            process.start()
-            started.append(process)
+            started.append(command(*args, said=f"{folder}/{rank}", environment=environment, first=first))
         for process in started:
             process.join()
         return [((Path(folder) / str(n)).read_text(), process.exitcode) for n, process in enumerate(started)]

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 
 import pytest
 import torch
@@ -15,9 +14,7 @@ from clipkit.training import Learner
 from clipkit.training.batches import Batches
 from tests.conftest import with_settings
 from tests.distributed import run_together
-from tests.training.test_train import TRAIN, metrics, weights
-
-ENVIRONMENT = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+from tests.training.test_train import metrics, weights
 
 
 def train(recipe, shards, out, *pairs, processes=2):
@@ -66,22 +63,15 @@ def test_a_single_gpu_is_the_own_one_of_each_that_was_launched(recipe, monkeypat
 @pytest.mark.parametrize(
     "pairs",
     [
+        ("sharding=none",),
         ("sharding=full",),
         pytest.param(("sharding=full", "micro_batch=3"), marks=pytest.mark.slow),
         pytest.param(("loss.exchange=ring",), marks=pytest.mark.slow),
     ],
-    ids=["divided", "divided, in pieces", "ring"],
+    ids=["copied", "divided", "divided, in pieces", "ring"],
 )
 def test_after_twenty_steps_two_ranks_are_where_one_is(recipe, shards, alone, tmp_path, pairs):
     train(recipe, shards, tmp_path / "run", *TWENTY, *pairs)
-    assert_same_training(tmp_path / "run", alone)
-
-
-def test_copied_by_one_command_they_are_where_one_is(recipe, shards, alone, tmp_path):
-    call = [*TRAIN, str(recipe), *with_settings(f"data.train={shards}", *TWENTY, "sharding=none")]
-    call += ["--out", str(tmp_path / "run"), "--resume", "--processes", "2"]
-    done = subprocess.run(call, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
     assert_same_training(tmp_path / "run", alone)
 
 

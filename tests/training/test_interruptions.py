@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 
 import pytest
 import torch
@@ -15,7 +14,8 @@ from clipkit.models import checkpoints
 from clipkit.training import Learner
 from clipkit.training.batches import Batches
 from tests.conftest import with_settings
-from tests.training.test_train import TRAIN, begin, metrics, weights
+from tests.kills import command
+from tests.training.test_train import metrics, until_a_checkpoint_stands, weights
 
 
 @pytest.fixture
@@ -131,16 +131,12 @@ def test_other_weights_come_before_the_towers_of_the_recipe(run, recipe, shards,
 def test_a_signal_to_the_whole_group_spares_the_loader_processes(recipe, shards, tmp_path):
     """As Slurm and a terminal send it: to every process of the job."""
     out = tmp_path / "run"
-    call = [
-        *TRAIN,
-        str(recipe),
-        *with_settings(f"data.train={shards}", "data.workers=1", "steps=5000"),
-        "--out",
-        str(out),
-    ]
-    process = begin(call, out, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    settings = with_settings(f"data.train={shards}", "data.workers=1", "steps=5000")
+    process = command("train", recipe, *settings, "--out", out, said=tmp_path / "said", first=os.setsid)
+    until_a_checkpoint_stands(out, process.is_alive)
     os.killpg(process.pid, signal.SIGTERM)
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 75, said
+    process.join(60)
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == 75, said
     assert "loader process" not in said
     assert checkpoints(out)

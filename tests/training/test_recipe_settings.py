@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from clipkit.embedding import Embeddings
 from clipkit.models import checkpoints, load_model
 from tests.conftest import with_settings
+from tests.kills import command
 from tests.training.test_train import ENVIRONMENT, TRAIN, metrics, weights
 
 
@@ -186,24 +187,23 @@ def test_by_minutes_too(train):
     assert [folder.name for folder in checkpoints(out)] == [f"step-{step:06d}" for step in range(1, 7)]
 
 
-def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(recipe, shards, tmp_path):
+def small_files():
+    """From here on this process may write no file of more than a MiB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+
+
+def test_a_disk_that_fills_up_keeps_the_last_good_checkpoint(run, recipe, shards, tmp_path):
     """With a real limit on file sizes, set when the first checkpoint stands."""
-    call = [*TRAIN, str(recipe), "--set", f"data.train={shards}", "--out", str(tmp_path / "run"), "--resume"]
-    first = subprocess.run([*call, "--set", "steps=2"], env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert first.returncode == 0, first.stderr
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
-
-    full = subprocess.run(
-        [*call, "--set", "steps=4"], env=ENVIRONMENT, preexec_fn=limit, capture_output=True, text=True, check=False
-    )
-    assert full.returncode == 2
-    assert "step-000002 is there, and the run goes on" in full.stderr
-    assert "Traceback" not in full.stderr
+    call = ["train", recipe, "--set", f"data.train={shards}", "--out", tmp_path / "run", "--resume", "--set"]
+    assert run(*call, "steps=2").status == 0
+    full = command(*call, "steps=4", said=tmp_path / "said", first=small_files)
+    full.join()
+    said = (tmp_path / "said").read_text()
+    assert full.exitcode == 2, said
+    assert "step-000002 is there, and the run goes on" in said
+    assert "Traceback" not in said
     assert [folder.name for folder in checkpoints(tmp_path / "run")] == ["step-000002"]
-    again = subprocess.run([*call, "--set", "steps=4"], env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
+    assert run(*call, "steps=4").status == 0
     assert [folder.name for folder in checkpoints(tmp_path / "run")] == ["step-000002", "step-000004"]
 
 

@@ -22,6 +22,7 @@ from clipkit.training.batches import Batches, open_train_data, train_batches
 from clipkit.training.loss import info_nce
 from clipkit.training.optim import parameter_groups
 from tests.conftest import tiny_model, with_settings
+from tests.kills import command
 from tests.paths import ROOT
 
 TRAIN = [sys.executable, "-m", "clipkit", "train"]
@@ -40,12 +41,17 @@ def weights(run_folder):
 def begin(call, out, **options):
     """Start a training of its own and wait until its first checkpoint stands; gives the process."""
     process = subprocess.Popen(call, **{"env": ENVIRONMENT, **options})
+    until_a_checkpoint_stands(out, lambda: process.poll() is None)
+    return process
+
+
+def until_a_checkpoint_stands(out, is_alive):
+    """Wait for the first one of a training that goes on meanwhile."""
     deadline = time.time() + 120
     while not checkpoint.checkpoints(out):
-        assert process.poll() is None
+        assert is_alive()
         assert time.time() < deadline
         time.sleep(0.01)
-    return process
 
 
 def assert_equal_runs(a, b):
@@ -198,12 +204,13 @@ def assert_equal_checkpoints(a, b):
 def test_killed_from_outside_twice_it_resumes_bit_equal(recipe, shards, trained, tmp_path, moment):
     """While a checkpoint is being written, when one has just been published, and anywhere."""
     out = tmp_path / "run"
-    call = [*TRAIN, str(recipe), "--set", f"data.train={shards}", "--out", str(out), "--resume"]
+    call = ["train", recipe, "--set", f"data.train={shards}", "--out", out, "--resume"]
+    threads = torch.get_num_threads()  # sums are cut by them
     for life in range(2):
-        process = subprocess.Popen(call, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+        process = command(*call, threads=threads)
         before = len(checkpoint.checkpoints(out))
         deadline = time.time() + 120
-        while process.poll() is None and time.time() < deadline:
+        while process.is_alive() and time.time() < deadline:
             if moment == "writing" and any((out / "checkpoints").glob(".step-*/*/*")):
                 break
             if moment != "writing" and len(checkpoint.checkpoints(out)) > before:
@@ -211,8 +218,10 @@ def test_killed_from_outside_twice_it_resumes_bit_equal(recipe, shards, trained,
                 break
             time.sleep(0.001)
         process.kill()
-        process.wait()
-    subprocess.run(call, check=True, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+        process.join()
+    process = command(*call, threads=threads)
+    process.join()
+    assert process.exitcode == 0
     assert_equal_runs(out, trained)
     assert_equal_checkpoints(out, trained)
 

@@ -4,12 +4,15 @@ Reads a folder of images, a list or shards; writes clip-retrieval's exchange lay
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from clipkit.cli import Job
 from clipkit.options import glob_options, list_options, model_option, out_options
+
+if TYPE_CHECKING:
+    from clipkit.embedding import EmbedOptions, Outcome
 
 
 @click.command(cls=Job)
@@ -66,17 +69,9 @@ def main(
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     sides: str,
-    precision: str,
-    batch_size: int | None,
-    decoding: Any,
-    compile: bool | None,
-    part_size: int,
-    threads: int | None,
-    workers: int | None,
     device: str | None,
-    update: bool,
     out: Path,
-    overwrite: bool,
+    **options: Any,
 ) -> int:
     """Embed the images, and the captions where there are any, of SOURCE (a folder, a list, or shards).
 
@@ -85,15 +80,13 @@ def main(
     changed since OUT was made (by name, size and time, or their shard's checksum) are not read again, and what could
     not be read is tried again; OUT stays as it is until the new one, which is made beside it, takes its place.
     """
-    from clipkit.core import SIDES, ClipkitError, Side, note, pick_device, warn
+    from clipkit.core import SIDES, ClipkitError, pick_device
     from clipkit.data.sources import Globs, open_source
-    from clipkit.embedding import embed
+    from clipkit.embedding import EmbedOptions, embed
     from clipkit.models import load_model, model_reference
 
-    if workers and (threads or decoding == "gpu"):
-        raise ClipkitError("--workers are processes that decode on the CPU; leave out --threads and --decode gpu")
-    if update and overwrite:
-        raise ClipkitError("--update keeps what has not changed, --overwrite makes all of it anew; say one of them")
+    chosen = EmbedOptions(sides=[side for side in SIDES if sides in (side, "both")], **options)
+    refuse_contradictions(chosen)
     if model is None:
         raise ClipkitError("name the model to embed with: --model RUN (or open_clip:NAME/TAG, or hf:ORG/NAME)")
     opened = open_source(
@@ -104,27 +97,29 @@ def main(
         globs=Globs(include, exclude),
     )
     towers = load_model(model, pick_device(device))
-    chosen: list[Side] = [side for side in SIDES if sides in (side, "both")]
-    outcome = embed(
-        opened,
-        towers,
-        out,
-        model_reference=model_reference(towers, model, out),
-        sides=chosen,
-        precision=precision,
-        part_size=part_size,
-        batch_size=batch_size,
-        threads=threads,
-        workers=workers,
-        decoding=decoding,
-        compile=compile,
-        overwrite=overwrite,
-        update=update,
-    )
+    outcome = embed(opened, towers, out, chosen, model_reference=model_reference(towers, model, out))
+    report(outcome, out, chosen)
+    return int(outcome.manifest["counts"]["left_out"] > 0)
+
+
+def refuse_contradictions(options: "EmbedOptions") -> None:
+    """Options that do not go together."""
+    from clipkit.core import ClipkitError
+
+    if options.workers and (options.threads or options.decoding == "gpu"):
+        raise ClipkitError("--workers are processes that decode on the CPU; leave out --threads and --decode gpu")
+    if options.update and options.overwrite:
+        raise ClipkitError("--update keeps what has not changed, --overwrite makes all of it anew; say one of them")
+
+
+def report(outcome: "Outcome", out: Path, options: "EmbedOptions") -> None:
+    """Say what was made, and by whom."""
+    from clipkit.core import note, warn
+
     manifest, counts = outcome.manifest, outcome.manifest["counts"]
     if outcome.made_by == "this":
         # Whatever its rank: of several that share the work, the one that came last has the figures.
-        as_before = f" ({outcome.taken:,} as they were)" if update else ""
+        as_before = f" ({outcome.taken:,} as they were)" if options.update else ""
         note(
             f"{out}: {counts['images']:,} images{as_before} and {counts['captions']:,} captions in {counts['parts']} "
             f"parts, dimension {manifest['dim']}, model {manifest['model']['fingerprint'][:12]}",
@@ -137,7 +132,6 @@ def main(
         note(f"{out}: finished before, of the same input; nothing was done", everywhere=True)
     if counts["left_out"] and outcome.made_by != "another":
         warn(f"{counts['left_out']:,} could not be used, listed in {out / 'ledger.jsonl'}", everywhere=True)
-    return int(counts["left_out"] > 0)
 
 
 if __name__ == "__main__":

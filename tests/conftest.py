@@ -193,13 +193,14 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def embeddings(pictures: Path, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The 48 pictures and captions, embedded."""
     from clipkit.data.sources import open_source
-    from clipkit.embedding import embed
+    from clipkit.embedding import EmbedOptions, embed
     from clipkit.models import load_model, model_reference
 
     folder = tmp_path_factory.mktemp("embedded") / "emb"
     towers = load_model(model_dir)
     reference = model_reference(towers, model_dir, folder)
-    embed(open_source(pictures), towers, folder, model_reference=reference, precision="fp32", part_size=20)
+    options = EmbedOptions(precision="fp32", part_size=20)
+    embed(open_source(pictures), towers, folder, options, model_reference=reference)
     return folder
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from clipkit.core import ClipkitError
 from clipkit.data.sources import Globs, Sample, Source, open_source
-from clipkit.embedding import Embeddings, cached_images, stored_kind
+from clipkit.embedding import Embeddings, EncodeOptions, cached_images, stored_kind
 from clipkit.models import LazyModel, refuse_another
 from clipkit.storage import Cache
 
@@ -34,7 +34,8 @@ class Images:
         cls, source: Source, models: Sequence[LazyModel], cache: Cache, *, batch_size: int = 64, show: str | None = None
     ) -> "Images":
         """Embed the images of a source with each model, or take what the cache holds."""
-        found = [cached_images(source, model, cache, batch_size=batch_size, show=show) for model in models]
+        options = EncodeOptions(("image",), batch_size, "fast")
+        found = [cached_images(source, model, cache, options, show=show) for model in models]
         first = found[0]
         for other in found[1:]:
             if other.rows != first.rows:

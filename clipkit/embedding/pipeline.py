@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +12,12 @@ import pyarrow.parquet as pq
 
 from clipkit.core import BadSample, ClipkitError, Side, UnreadSample, keep_freed_memory, settled_precision
 from clipkit.data.sources import Source, Stamp, check_ids
-from clipkit.embedding.encode import embed_source
+from clipkit.embedding.encode import Encoder
+from clipkit.embedding.options import EmbedOptions, EncodeOptions
 from clipkit.embedding.store import Embedded, Embeddings, table_path, write_part
-from clipkit.embedding.update import Known, part_files, refuse_unlike, write_stamps
-from clipkit.images import Decoding, shown
-from clipkit.models import DualEncoder, cast_for_inference, compiled, compiling_pays, find_batch_size
+from clipkit.embedding.update import EarlierEmbeddings, part_files, refuse_unlike, write_stamps
+from clipkit.images import shown
+from clipkit.models import DualEncoder, cast_for_inference, compiled_image_tower, compiling_pays, find_batch_size
 from clipkit.storage import Stage, read_manifest, state_of, write_ledger
 
 __all__ = ["Outcome", "embed"]
@@ -38,18 +38,9 @@ def embed(
     source: Source,
     model: DualEncoder,
     out: Path,
+    options: EmbedOptions | None = None,
     *,
     model_reference: dict[str, Any],
-    sides: Sequence[Side] = ("image", "text"),
-    precision: str = "auto",
-    part_size: int = 10_000,
-    batch_size: int | None = None,
-    threads: int | None = None,
-    workers: int | None = None,
-    decoding: Decoding = "fast",
-    compile: bool | None = None,
-    overwrite: bool = False,
-    update: bool = False,
 ) -> Outcome:
     """Make an embeddings artifact, part by part; several processes may work on one folder.
 
@@ -62,102 +53,56 @@ def embed(
         source: what to embed.
         model: with what; cast in place.
         out: the folder. On an unfinished one of the same input it goes on, on a finished one it does nothing.
+        options: how; those of `EmbedOptions` when not given.
         model_reference: stands in the manifest: ``fingerprint`` and where the model was (``spec``, ``path``).
-        sides: images, captions or both.
-        precision: of the towers, see `cast_for_inference`.
-        part_size: samples per part, which is what a kill can cost.
-        batch_size: see `embed_source`; None to find a good one, which is done once: whoever goes on with an unfinished
-            folder, on whatever machine, takes the same, so that the bits are the same.
-        threads, workers, decoding: see `embed_source`.
-        compile: see `compiled`; the last bits of the vectors are others. None to find out once whether that pays.
-        overwrite: replace what is there.
-        update: bring embeddings of other input up to date. They stay as they are until the new ones are whole, which
-            are made beside them.
 
     Raises:
         ClipkitError: where no sample can be used, two ids collide, or the folder holds something else, or (in an
             update) embeddings by another model, of other sides or of another precision.
     """
-    made_from = {
-        "source": source.identity(),
-        "model": model_reference["fingerprint"],
-        "sides": list(sides),
-        # As it is settled: parts by two machines of which one is fast at bf16 do not go together.
-        "precision": settled_precision(precision, model.device),
-        "part_size": part_size,
-        "batch_size": batch_size,
-        "decoding": decoding,
-        "compiled": compile,
-    }
-    if update:
+    options = options or EmbedOptions()
+    made_from = _made_from(source, model, options, model_reference["fingerprint"])
+    if options.update:
         refuse_unlike(out, made_from)
-    if attempt := _attempt(out, made_from, lambda line: update and _can_be_read(line, source, model, made_from)):
+    if attempt := _attempt(out, made_from, lambda line: options.update and _can_be_read(line, source, model, options)):
         made_from["attempt"] = attempt
-    stage = Stage(
-        out,
-        "embeddings",
-        made_from,
-        inputs=[source.spec, *([out / model_reference["path"]] if "path" in model_reference else [])],
-        overwrite=overwrite,
-        update=update,
-    )
+    beside = [out / model_reference["path"]] if "path" in model_reference else []
+    inputs = [source.spec, *beside]
+    stage = Stage(out, "embeddings", made_from, inputs=inputs, overwrite=options.overwrite, update=options.update)
     if stage.done:
         return Outcome(read_manifest(out, "embeddings"), "before")
-    cast_for_inference(model, precision)
+    cast_for_inference(model, options.precision)
     if model.device.type == "cpu":
         keep_freed_memory()
-    known = Known(stage.earlier, made_from) if stage.earlier else None
-    size = batch_size or stage.settled("batch_size", lambda: find_batch_size(model, sides, len(source)))
-    if compile is None:
-        compile = stage.settled("compiled", lambda: compiling_pays(model, sides, size, len(source)))
-    starts = range(0, len(source), part_size)
-    digits = max(4, len(str(len(starts) - 1)))
-    names = [f"{number:0{digits}d}" for number in range(len(starts))]
-    with compiled(model, model.image_block(size)) if compile else nullcontext():
-        for name in stage.pending(names):
-            start = starts[int(name)]
-            rows = range(start, min(start + part_size, len(source)))
-            how = {"batch_size": size, "threads": threads, "workers": workers, "decoding": decoding}
-            how["show"] = f"embed part {int(name) + 1}/{len(names)}"
-            record = _make_part(stage.folder, name, source, model, rows, sides, known, how)
-            for path in part_files(stage.folder, name):
-                if path.relative_to(stage.folder).as_posix() not in record["files"]:
-                    path.unlink(missing_ok=True)  # of one who was killed in this part, when more of it could be used
-            stage.finish_part(name, record)
-    records = stage.records(names)
+    earlier = EarlierEmbeddings(stage.earlier, made_from) if stage.earlier else None
+    batch_size, compile = _settled(stage, source, model, options)
+    parts = _rows_of_parts(len(source), options.part_size)
+    encoding = EncodeOptions(options.sides, batch_size, options.decoding, options.threads, options.workers)
+    image_tower = compiled_image_tower(model, model.image_block(batch_size)) if compile else None
+    made = _Parts(stage.folder, source, Encoder(model, encoding, image_tower), earlier)
+    for name in stage.pending(list(parts)):
+        stage.finish_part(name, made.make(name, parts[name], f"embed part {int(name) + 1}/{len(parts)}"))
+    records = stage.records(list(parts))
     if records is None:
         return Outcome(read_manifest(out, "embeddings"), "another")
-    left_out = [*source.problems, *(line for record in records for line in record["left_out"])]
-    images = sum(record["images"] for record in records)
-    if not images:
-        first = left_out[0]
-        if any(line.get("unread") for line in left_out):
-            shutil.rmtree(stage.work / "parts", ignore_errors=True)  # so that the same command tries again
-        raise ClipkitError(f"nothing in {source.spec} can be used; the first: {first['key']}: {first['reason']}")
-    filled = [name for name, record in zip(names, records, strict=True) if record["images"]]
-    _check_ids(stage.folder, filled, images)
-    write_ledger(stage.folder, left_out)
-    present: list[Side] = [side for side in sides if side == "image" or sum(r["captions"] for r in records)]
-    manifest = stage.commit(
-        model=model_reference,
-        source=source.spec,
-        sides=present,
-        dim=model.embed_dim,
-        dtype="float16",
-        batch_size=size,
-        compiled=compile,
-        counts={
-            "images": images,
-            "captions": sum(r["captions"] for r in records),
-            "left_out": len(left_out),
-            "parts": len(names),
-        },
-        parts=[
-            {"name": name, **{key: record[key] for key in ("images", "captions", "files")}}
-            for name, record in zip(names, records, strict=True)
-        ],
-    )
+    facts = {"dim": model.embed_dim, "dtype": "float16", "batch_size": batch_size, "compiled": compile}
+    manifest = _commit(stage, source, dict(zip(parts, records, strict=True)), options.sides, model_reference, facts)
     return Outcome(manifest, "this", sum(record["taken"] for record in records))
+
+
+def _made_from(source: Source, model: DualEncoder, options: EmbedOptions, fingerprint: str) -> dict[str, Any]:
+    """By what finished embeddings are known to be the ones that are asked for."""
+    return {
+        "source": source.identity(),
+        "model": fingerprint,
+        "sides": list(options.sides),
+        # As it is settled: parts by two machines of which one is fast at bf16 do not go together.
+        "precision": settled_precision(options.precision, model.device),
+        "part_size": options.part_size,
+        "batch_size": options.batch_size,
+        "decoding": options.decoding,
+        "compiled": options.compile,
+    }
 
 
 def _attempt(out: Path, made_from: dict[str, Any], can_be_read: Callable[[dict[str, Any]], bool]) -> int:
@@ -176,7 +121,7 @@ def _attempt(out: Path, made_from: dict[str, Any], can_be_read: Callable[[dict[s
     return before.get("attempt", 0) + again
 
 
-def _can_be_read(line: dict[str, Any], source: Source, model: DualEncoder, made_from: dict[str, Any]) -> bool:
+def _can_be_read(line: dict[str, Any], source: Source, model: DualEncoder, options: EmbedOptions) -> bool:
     """Whether a line of the ledger is of a sample that could not be read, and now can be, usable or not."""
     row = line.get("row")
     if row is None or not line.get("unread"):
@@ -184,8 +129,8 @@ def _can_be_read(line: dict[str, Any], source: Source, model: DualEncoder, made_
     if not source.size(row) and source.stamp(row).image is None:
         return False  # missing, or a dead URL, that would be waited for
     try:
-        if "image" in made_from["sides"]:
-            shown(source[row].read(), model.preprocess, made_from["decoding"])
+        if "image" in options.sides:
+            shown(source[row].read(), model.preprocess, options.decoding)
         else:
             source.without_image(row)
     except BadSample as error:
@@ -193,31 +138,96 @@ def _can_be_read(line: dict[str, Any], source: Source, model: DualEncoder, made_
     return True
 
 
-def _make_part(
-    out: Path,
-    name: str,
+def _settled(stage: Stage, source: Source, model: DualEncoder, options: EmbedOptions) -> tuple[int, bool]:
+    """The batch size, and whether to compile: as chosen, or found out once for all who work on the folder."""
+    sides, samples = options.sides, len(source)
+    batch_size = options.batch_size or stage.settled("batch_size", lambda: find_batch_size(model, sides, samples))
+    if options.compile is not None:
+        return batch_size, options.compile
+    return batch_size, stage.settled("compiled", lambda: compiling_pays(model, sides, batch_size, samples))
+
+
+def _rows_of_parts(samples: int, part_size: int) -> dict[str, range]:
+    """The parts by name, each with its rows of the source."""
+    starts = range(0, samples, part_size)
+    digits = max(4, len(str(len(starts) - 1)))
+    return {f"{n:0{digits}d}": range(start, min(start + part_size, samples)) for n, start in enumerate(starts)}
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Makes the parts of an artifact, whichever process asks."""
+
+    folder: Path
+    source: Source
+    encoder: Encoder
+    earlier: EarlierEmbeddings | None
+
+    def make(self, name: str, rows: range, title: str) -> dict[str, Any]:
+        """Write one part; gives its record."""
+        record = self._write(name, rows, title)
+        for path in part_files(self.folder, name):
+            if path.relative_to(self.folder).as_posix() not in record["files"]:
+                path.unlink(missing_ok=True)  # of one who was killed in this part, when more of it could be used
+        return record
+
+    def _write(self, name: str, rows: range, title: str) -> dict[str, Any]:
+        sides = self.encoder.options.sides
+        # Before anything is read: of a file that is written meanwhile the old stamp counts, and an update reads it.
+        stamps = [self.source.stamp(row) for row in rows]
+        if "image" not in sides:
+            stamps = [Stamp(None, stamp.words) for stamp in stamps]
+        number = self.earlier.part_of(stamps) if self.earlier else None
+        if self.earlier and number is not None:
+            keys = [self.source.key(row) for row in rows]
+            return self.earlier.link(number, self.folder, name, rows.start, keys)
+        known = self.earlier.take(rows, stamps) if self.earlier else {}
+        embedded = self.encoder.embed(self.source, rows, known, title)
+        _refuse_nan(embedded)
+        files = write_part(self.folder, name, embedded, sides)
+        files |= write_stamps(self.folder, name, rows, stamps, embedded)
+        return {
+            "images": len(embedded.samples),
+            "captions": len(embedded.captions),
+            "left_out": embedded.ledger(),
+            "files": dict(sorted(files.items())),
+            "taken": sum(row in known for row in embedded.rows),
+        }
+
+
+def _commit(
+    stage: Stage,
     source: Source,
-    model: DualEncoder,
-    rows: range,
+    records: dict[str, dict[str, Any]],
     sides: Sequence[Side],
-    known: Known | None,
-    how: dict[str, Any],
+    model_reference: dict[str, Any],
+    facts: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write one part; gives its record."""
-    # Before anything is read: of a file that is written meanwhile the old stamp counts, and the next update reads it.
-    stamps = [source.stamp(row) for row in rows]
-    if "image" not in sides:
-        stamps = [Stamp(None, stamp.words) for stamp in stamps]
-    number = known.part_of(stamps) if known else None
-    if known and number is not None:
-        return known.link(number, out, name, rows.start, [source.key(row) for row in rows])
-    kept = known.take(rows, stamps) if known else {}
-    found = embed_source(source, model, sides=sides, rows=rows, kept=kept, **how)
-    _refuse_nan(found)
-    files = {**write_part(out, name, found, sides), **write_stamps(out, name, rows, stamps, found)}
-    counts = {"images": len(found.samples), "captions": len(found.captions)}
-    taken = sum(row in kept for row in found.rows)
-    return {**counts, "left_out": found.ledger(), "files": dict(sorted(files.items())), "taken": taken}
+    """Write ledger and manifest; gives the manifest.
+
+    Raises:
+        ClipkitError: where no sample could be used, or two ids collide.
+    """
+    left_out = [*source.problems, *(line for record in records.values() for line in record["left_out"])]
+    images, captions = (sum(record[what] for record in records.values()) for what in ("images", "captions"))
+    if not images:
+        first = left_out[0]
+        if any(line.get("unread") for line in left_out):
+            shutil.rmtree(stage.work / "parts", ignore_errors=True)  # so that the same command tries again
+        raise ClipkitError(f"nothing in {source.spec} can be used; the first: {first['key']}: {first['reason']}")
+    _check_ids(stage.folder, [name for name, record in records.items() if record["images"]], images)
+    write_ledger(stage.folder, left_out)
+    return stage.commit(
+        model=model_reference,
+        source=source.spec,
+        sides=[side for side in sides if side == "image" or captions],
+        **facts,
+        counts={"images": images, "captions": captions, "left_out": len(left_out), "parts": len(records)},
+        parts=[
+            {"name": name, **{what: record[what] for what in ("images", "captions", "files")}}
+            for name, record in records.items()
+        ],
+    )
 
 
 def _refuse_nan(found: Embedded) -> None:

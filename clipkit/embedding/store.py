@@ -52,6 +52,11 @@ class Embedded:
     unread: list[int] = field(default_factory=list)
     """The source rows among these that could not be read, and may be another time."""
 
+    @classmethod
+    def empty(cls, dim: int) -> "Embedded":
+        """Embeddings of nothing."""
+        return cls(np.zeros((0, dim), np.float32), np.zeros((0, dim), np.float32), [], [], np.zeros(0, np.int64))
+
     def ledger(self) -> list[dict[str, Any]]:
         """The lines of what could not be used; with ``unread``, true, of what could not be read."""
         unread = set(self.unread)

@@ -25,7 +25,7 @@ from clipkit.embedding.store import Embedded, table_path, vectors_path
 from clipkit.embedding.tables import write_table
 from clipkit.storage import WORK, Checksum, flaw, size_flaw, state_of
 
-__all__ = ["Kept", "Known", "part_files", "refuse_unlike", "stamps_path", "write_stamps"]
+__all__ = ["EarlierEmbeddings", "KnownSample", "part_files", "refuse_unlike", "stamps_path", "write_stamps"]
 
 UNKNOWN = bytes(16)
 ALIKE = ("model", "sides", "precision")  # in what an artifact was made from; where one differs, so does every vector
@@ -91,7 +91,7 @@ def _told(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KnownSample:
     """What is known of a sample whose image has not changed (where only texts are embedded: whose words have not)."""
 
     reason: str | None
@@ -103,7 +103,7 @@ class Kept:
     texts: np.ndarray
     """float16 ``[captions, dim]``."""
 
-    def known(self, captions: Sequence[str]) -> list[np.ndarray | None]:
+    def text_vectors(self, captions: Sequence[str]) -> list[np.ndarray | None]:
         """For each caption, as they are now, its embedding where it is one that there was before."""
         left = defaultdict(list)
         for caption, vector in zip(self.captions, self.texts, strict=True):
@@ -119,7 +119,7 @@ class _Part(NamedTuple):
     files: dict[str, Checksum]
 
 
-class Known:
+class EarlierEmbeddings:
     """Every sample of earlier embeddings, by its stamp. 32 bytes of memory for each.
 
     Args:
@@ -188,7 +188,7 @@ class Known:
         counts = {"images": part.images, "captions": part.captions, "taken": part.images}
         return {**counts, "left_out": left_out, "files": dict(sorted(files.items()))}
 
-    def take(self, rows: range, stamps: Sequence[Stamp]) -> dict[int, Kept]:
+    def take(self, rows: range, stamps: Sequence[Stamp]) -> dict[int, KnownSample]:
         """What is known of these rows of the source, by row."""
         if not len(self._stamps):
             return {}
@@ -197,7 +197,7 @@ class Known:
         index = self._order[at]
         same = (self._stamps[index] == wanted).all(1) & wanted.any(1)
         number = np.searchsorted(self._starts, index, side="right") - 1
-        found: dict[int, Kept] = {}
+        found: dict[int, KnownSample] = {}
         for each in np.unique(number[same]).tolist():
             if self._is_flawed(each):
                 continue
@@ -206,7 +206,7 @@ class Known:
             found |= {rows[i]: one for i, one in zip(chosen, kept, strict=True) if one is not None}
         return found
 
-    def _gather(self, part: _Part, offsets: np.ndarray, stamps: Sequence[Stamp]) -> Iterator[Kept | None]:
+    def _gather(self, part: _Part, offsets: np.ndarray, stamps: Sequence[Stamp]) -> Iterator[KnownSample | None]:
         """What a part holds of the samples at these offsets; None of one that was left out with other words."""
         about = pq.read_table(stamps_path(part.folder, part.name)).take(pa.array(offsets))
         image = text = None
@@ -221,11 +221,11 @@ class Known:
         for line, stamp in zip(about.to_pylist(), stamps, strict=True):
             row = line["row"]
             if row is None:
-                yield Kept(line["reason"], None, (), empty) if line["words"] == stamp.words else None
+                yield KnownSample(line["reason"], None, (), empty) if line["words"] == stamp.words else None
                 continue
             low, high = np.searchsorted(owner, [row, row + 1]).tolist()
             texts = empty if text is None or low == high else np.array(text[low:high])
-            yield Kept(None, None if image is None else np.array(image[row]), captions[low:high], texts)
+            yield KnownSample(None, None if image is None else np.array(image[row]), captions[low:high], texts)
 
     def _files(self, number: int) -> Iterator[tuple[Path, Checksum]]:
         part = self._parts[number]

@@ -11,7 +11,7 @@ import numpy as np
 
 from clipkit.core import ClipkitError, Gather, gathering, together
 from clipkit.data.sources import Source
-from clipkit.embedding import Embedded, cached_images, cached_texts
+from clipkit.embedding import Embedded, EncodeOptions, cached_images, cached_texts
 from clipkit.models import LazyModel
 from clipkit.storage import Cache, digest
 
@@ -36,8 +36,8 @@ def _towers_of(model: Any, cache: Cache, threads: int | None) -> _Towers:
         lazy = model
 
         def cached(source: Source, rows: range, batch_size: int, show: str | None) -> Embedded:
-            how = {"rows": rows, "batch_size": batch_size, "threads": threads, "show": show}
-            return cached_images(source, lazy, cache, decoding="exact", **how)
+            options = EncodeOptions(("image",), batch_size, "exact", threads)
+            return cached_images(source, lazy, cache, options, rows=rows, show=show)
 
         return _Towers(cached, lambda texts, batch_size: cached_texts(texts, lazy, cache, batch_size))
 
@@ -45,8 +45,8 @@ def _towers_of(model: Any, cache: Cache, threads: int | None) -> _Towers:
     from clipkit.models import evaluating
 
     def images(source: Source, rows: range, batch_size: int, show: str | None) -> Embedded:
-        how: dict[str, Any] = {"rows": rows, "batch_size": batch_size, "threads": threads, "show": show}
-        return embed_source(source, model, sides=["image"], **how)
+        options = EncodeOptions(("image",), batch_size, "exact", threads)
+        return embed_source(source, model, options, rows=rows, show=show)
 
     def texts(some: Sequence[str], batch_size: int) -> np.ndarray:
         with evaluating(model):

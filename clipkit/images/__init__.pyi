@@ -3,6 +3,7 @@ from .augment import AugmentConfig as AugmentConfig
 from .augment import Waiting as Waiting
 from .augment import augmented_pixels as augmented_pixels
 from .decoding import IMAGE_SUFFIXES as IMAGE_SUFFIXES
+from .decoding import Decoding as Decoding
 from .decoding import Encoded as Encoded
 from .decoding import decode as decode
 from .decoding import identify as identify
@@ -10,7 +11,6 @@ from .decoding import to_rgb as to_rgb
 from .downscale import shrink as shrink
 from .gpu_decode import can_wait as can_wait
 from .gpu_decode import decode_waiting as decode_waiting
-from .model_input import Decoding as Decoding
 from .model_input import Shown as Shown
 from .model_input import decoded as decoded
 from .model_input import shown as shown

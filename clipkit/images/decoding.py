@@ -12,6 +12,7 @@ import threading
 import warnings
 from math import ceil
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import simplejpeg
@@ -19,7 +20,10 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from clipkit.core import BadSample, UnreadSample
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "Encoded", "decode", "identify", "to_rgb"]
+__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "Decoding", "Encoded", "decode", "identify", "to_rgb"]
+
+Decoding = Literal["fast", "exact", "gpu"]
+"""How much of an image is decoded, and where; as the training setting ``data.decode`` has it."""
 
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
 IMAGE_SUFFIXES = HEIF_SUFFIXES | {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}

@@ -6,7 +6,6 @@ same for training.
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -14,13 +13,10 @@ from torch import Tensor
 
 from clipkit.core import BadSample
 from clipkit.images.augment import Augmentation, Waiting, crop_pixels
-from clipkit.images.decoding import Encoded
+from clipkit.images.decoding import Decoding, Encoded
 from clipkit.images.preprocess import Preprocess
 
-__all__ = ["Decoding", "Shown", "decoded", "shown"]
-
-Decoding = Literal["fast", "exact", "gpu"]
-"""As the training setting ``data.decode`` has it."""
+__all__ = ["Shown", "decoded", "shown"]
 
 Shown = np.ndarray | Tensor | Waiting
 """uint8 ``[3, height, width]``, or what the GPU is still to decode."""

@@ -8,7 +8,7 @@ from .dual_encoder import DualEncoder as DualEncoder
 from .dual_encoder import Tokenizer as Tokenizer
 from .dual_encoder import in_blocks as in_blocks
 from .inference import cast_for_inference as cast_for_inference
-from .inference import compiled as compiled
+from .inference import compiled_image_tower as compiled_image_tower
 from .inference import compiling_pays as compiling_pays
 from .inference import evaluating as evaluating
 from .inference import find_batch_size as find_batch_size

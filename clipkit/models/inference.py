@@ -1,7 +1,7 @@
 """How towers run fastest where nothing is learned: in what precision, in what batches, and compiled or not."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -9,11 +9,13 @@ import torch
 from clipkit.core import Side, settled_precision, warn
 from clipkit.models.dual_encoder import GRAIN, DualEncoder
 
-__all__ = ["cast_for_inference", "compiled", "compiling_pays", "evaluating", "find_batch_size"]
+__all__ = ["cast_for_inference", "compiled_image_tower", "compiling_pays", "evaluating", "find_batch_size"]
 
 # Compiling a ViT-B/32 takes 10 s on two cores and saves a seventh of 16 ms per image, so it pays from 5,000 on.
 WORTH_COMPILING = 10_000
 CPU_BATCH = 32  # what is decoded ahead, and kept together
+
+ImageTower = Callable[[torch.Tensor], torch.Tensor]  # pixels to embeddings, as `DualEncoder.encode_image`
 
 
 def cast_for_inference(model: DualEncoder, precision: str) -> DualEncoder:
@@ -59,7 +61,7 @@ def find_batch_size(model: DualEncoder, sides: Sequence[Side], samples: int) -> 
 
 
 def compiling_pays(model: DualEncoder, sides: Sequence[Side], batch_size: int, samples: int) -> bool:
-    """Whether `compiled` towers are faster by 3 % or more; for few samples it is not tried.
+    """Whether a `compiled_image_tower` is faster by 3 % or more; for few samples it is not tried.
 
     Args:
         model: in the precision that is wanted.
@@ -72,15 +74,17 @@ def compiling_pays(model: DualEncoder, sides: Sequence[Side], batch_size: int, s
     block = model.image_block(batch_size)
     plain = _speed(model, sides, block)
     try:
-        with torch.inference_mode(), compiled(model, block):
-            return _speed(model, sides, block) > 1.03 * plain
+        return _speed(model, sides, block, compiled_image_tower(model, block)) > 1.03 * plain
     except RuntimeError as error:  # no compiler on this machine, or a tower that cannot be compiled
         warn(f"the image tower is not compiled ({str(error).strip().splitlines()[0]}); --no-compile does not try")
         return False
 
 
-def _speed(model: DualEncoder, sides: Sequence[Side], size: int) -> float:
-    """Samples a second, the best of three batches after one that does not count."""
+def _speed(model: DualEncoder, sides: Sequence[Side], size: int, encode_image: ImageTower | None = None) -> float:
+    """Samples a second, the best of three batches after one that does not count; with the model's own image tower
+    where no other is given.
+    """
+    encode = (encode_image or model.encode_image) if "image" in sides else model.encode_text
     high, wide = model.preprocess.size
     pixels = torch.randint(256, (size, 3, high, wide), dtype=torch.uint8)
     tokens = model.trim(model.tokenize(["a picture of nothing in particular"] * size), GRAIN)
@@ -88,18 +92,16 @@ def _speed(model: DualEncoder, sides: Sequence[Side], size: int) -> float:
     with torch.inference_mode(), evaluating(model):
         for _ in range(4):
             began = time.perf_counter()
-            on_device = (pixels if "image" in sides else tokens).to(model.device)
-            (model.encode_image(on_device) if "image" in sides else model.encode_text(on_device)).cpu()
+            encode((pixels if "image" in sides else tokens).to(model.device)).cpu()
             spent.append(time.perf_counter() - began)
     return size / min(spent[1:])
 
 
-@contextmanager
-def compiled(model: DualEncoder, height: int) -> Iterator[None]:
-    """The image tower compiled for a while (`torch.compile`), for blocks of one height; others go through it as ever.
+def compiled_image_tower(model: DualEncoder, height: int) -> ImageTower:
+    """`DualEncoder.encode_image` compiled (`torch.compile`) for blocks of one height; others go through it as ever.
 
     Weights are frozen into what is compiled, and on a CPU packed once and not for every batch. It takes 10 s on two
-    cores for a ViT-B/32 and makes that a sixth faster. To be used in inference mode.
+    cores for a ViT-B/32, at the first block, and makes that a sixth faster. To be called in inference mode.
     """
     plain = model.encode_image
     fast = torch.compile(plain, dynamic=False, options={"freezing": True})
@@ -107,11 +109,7 @@ def compiled(model: DualEncoder, height: int) -> Iterator[None]:
     def encode_image(pixels: torch.Tensor) -> torch.Tensor:
         return fast(pixels) if len(pixels) == height else plain(pixels)
 
-    vars(model)["encode_image"] = encode_image
-    try:
-        yield
-    finally:
-        del vars(model)["encode_image"]
+    return encode_image
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from clipkit.classification.labels import as_label_set
 from clipkit.classification.prompt_ablation import ablate
 from clipkit.core import ClipkitError
 from clipkit.data.sources import open_source
-from clipkit.embedding import cached_images, cached_texts
+from clipkit.embedding import EncodeOptions, cached_images, cached_texts
 from clipkit.models import DualEncoder, LazyModel
 from clipkit.storage import Cache
 from tests.conftest import tiny_model
@@ -127,11 +127,12 @@ def test_weights_exchanged_unseen_are_noticed(own_cache, tmp_path):
 
 def test_what_was_done_before_an_interruption_is_kept(folder, model_dir, own_cache, calls):
     cache, source = Cache(own_cache), open_source(folder)
-    whole = cached_images(source, LazyModel(model_dir, Cache(None)), Cache(None), batch_size=2)
+    options = EncodeOptions(batch_size=2, decoding="fast")
+    whole = cached_images(source, LazyModel(model_dir, Cache(None)), Cache(None), options)
     half = LazyModel(model_dir, cache)
-    cached_images(source, half, cache, rows=range(6), batch_size=2)
+    cached_images(source, half, cache, options, rows=range(6))
     calls["image"].clear()
-    found = cached_images(source, LazyModel(model_dir, cache), cache, batch_size=2)
+    found = cached_images(source, LazyModel(model_dir, cache), cache, options)
     assert sum(calls["image"]) < 9
     assert np.allclose(found.image, whole.image, atol=1e-5)
     assert (found.rows, found.left_out) == (whole.rows, whole.left_out)

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 
 from clipkit.core import ClipkitError, in_loader_processes
 from clipkit.data.sources import open_source
-from clipkit.embedding import embed_source
-from clipkit.embedding import encode as room_of
+from clipkit.embedding import EncodeOptions, embed_source
+from clipkit.embedding import loading as room_of
 from tests.kills import FORK
 
 
@@ -34,7 +34,8 @@ def broken(captioned, tmp_path):
 def test_processes_give_what_threads_give(broken, model, monkeypatch, group):
     monkeypatch.setattr(room_of, "GROUP", group)
     source = open_source(broken)
-    wanted, found = (embed_source(source, model, batch_size=4, show=None, workers=workers) for workers in (0, 2))
+    each = (EncodeOptions(batch_size=4, workers=workers) for workers in (0, 2))
+    wanted, found = (embed_source(source, model, options, show=None) for options in each)
     for side in ("image", "text", "image_of_text"):
         assert np.array_equal(getattr(wanted, side), getattr(found, side))
     assert (wanted.rows, wanted.left_out, wanted.captions) == (found.rows, found.left_out, found.captions)
@@ -72,7 +73,7 @@ def test_processes_are_taken_where_there_are_cores_for_them(
     monkeypatch.setattr(room_of, "cores", lambda: machine)
     source = open_source(captioned)
     monkeypatch.setattr(source, "remote", remote)
-    embed_source(source, model, show=None, **asked)
+    embed_source(source, model, EncodeOptions(**asked), show=None)
     assert taken == [used]
     if not asked:  # a few samples are not worth it
         embed_source(source, model, show=None, rows=range(11))
@@ -91,7 +92,7 @@ def test_there_are_no_more_than_shared_memory_has_room_for(captioned, model, mon
         return types.SimpleNamespace(f_frsize=1, f_bavail=room)
 
     monkeypatch.setattr(room_of.os, "statvfs", statvfs)
-    embed_source(open_source(captioned), model, show=None, batch_size=2)
+    embed_source(open_source(captioned), model, EncodeOptions(batch_size=2), show=None)
     assert taken == [used]
 
 
@@ -122,7 +123,7 @@ def test_an_error_of_the_source_is_told_as_it_is(captioned, model, monkeypatch):
 
     monkeypatch.setattr(type(source), "__getitem__", lambda self, row: changed(row))
     with pytest.raises(ClipkitError, match="^row 0 was changed while it was read$"):
-        embed_source(source, model, show=None, workers=2)
+        embed_source(source, model, EncodeOptions(workers=2), show=None)
 
 
 class Killed(Dataset):
@@ -198,11 +199,11 @@ def test_they_end_with_the_process_that_they_work_for():
 def test_where_shared_memory_is_full_nothing_is_lost(captioned, model):
     """Several runs in one container measure the room at the same time. A limit on files is one on shared memory."""
     source = open_source(captioned)
-    wanted = embed_source(source, model, batch_size=4, show=None, workers=0)
+    wanted = embed_source(source, model, EncodeOptions(batch_size=4, workers=0), show=None)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
-        found = embed_source(source, model, batch_size=4, show=None, workers=2)
+        found = embed_source(source, model, EncodeOptions(batch_size=4, workers=2), show=None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert np.array_equal(found.image, wanted.image)

@@ -12,7 +12,7 @@ from clipkit.core import ClipkitError
 from clipkit.data import pack
 from clipkit.data.shards import captions_of, image_extension, write_shard
 from clipkit.data.sources import open_source, sample_id, text_id
-from clipkit.embedding import Embeddings, Teacher, embed
+from clipkit.embedding import Embeddings, EmbedOptions, Teacher, embed
 from clipkit.embedding.store import table_path, vectors_path
 from clipkit.images import Preprocess
 from clipkit.training.batches import Batches, open_train_data, train_batches
@@ -25,7 +25,8 @@ from tests.samples import encoded, fake_tokens, photo
 def store(spec, model, out, part_size=7):
     """Embed shards, in parts that cut across them."""
     reference = {"fingerprint": "of-the-teacher"}
-    embed(open_source(spec), model, out, model_reference=reference, precision="fp32", part_size=part_size)
+    options = EmbedOptions(precision="fp32", part_size=part_size)
+    embed(open_source(spec), model, out, options, model_reference=reference)
     return out
 
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from clipkit.core import ClipkitError
 from clipkit.data.sources import open_source, sample_id
-from clipkit.embedding import Embeddings, embed_source
-from clipkit.embedding import encode as room
+from clipkit.embedding import Embeddings, EmbedOptions, embed_source
+from clipkit.embedding import loading as room
 from clipkit.storage import Stage
 from tests.conftest import tiny_model
 from tests.distributed import run_together
@@ -56,9 +56,8 @@ def test_several_captions_have_rows_that_lead_to_their_image(captioned, model, t
         open_source(captioned),
         model,
         tmp_path / "e",
+        EmbedOptions(precision="fp32", part_size=5),
         model_reference={"fingerprint": "f"},
-        precision="fp32",
-        part_size=5,
     )
     opened = Embeddings.open(tmp_path / "e")
     assert opened.manifest["counts"] == {"images": 12, "captions": 36, "left_out": 0, "parts": 3}
@@ -258,9 +257,8 @@ def test_two_samples_with_one_id_are_named(model, tmp_path, monkeypatch):
             open_source(tmp_path),
             model,
             tmp_path / "e",
+            EmbedOptions(precision="fp32", part_size=2),
             model_reference={"fingerprint": "f"},
-            precision="fp32",
-            part_size=2,
         )
 
 
@@ -273,7 +271,8 @@ def test_a_broken_model_is_named_and_its_vectors_are_not_kept(pictures, tmp_path
     with torch.no_grad():
         broken[3, 5] = float("nan")
     with pytest.raises(ClipkitError, match="is not finite; its weights are broken"):
-        embed(open_source(pictures), model, tmp_path / "e", model_reference={"fingerprint": "f"}, precision="fp32")
+        options = EmbedOptions(precision="fp32")
+        embed(open_source(pictures), model, tmp_path / "e", options, model_reference={"fingerprint": "f"})
     assert not list((tmp_path / "e").rglob("*.npy"))
     assert not (tmp_path / "e" / "manifest.json").exists()
 
@@ -288,8 +287,8 @@ def test_a_part_that_is_made_again_leaves_nothing_of_what_it_was_before(model, t
         (tmp_path / f"{number}.txt").write_text("words")
 
     def make():
-        how = {"model_reference": {"fingerprint": "f"}, "precision": "fp32", "part_size": 2}
-        return embed(open_source(tmp_path), model, tmp_path / "e", **how)
+        options = EmbedOptions(precision="fp32", part_size=2)
+        return embed(open_source(tmp_path), model, tmp_path / "e", options, model_reference={"fingerprint": "f"})
 
     def killed(self, name, record):
         raise KeyboardInterrupt

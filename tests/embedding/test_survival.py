@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clipkit.data.sources import open_source, sample_id
-from clipkit.embedding import Embeddings, embed
+from clipkit.embedding import Embeddings, EmbedOptions, embed
 from tests.conftest import tiny_model
 from tests.kills import apart, begin, contents, killed
 from tests.samples import encoded, photo, png
@@ -83,8 +83,8 @@ def make_strange(folder: Path) -> tuple[set[str], set[str]]:
 
 
 def embedded(source, model, out, **how):
-    settings = {"precision": "fp32", "part_size": 4, "batch_size": 3, "threads": 2, **how}
-    return embed(open_source(source), model, out, model_reference={"fingerprint": "f"}, **settings)
+    options = EmbedOptions(**{"precision": "fp32", "part_size": 4, "batch_size": 3, "threads": 2, **how})
+    return embed(open_source(source), model, out, options, model_reference={"fingerprint": "f"})
 
 
 def test_every_file_is_a_row_or_a_line_of_the_ledger(model, tmp_path):

@@ -13,7 +13,7 @@ from PIL import Image
 from clipkit.core import ClipkitError
 from clipkit.data import pack
 from clipkit.data.sources import open_source
-from clipkit.embedding import Embeddings, embed, encode
+from clipkit.embedding import Embeddings, EmbedOptions, embed, loading
 from clipkit.embedding import pipeline as room
 from tests.conftest import tiny_model
 from tests.kills import contents
@@ -26,7 +26,7 @@ class Counted:
     def __init__(self, model, monkeypatch):
         self.model = model
         self.decoded, self.images, self.texts = 0, 0, 0
-        decode, image, tokenize = encode.shown, model.encode_image, model.tokenize
+        decode, image, tokenize = loading.shown, model.encode_image, model.tokenize
 
         def counted_decode(*args):
             self.decoded += 1
@@ -40,15 +40,16 @@ class Counted:
             self.texts += len(texts)
             return tokenize(texts)
 
-        monkeypatch.setattr(encode, "shown", counted_decode)
+        monkeypatch.setattr(loading, "shown", counted_decode)
+        monkeypatch.setattr(room, "shown", counted_decode)
         monkeypatch.setattr(model, "encode_image", counted_image)
         monkeypatch.setattr(model, "tokenize", counted_tokenize)
 
     def __call__(self, spec, out, *, update=True, **how):
         """Returns images decoded, images encoded and texts encoded."""
         self.decoded = self.images = self.texts = 0
-        settings = {"part_size": 4, "batch_size": 3, "precision": "fp32", "threads": 1, **how}
-        embed(open_source(spec), self.model, out, model_reference={"fingerprint": "f"}, update=update, **settings)
+        settings = {"part_size": 4, "batch_size": 3, "precision": "fp32", "threads": 1, "update": update, **how}
+        embed(open_source(spec), self.model, out, EmbedOptions(**settings), model_reference={"fingerprint": "f"})
         return self.decoded, self.images, self.texts
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from clipkit.classification import class_folders
 from clipkit.core import ClipkitError, gather_objects, process_group
 from clipkit.data.sources import open_source
-from clipkit.embedding import embed_source
+from clipkit.embedding import EncodeOptions, embed_source
 from clipkit.evaluation import SharedWork, evaluate_retrieval, evaluate_zeroshot, open_classes
 from clipkit.metrics import retrieval_figures, retrieval_ranks
 from clipkit.models import cast_for_inference, evaluating, load_model
@@ -124,11 +124,11 @@ def test_an_unusable_image_shifts_no_other_into_another_batch(holed, model, monk
     sizes = []
     encode = model.encode_image
     monkeypatch.setattr(model, "encode_image", lambda pixels: sizes.append(len(pixels)) or encode(pixels))
-    whole = embed_source(source, model, sides=["image"], batch_size=4, show=None)
+    options = EncodeOptions(sides=["image"], batch_size=4)
+    whole = embed_source(source, model, options, show=None)
     assert sizes == [4] * 6  # those with gaps are filled up
     parts = [
-        embed_source(source, model, sides=["image"], rows=rows, batch_size=4, show=None)
-        for rows in (range(8), range(8, 12), range(12, 23))
+        embed_source(source, model, options, rows=rows, show=None) for rows in (range(8), range(8, 12), range(12, 23))
     ]
     assert sizes[6:] == sizes[:6]
     assert np.array_equal(np.concatenate([part.image for part in parts]), whole.image)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from clipkit.data.sources import open_source
-from clipkit.embedding import cached_images, cached_texts
+from clipkit.embedding import EncodeOptions, cached_images, cached_texts
 from clipkit.embedding.store import table_path, vectors_path
 from clipkit.metrics import (
     chance_of,
@@ -56,7 +56,7 @@ def asked(tmp_path_factory):
 
 def vectors_of(folder, said, model_dir):
     lazy = LazyModel(model_dir, Cache(None), precision="fp32")
-    image = cached_images(open_source(folder / "im"), lazy, Cache(None), decoding="exact").image
+    image = cached_images(open_source(folder / "im"), lazy, Cache(None), EncodeOptions()).image
     text = cached_texts([caption for both in said for caption in both], lazy, Cache(None)).reshape(len(said), 2, -1)
     return image, text
 
@@ -133,7 +133,7 @@ def test_several_labels_are_measured_by_average_precision(run, refused, model_di
     assert "1 could not be used; the first: s00011: its class is not told" in result.err
     shown = json.loads(result.out)
     lazy = LazyModel(model_dir, Cache(None), precision="fp32")
-    image = cached_images(open_source(f"{folder}/test/"), lazy, Cache(None), decoding="exact").image[:11]
+    image = cached_images(open_source(f"{folder}/test/"), lazy, Cache(None), EncodeOptions()).image[:11]
     scores = image @ cached_texts(["cat", "dog", "bird"], lazy, Cache(None)).T
     name = "zeroshot_mean_average_precision"
     assert shown[name] == pytest.approx(mean_average_precision(scores, wanted == 1))

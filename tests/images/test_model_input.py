@@ -6,7 +6,7 @@ import torch
 
 from clipkit.core import BadSample
 from clipkit.data.sources import open_source
-from clipkit.embedding import embed_source, encode
+from clipkit.embedding import EncodeOptions, embed_source, loading
 from clipkit.images import Preprocess, decoded, model_input, shown
 from tests.images.test_gpu_decode import broken_inside
 from tests.samples import encoded, photo
@@ -70,8 +70,8 @@ def test_what_the_gpu_refuses_is_decoded_here_or_told_and_spoils_nothing_else(mo
 
 
 def test_what_cannot_be_decoded_in_a_batch_goes_to_the_ledger(files, model, monkeypatch):
-    monkeypatch.setattr(encode, "decoded", lambda *args: [*decoded(*args)[:-1], BadSample("refused")])
-    found = embed_source(open_source(files), model, decoding="gpu", batch_size=4, show=None)
+    monkeypatch.setattr(loading, "decoded", lambda *args: [*decoded(*args)[:-1], BadSample("refused")])
+    found = embed_source(open_source(files), model, EncodeOptions(decoding="gpu", batch_size=4), show=None)
     refused = [line["key"] for line in found.left_out if line["reason"] == "refused"]
     assert len(refused) == 3  # the last of each batch of 4, 4 and 1
     assert len(found.image) == len(found.rows) == len(FILES) - len(found.left_out)
@@ -79,9 +79,8 @@ def test_what_cannot_be_decoded_in_a_batch_goes_to_the_ledger(files, model, monk
 
 @pytest.mark.parametrize("decoding", ["fast", "gpu"])
 def test_the_same_rows_and_losses_whichever_way(files, model, decoding):
-    how = {"batch_size": 2, "show": None}
-    exact = embed_source(open_source(files), model, **how)
-    other = embed_source(open_source(files), model, decoding=decoding, **how)
+    exact = embed_source(open_source(files), model, EncodeOptions(batch_size=2), show=None)
+    other = embed_source(open_source(files), model, EncodeOptions(batch_size=2, decoding=decoding), show=None)
     assert other.rows == exact.rows
     assert [line["key"] for line in other.left_out] == ["broken.jpg", "empty.jpg"]
     assert [line["key"] for line in exact.left_out] == ["broken.jpg", "empty.jpg"]

@@ -12,7 +12,7 @@ from clipkit.classification.classifier import Classifier
 from clipkit.classification.few_shot import linear, prototypes, tip_adapter
 from clipkit.classification.images import Images
 from clipkit.data.sources import Globs, open_source
-from clipkit.embedding import Embeddings, embed
+from clipkit.embedding import Embeddings, EmbedOptions, embed
 from clipkit.metrics import choice_scores, inner_products, on_grid, paired_products, products, rank_pairs
 from clipkit.models import beside_background, in_blocks, probabilities
 from clipkit.models.dual_encoder import CPU_IMAGES
@@ -233,7 +233,8 @@ def test_real_towers_agree_beyond_what_their_blocks_round(model):
 
 def made(folder, model, out, globs=None):
     source = open_source(folder, globs=globs)
-    embed(source, model, out, model_reference={"fingerprint": model.fingerprint()}, sides=["image"], precision="fp32")
+    options = EmbedOptions(sides=["image"], precision="fp32")
+    embed(source, model, out, options, model_reference={"fingerprint": model.fingerprint()})
     found = Embeddings.open(out)
     vectors = np.concatenate(list(found.blocks("image")))
     paths = [path for table in found.tables() for path in table["image_path"].to_pylist()]

@@ -142,11 +142,11 @@ def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shards(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The 48 pictures in four shards."""
-    from clipkit.data import pack
+    from clipkit.data import PackOptions, pack
     from clipkit.data.sources import open_source
 
     folder = tmp_path_factory.mktemp("packed") / "shards"
-    pack(open_source(pictures), folder, shard_samples=13)
+    pack(open_source(pictures), folder, PackOptions(shard_samples=13))
     return folder
 
 

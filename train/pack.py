@@ -6,6 +6,7 @@ image stay together in one sample.
 """
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -39,19 +40,17 @@ def main(
     shard_samples: int | None,
     shard_mib: int | None,
     shards: int | None,
-    max_side: int | None,
-    quality: int,
     workers: int | None,
     out: Path,
-    overwrite: bool,
+    **options: Any,
 ) -> int:
     """Pack SOURCE into webdataset shards: images with their captions, any webdataset reader can read them.
 
     An image that is missing or no image goes to OUT/ledger.jsonl and the status is 1. Killed and run again, it goes on
     with the shards that are not finished; several processes may share the work of one OUT.
     """
-    from clipkit.core import ClipkitError, cores, note, warn
-    from clipkit.data import pack
+    from clipkit.core import ClipkitError, cores
+    from clipkit.data import PackOptions, pack
     from clipkit.data.sources import open_source
 
     if shards and (shard_samples or shard_mib):
@@ -63,17 +62,15 @@ def main(
         image_root=image_root,
         captions_required=True,
     )
-    manifest = pack(
-        opened,
-        out,
-        shard_samples=shard_samples or 10_000,
-        shard_bytes=(shard_mib or 512) << 20,
-        shards=shards,
-        max_side=max_side,
-        quality=quality,
-        workers=workers or cores(),
-        overwrite=overwrite,
-    )
+    sizes = {"shard_samples": shard_samples or 10_000, "shard_bytes": (shard_mib or 512) << 20, "shards": shards}
+    manifest = pack(opened, out, PackOptions(**sizes, workers=workers or cores(), **options))
+    return report(manifest, out)
+
+
+def report(manifest: dict[str, Any], out: Path) -> int:
+    """Say what was packed; gives the exit status."""
+    from clipkit.core import note, warn
+
     counts = manifest["counts"]
     note(
         f"{out}: {counts['samples']:,} samples with {counts['captions']:,} captions in {counts['shards']:,} shards, "

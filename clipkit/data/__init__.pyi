@@ -1,3 +1,4 @@
+from .packing import PackOptions as PackOptions
 from .packing import pack as pack
 from .synthetic import COLOURS as COLOURS
 from .synthetic import SHAPES as SHAPES

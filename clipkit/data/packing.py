@@ -17,25 +17,34 @@ from clipkit.data.sources import Sample, Source, check_ids, sample_id
 from clipkit.images import IMAGE_SUFFIXES, identify, shrink
 from clipkit.storage import Stage, is_remote, read_manifest, write_ledger
 
-__all__ = ["pack", "shard_keys"]
+__all__ = ["PackOptions", "pack", "shard_keys"]
 
 REMOTE_THREADS = 16  # per process, where every image is a request
 
 Advance = Callable[[tuple[int, int]], None]  # told how many samples and bytes of images are done since the last time
 
 
-def pack(
-    source: Source,
-    out: Path,
-    *,
-    shard_samples: int = 10_000,
-    shard_bytes: int = 512 << 20,
-    shards: int | None = None,
-    max_side: int | None = None,
-    quality: int = 95,
-    workers: int = 1,
-    overwrite: bool = False,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class PackOptions:
+    """How samples are packed, see `pack`."""
+
+    shard_samples: int = 10_000
+    """Most samples in a shard."""
+    shard_bytes: int = 512 << 20
+    """Most bytes of images in a shard, as they are in the source."""
+    shards: int | None = None
+    """How many shards to make, of as equal a number of samples as can be; instead of the two above."""
+    max_side: int | None = None
+    """Pixels of the long side over which an image is made smaller, see `clipkit.images.downscale`."""
+    quality: int = 95
+    """Of images that are encoded anew with loss."""
+    workers: int = 1
+    """Processes at work, each on a shard of its own, and threads where there are more of them than shards."""
+    overwrite: bool = False
+    """Replace another artifact that stands there."""
+
+
+def pack(source: Source, out: Path, options: PackOptions | None = None) -> dict[str, Any]:
     """Write the samples of a source into shards, in source order.
 
     Which sample goes into which shard is settled before anything is written, from the files' sizes alone; what turns
@@ -44,13 +53,7 @@ def pack(
     Args:
         source: with captions.
         out: the shards' folder.
-        shard_samples: most samples in a shard.
-        shard_bytes: most bytes of images in a shard, as they are in the source.
-        shards: how many shards to make, of as equal a number of samples as can be; instead of the two above.
-        max_side: pixels of the long side over which an image is made smaller, see `clipkit.images.downscale`.
-        quality: of images that are encoded anew with loss.
-        workers: processes at work, each on a shard of its own, and threads where there are more of them than shards.
-        overwrite: replace another artifact there.
+        options: how; those of `PackOptions` when not given.
 
     Returns:
         The manifest.
@@ -58,66 +61,103 @@ def pack(
     Raises:
         ClipkitError: where nothing can be used, or the folder holds something else.
     """
-    count = len(source)
-    if shards is not None and shards > count:
-        raise ClipkitError(f"{source.spec} has {count:,} samples, too few for {shards:,} shards")
-    cutting = {"shard_samples": shard_samples, "shard_bytes": shard_bytes} if shards is None else {"shards": shards}
-    smaller = {} if max_side is None else {"max_side": max_side, "quality": quality}
-    made_from = {"source": source.identity(), **cutting, **smaller}
-    stage = Stage(out, "shards", made_from, inputs=[source.spec], overwrite=overwrite)
+    options = options or PackOptions()
+    if options.shards is not None and options.shards > len(source):
+        raise ClipkitError(f"{source.spec} has {len(source):,} samples, too few for {options.shards:,} shards")
+    stage = Stage(out, "shards", _made_from(source, options), inputs=[source.spec], overwrite=options.overwrite)
     if stage.done:
         return read_manifest(out, "shards")
-    keys = shard_keys([source.key(row) for row in range(count)])
-    ids = np.fromiter(map(sample_id, keys), np.int64, count)
-    check_ids(ids, lambda twin: [key for key in keys if sample_id(key) == twin])
-    if shards is None:
-        cuts = _cuts(source, shard_samples, shard_bytes)
-    else:
-        cuts = [range(count * k // shards, count * (k + 1) // shards) for k in range(shards)]
-    digits = max(6, len(str(len(cuts))))
-    names = [f"{number:0{digits}d}" for number in range(len(cuts))]
-    finished = [stage.is_finished(name) for name in names]
-    processes = max(1, min(workers, finished.count(False)))
-    if source.remote:
-        threads = REMOTE_THREADS
-    else:
-        # Pillow works outside the interpreter's lock; reading and writing small files gains nothing by threads.
-        threads = workers // processes if max_side and workers > processes else 0
+    keys = _checked_keys(source)
+    shards = _rows_of_shards(source, options)
+    finished = [stage.is_finished(name) for name in shards]
+    processes = max(1, min(options.workers, finished.count(False)))
+    threads = _threads(source, options, processes)
 
     def work(advance: Advance) -> None:
-        for name in stage.pending(names):
+        for name in stage.pending(list(shards)):
             for scratch in out.glob(f".{name}.*.tmp"):
                 scratch.unlink()  # of somebody who held this part's lock and was killed
-            shard = _Shard(source, keys, max_side, quality, advance)
-            written = write_shard(out / f"{name}.tar", shard.samples(cuts[int(name)], threads))
-            about = {"tar_bytes": written.bytes, "blake2b": written.blake2b, "samples": written.samples}
-            stage.finish_part(name, {**about, **shard.counts, "ledger": shard.ledger})
+            shard = _Shard(source, keys, options, advance)
+            written = write_shard(out / f"{name}.tar", shard.samples(shards[name], threads))
+            record = {"tar_bytes": written.bytes, "blake2b": written.blake2b, "samples": written.samples}
+            stage.finish_part(name, {**record, **shard.counts, "ledger": shard.ledger})
 
-    done = sum(len(rows) for rows, is_finished in zip(cuts, finished, strict=True) if is_finished)
-    with meter("pack", count, "samples", done) as bar:
+    done = sum(len(rows) for rows, is_finished in zip(shards.values(), finished, strict=True) if is_finished)
+    with meter("pack", len(source), "samples", done) as bar:
         if processes == 1:
             work(lambda step: bar(*step))
         else:
             load_writer()
             for step in in_processes(work, processes):
                 bar(*step)
-    records = stage.records(names)
+    records = stage.records(list(shards))
     if records is None:
         return read_manifest(out, "shards")
-    ledger = [*source.problems, *(line for record in records for line in record["ledger"])]
-    total = {key: sum(record[key] for record in records) for key in ("samples", "captions", "bytes", "left_out")}
+    return _commit(stage, source, dict(zip(shards, records, strict=True)))
+
+
+def _made_from(source: Source, options: PackOptions) -> dict[str, Any]:
+    """By what finished shards are known to be the ones that are asked for."""
+    if options.shards is None:
+        cutting = {"shard_samples": options.shard_samples, "shard_bytes": options.shard_bytes}
+    else:
+        cutting = {"shards": options.shards}
+    smaller = {} if options.max_side is None else {"max_side": options.max_side, "quality": options.quality}
+    return {"source": source.identity(), **cutting, **smaller}
+
+
+def _checked_keys(source: Source) -> list[str]:
+    """Each sample's key in the shards.
+
+    Raises:
+        ClipkitError: where two have the same id.
+    """
+    count = len(source)
+    keys = shard_keys([source.key(row) for row in range(count)])
+    ids = np.fromiter(map(sample_id, keys), np.int64, count)
+    check_ids(ids, lambda twin: [key for key in keys if sample_id(key) == twin])
+    return keys
+
+
+def _rows_of_shards(source: Source, options: PackOptions) -> dict[str, range]:
+    """The shards by name, each with its rows of the source."""
+    if options.shards is None:
+        cuts = _cuts(source, options.shard_samples, options.shard_bytes)
+    else:
+        count, shards = len(source), options.shards
+        cuts = [range(count * k // shards, count * (k + 1) // shards) for k in range(shards)]
+    digits = max(6, len(str(len(cuts))))
+    return {f"{number:0{digits}d}": rows for number, rows in enumerate(cuts)}
+
+
+def _threads(source: Source, options: PackOptions, processes: int) -> int:
+    """Threads in each process."""
+    if source.remote:
+        return REMOTE_THREADS
+    # Pillow works outside the interpreter's lock; reading and writing small files gains nothing by threads.
+    return options.workers // processes if options.max_side and options.workers > processes else 0
+
+
+def _commit(stage: Stage, source: Source, records: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Write ledger and manifest; gives the manifest.
+
+    Raises:
+        ClipkitError: where no sample could be used.
+    """
+    ledger = [*source.problems, *(line for record in records.values() for line in record["ledger"])]
+    total = {what: sum(r[what] for r in records.values()) for what in ("samples", "captions", "bytes", "left_out")}
     total["left_out"] += len(source.problems)
-    repeated = sum(record["repeated"] for record in records)
+    repeated = sum(record["repeated"] for record in records.values())
     if not total["samples"]:
         first = ledger[0]
         raise ClipkitError(f"nothing in {source.spec} can be used; the first: {first['key']}: {first['reason']}")
-    write_ledger(out, ledger)
+    write_ledger(stage.folder, ledger)
     return stage.commit(
         source=source.spec,
-        counts={**total, "shards": len(names), "repeated_captions": repeated},
+        counts={**total, "shards": len(records), "repeated_captions": repeated},
         shards=[
             {"name": f"{name}.tar", "samples": r["samples"], "bytes": r["tar_bytes"], "blake2b": r["blake2b"]}
-            for name, r in zip(names, records, strict=True)
+            for name, r in records.items()
         ],
         first_left_out=next((line for line in ledger if not line.get("kept")), None),
     )
@@ -140,8 +180,7 @@ class _Shard:
 
     source: Source
     keys: list[str]
-    max_side: int | None
-    quality: int
+    options: PackOptions
     advance: Advance
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("captions", "bytes", "left_out", "repeated"), 0)
@@ -170,7 +209,7 @@ class _Shard:
     def _load(self, row: int) -> tuple[Sample, dict[str, bytes]] | BadSample:
         try:
             sample = self.source[row]
-            return sample, _members(sample, self.max_side, self.quality)
+            return sample, _members(sample, self.options)
         except BadSample as error:
             return error
 
@@ -190,7 +229,7 @@ class _Shard:
         self.ledger.append({"row": row, "key": self.source.key(row), "reason": reason})
 
 
-def _members(sample: Sample, max_side: int | None, quality: int) -> dict[str, bytes]:
+def _members(sample: Sample, options: PackOptions) -> dict[str, bytes]:
     """The sample's image, ``txt`` and ``json``, the image first."""
     data = sample.read()
     kind, _, _ = identify(data)
@@ -200,8 +239,8 @@ def _members(sample: Sample, max_side: int | None, quality: int) -> dict[str, by
     known = f".{sample.extension}" in IMAGE_SUFFIXES
     extension = sample.extension if known else {"jpeg": "jpg", "mpo": "jpg"}.get(kind.lower(), kind.lower())
     about: dict[str, Any] = {"captions": list(sample.captions), **sample.columns}
-    if max_side is not None:
-        shrunk = shrink(data, max_side, quality)
+    if options.max_side is not None:
+        shrunk = shrink(data, options.max_side, options.quality)
         data, extension = shrunk.data, shrunk.extension or extension
         about = {"original_width": shrunk.width, "original_height": shrunk.height, **about}
     return {

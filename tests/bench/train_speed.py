@@ -78,7 +78,7 @@ def make_shards(captions: Path, out: Path, least: int) -> None:
     """
     import numpy as np
 
-    from clipkit.data import COLOURS, SHAPES, caption, draw, pack, random_scene
+    from clipkit.data import COLOURS, SHAPES, PackOptions, caption, draw, pack, random_scene
     from clipkit.data.sources import open_source
 
     if not captions.is_file():
@@ -92,7 +92,7 @@ def make_shards(captions: Path, out: Path, least: int) -> None:
             rows.append(f"{number}.jpg\t{caption(scene, rng)}\n")
         captions.write_text("".join(rows), encoding="utf-8")
     packed = out.with_name("packed")
-    pack(open_source(captions), packed, shards=8)
+    pack(open_source(captions), packed, PackOptions(shards=8))
     samples: dict[str, list[tuple[str, bytes]]] = {}
     for shard in sorted(packed.glob("*.tar")):
         with tarfile.open(shard) as tar:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from clipkit.core import read_json
-from clipkit.data import pack
+from clipkit.data import PackOptions, pack
 from clipkit.data.check import KINDS, scan
 from clipkit.data.check.scanning import SAMPLE
 from clipkit.data.shards import Shards
@@ -156,7 +156,7 @@ def packed(tmp_path):
     for seed in range(6):
         (folder / f"{seed}.jpg").write_bytes(jpeg(seed))
         (folder / f"{seed}.txt").write_text(f"picture {seed}")
-    pack(open_source(folder), tmp_path / "packed", shard_samples=3)
+    pack(open_source(folder), tmp_path / "packed", PackOptions(shard_samples=3))
     return tmp_path / "packed"
 
 

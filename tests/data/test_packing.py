@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from clipkit.core import ClipkitError, in_processes, in_threads, log
-from clipkit.data import pack
+from clipkit.data import PackOptions, pack
 from clipkit.data.shards import Shards
 from clipkit.data.sources import open_source
 from tests.conftest import make_pictures
@@ -51,7 +51,7 @@ def noise(tmp_path_factory):
 
 def test_any_number_of_workers_gives_the_same_bytes(pictures, shards, tmp_path):
     for workers in (2, 3):
-        manifest = pack(open_source(pictures), tmp_path / str(workers), shard_samples=13, workers=workers)
+        manifest = pack(open_source(pictures), tmp_path / str(workers), PackOptions(shard_samples=13, workers=workers))
         assert contents(tmp_path / str(workers)) == contents(shards)
         assert manifest == json.loads((shards / "manifest.json").read_text())
 
@@ -63,7 +63,7 @@ def test_any_number_of_workers_makes_the_same_smaller_images(tmp_path, shard_sam
     made = []
     for workers in (1, 3):
         out = tmp_path / str(workers)
-        pack(open_source(listed), out, shard_samples=shard_samples, max_side=64, workers=workers)
+        pack(open_source(listed), out, PackOptions(shard_samples=shard_samples, max_side=64, workers=workers))
         made.append((contents(out), (out / "ledger.jsonl").read_bytes(), (out / "manifest.json").read_bytes()))
     assert made[0] == made[1]
     sample = Shards.open(str(tmp_path / "1"))[0]
@@ -95,8 +95,8 @@ def test_other_settings_are_another_artifact(pictures, run, refused, tmp_path):
 
 
 def test_packing_our_own_shards_again_keeps_the_samples(captioned, tmp_path):
-    pack(open_source(captioned), tmp_path / "a", max_side=30)
-    pack(open_source(tmp_path / "a"), tmp_path / "b", shards=3, workers=2)
+    pack(open_source(captioned), tmp_path / "a", PackOptions(max_side=30))
+    pack(open_source(tmp_path / "a"), tmp_path / "b", PackOptions(shards=3, workers=2))
     before, after = Shards.open(str(tmp_path / "a")), Shards.open(str(tmp_path / "b"))
     assert [before.key(i) for i in range(12)] == [after.key(i) for i in range(12)]
     for i in range(12):
@@ -104,7 +104,7 @@ def test_packing_our_own_shards_again_keeps_the_samples(captioned, tmp_path):
             ext: data for ext, data in after[i].items() if ext != "json"
         }
         assert json.loads(before[i]["json"]) == json.loads(after[i]["json"])
-    pack(open_source(tmp_path / "b"), tmp_path / "c", max_side=20)
+    pack(open_source(tmp_path / "b"), tmp_path / "c", PackOptions(max_side=20))
     assert json.loads(Shards.open(str(tmp_path / "c"))[0]["json"])["original_width"] == 40
 
 
@@ -126,7 +126,7 @@ def test_killed_and_run_again_it_goes_on(noise, tmp_path):
     assert "1 left out" in done.stderr
     for name, when in finished.items():
         assert (tmp_path / "a" / f"{name}.tar").stat().st_mtime_ns == when
-    pack(open_source(noise), tmp_path / "b", shards=15, max_side=500)
+    pack(open_source(noise), tmp_path / "b", PackOptions(shards=15, max_side=500))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert (tmp_path / "a" / "ledger.jsonl").read_bytes() == (tmp_path / "b" / "ledger.jsonl").read_bytes()
     assert [path for path in (tmp_path / "a").iterdir() if path.name.startswith(".")] == []

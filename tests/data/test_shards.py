@@ -11,7 +11,7 @@ import webdataset
 from PIL import Image
 
 from clipkit.core import ClipkitError
-from clipkit.data import pack
+from clipkit.data import PackOptions, pack
 from clipkit.data.packing import shard_keys
 from clipkit.data.shards import Shards
 from clipkit.data.shards import reader as room
@@ -100,11 +100,11 @@ def test_half_packed_shards_pass_for_nothing(pictures, tmp_path, monkeypatch):
 
     monkeypatch.setattr(packing, "write_shard", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        pack(open_source(pictures), tmp_path / "s", shard_samples=13)
+        pack(open_source(pictures), tmp_path / "s", PackOptions(shard_samples=13))
     with pytest.raises(ClipkitError, match="holds unfinished shards"):
         open_source(tmp_path / "s")
     monkeypatch.setattr(packing, "write_shard", write)
-    assert pack(open_source(pictures), tmp_path / "s", shard_samples=13)["counts"]["samples"] == 48
+    assert pack(open_source(pictures), tmp_path / "s", PackOptions(shard_samples=13))["counts"]["samples"] == 48
 
 
 def test_images_by_another_name_get_the_ending_of_what_they_are(tmp_path):
@@ -148,7 +148,7 @@ def test_empty_shards(tmp_path, capsys):
 
 
 def test_equal_input_gives_equal_bytes(pictures, shards, tmp_path):
-    pack(open_source(pictures), tmp_path / "again", shard_samples=13)
+    pack(open_source(pictures), tmp_path / "again", PackOptions(shard_samples=13))
     for path in sorted(shards.glob("*.tar")):
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from clipkit.core import BadSample, ClipkitError
-from clipkit.data import pack
+from clipkit.data import PackOptions, pack
 from clipkit.data.packing import shard_keys
 from clipkit.data.sources import check_ids, open_source, sample_id
 from tests.samples import tar_of
@@ -262,8 +262,8 @@ def test_a_list_at_a_url_and_urls_in_a_list(pictures, memory, tmp_path):
     assert there[5].columns == here[5].columns
     assert there[5].read() == here[5].read()
     assert there.identity() == open_source(f"{url}/list.tsv").identity()
-    pack(there, tmp_path / "there", shard_samples=13, workers=2)
-    pack(here, tmp_path / "here", shard_samples=13)
+    pack(there, tmp_path / "there", PackOptions(shard_samples=13, workers=2))
+    pack(here, tmp_path / "here", PackOptions(shard_samples=13))
     for path in (tmp_path / "here").glob("*.tar"):
         assert path.read_bytes() == (tmp_path / "there" / path.name).read_bytes()
     mixed = tmp_path / "mixed.tsv"
@@ -307,7 +307,7 @@ def test_shards_at_a_url(shards, memory, tmp_path, monkeypatch):
         there = open_source(spec, captions_required=True)
         assert there.shards.identity() == here.shards.identity()
         assert there[20].read() == here[20].read()
-    pack(there, tmp_path / "again", shard_samples=13, workers=2)
+    pack(there, tmp_path / "again", PackOptions(shard_samples=13, workers=2))
     for path in shards.glob("*.tar"):
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
@@ -336,7 +336,7 @@ def test_images_behind_a_web_server_are_read_by_forked_workers(pictures, shards,
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
         source = open_source(f"http://127.0.0.1:{server.server_port}/list.tsv")
-        pack(source, tmp_path / "s", shard_samples=13, workers=2)
+        pack(source, tmp_path / "s", PackOptions(shard_samples=13, workers=2))
     finally:
         server.shutdown()
         server.server_close()

@@ -6,7 +6,7 @@ import shutil
 import fsspec
 from PIL import Image
 
-from clipkit.data import pack
+from clipkit.data import PackOptions, pack
 from clipkit.data.sources import open_source
 from clipkit.data.sources.list_file import ListSource
 
@@ -70,7 +70,7 @@ def test_stamps_of_shards_are_of_the_shard_and_the_place_in_it(pictures, shards,
     lines = pictures.read_text().splitlines(keepends=True)
     shutil.copytree(pictures.parent / "images", tmp_path / "images")
     (tmp_path / "list.tsv").write_text("".join([*lines[:-1], lines[-1].replace("\t", "\tsurely ", 1)]))
-    pack(open_source(tmp_path / "list.tsv"), tmp_path / "again", shard_samples=13)
+    pack(open_source(tmp_path / "list.tsv"), tmp_path / "again", PackOptions(shard_samples=13))
     last = {key for key in before if int(key[-3:]) >= 39}
     assert changes(before, stamps(tmp_path / "again")) == (last, last)
     shutil.copytree(tmp_path / "again", tmp_path / "elsewhere")

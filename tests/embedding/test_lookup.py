@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from clipkit.core import ClipkitError
-from clipkit.data import pack
+from clipkit.data import PackOptions, pack
 from clipkit.data.shards import captions_of, image_extension, write_shard
 from clipkit.data.sources import open_source, sample_id, text_id
 from clipkit.embedding import Embeddings, EmbedOptions, Teacher, embed
@@ -36,7 +36,7 @@ def two_sets(tmp_path_factory, model):
     folder = tmp_path_factory.mktemp("sets")
     for seed, name in enumerate("ab"):
         listed = make_pictures(folder / f"{name}-pictures", 9 + 2 * seed, captions=1 + 2 * seed, seed=seed)
-        pack(open_source(listed), folder / name, shard_samples=6)
+        pack(open_source(listed), folder / name, PackOptions(shard_samples=6))
     store(f"{folder}/{{a,b}}/{{000000..000001}}.tar", model, folder / "emb")
     return folder
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from clipkit.core import ClipkitError
-from clipkit.data import pack
+from clipkit.data import PackOptions, pack
 from clipkit.data.sources import open_source
 from clipkit.embedding import Embeddings, EmbedOptions, embed, loading
 from clipkit.embedding import pipeline as room
@@ -264,14 +264,14 @@ def test_shards_that_have_not_changed_are_taken_over(run_embed, pictures, tmp_pa
     lines = pictures.read_text().splitlines(keepends=True)
     shutil.copytree(pictures.parent / "images", tmp_path / "images")
     listed.write_text("".join(lines[:21]))
-    pack(open_source(listed), tmp_path / "s", shard_samples=10)
+    pack(open_source(listed), tmp_path / "s", PackOptions(shard_samples=10))
     out = tmp_path / "e"
     assert run_embed(tmp_path / "s", out) == (20, 20, 20)
     listed.write_text("".join([lines[0], *lines[3:31]]))  # the second shard begins with what was in the first
-    pack(open_source(listed), tmp_path / "s", shard_samples=10, overwrite=True)
+    pack(open_source(listed), tmp_path / "s", PackOptions(shard_samples=10, overwrite=True))
     assert run_embed(tmp_path / "s", out) == (28, 28, 28)
     listed.write_text("".join([lines[0], *lines[3:33]]))  # the last one has grown
-    pack(open_source(listed), tmp_path / "s", shard_samples=10, overwrite=True)
+    pack(open_source(listed), tmp_path / "s", PackOptions(shard_samples=10, overwrite=True))
     assert run_embed(tmp_path / "s", out) == (10, 10, 10)
     as_fresh(run_embed, tmp_path / "s", out, tmp_path)
 

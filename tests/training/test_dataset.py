@@ -146,10 +146,10 @@ def test_what_a_check_found_is_left_out_and_a_later_check_changes_nothing(tmp_pa
 
 
 def test_a_run_keeps_its_plan_when_the_shards_are_checked_meanwhile(run, recipe, pictures, tmp_path):
-    from clipkit.data import pack
+    from clipkit.data import PackOptions, pack
     from clipkit.data.sources import open_source
 
-    pack(open_source(pictures), tmp_path / "s", shard_samples=13)
+    pack(open_source(pictures), tmp_path / "s", PackOptions(shard_samples=13))
     call = ["train", recipe, "--set", f"data.train={tmp_path / 's'}", "--out", tmp_path / "run", "--resume"]
     assert run(*call, "--set", "steps=2").status == 0
     shards = Shards.open(str(tmp_path / "s"))

@@ -11,7 +11,7 @@ import numpy as np
 from clipkit.core import ClipkitError, cores
 from clipkit.data.check.findings import Verdict
 from clipkit.data.check.scanning import Scan
-from clipkit.data.packing import pack
+from clipkit.data.packing import PackOptions, pack
 from clipkit.data.sources import Sample, Stamp
 from clipkit.storage import digest, hash_of, write_ledger
 
@@ -93,7 +93,7 @@ def pack_clean(scanned: Scan, verdict: Verdict, out: Path, *, overwrite: bool = 
     source = Kept(scanned, verdict.left_out)
     if not len(source):
         raise ClipkitError(f"nothing in {scanned.spec} is left for a clean copy; see what was found")
-    manifest = pack(source, out, workers=cores(), overwrite=overwrite)
+    manifest = pack(source, out, PackOptions(workers=cores(), overwrite=overwrite))
     shards = [finding for finding in scanned.findings if finding.row < 0 and finding.key is None]
     lines = [{"shard": f.shard, "key": None, "kind": f.kind, "reason": f.reason} for f in shards]
     for row, line in sorted(verdict.left_out.items()):

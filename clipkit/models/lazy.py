@@ -84,11 +84,6 @@ class LazyModel:
             raise ClipkitError(f"{self.spec} is another model than it was, under the same sizes and times; touch it")
         return towers
 
-    @property
-    def is_loaded(self) -> bool:
-        """Whether the towers were needed."""
-        return "_loaded" in vars(self)
-
     @functools.cached_property
     def _loaded(self) -> "tuple[DualEncoder, ModelFacts]":
         from clipkit.core import keep_freed_memory, pick_device, settled_precision

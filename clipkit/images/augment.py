@@ -20,7 +20,7 @@ __all__ = ["AugmentConfig", "Augmentation", "Waiting", "augmented_pixels", "crop
 
 # How far above the wanted size a JPEG is decoded. At 1 the reduced decoding is all the smoothing there is, and photos
 # of 1 megapixel come out 1.3 grey levels away from the exact path; at 1.25 it is 0.5; at 2 it is 0.2, a third slower.
-MARGIN = 1.25
+DECODE_MARGIN = 1.25
 LUMA = tuple(np.float32(share) for share in (0.299, 0.587, 0.114))  # ITU-R BT.601, as Pillow and torchvision have it
 
 
@@ -71,7 +71,7 @@ class Augmentation:
             share = float(rng.uniform(*config.scale)) ** 0.5
             across, down = max(1, round(width * share)), max(1, round(height * share))
             left, top = int(rng.integers(width - across + 1)), int(rng.integers(height - down + 1))
-            if min(across, down) >= max(64, 2 * MARGIN * max(size)):
+            if min(across, down) >= max(64, 2 * DECODE_MARGIN * max(size)):
                 # A JPEG is decoded at 1/2 or less: along its blocks of 8 pixels the crop is exact there too. Off them
                 # it would be up to half a pixel of the model's input away.
                 left, top, across, down = (side - side % 8 for side in (left, top, across, down))
@@ -167,7 +167,7 @@ def crop_pixels(source: Image.Image | Encoded, preprocess: Preprocess, box: tupl
         pixels, scale = np.asarray(source), 1.0
     else:
         wide, high = preprocess.resized(across, down)
-        pixels, scale = source.at_least(MARGIN * wide * width / across, MARGIN * high * height / down)
+        pixels, scale = source.at_least(DECODE_MARGIN * wide * width / across, DECODE_MARGIN * high * height / down)
     rows, columns = _scaled(top, down, scale, pixels.shape[0]), _scaled(left, across, scale, pixels.shape[1])
     return preprocess.fast(pixels[rows, columns], (across, down), scale)
 

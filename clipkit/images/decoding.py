@@ -28,7 +28,7 @@ Decoding = Literal["fast", "exact", "gpu"]
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
 IMAGE_SUFFIXES = HEIF_SUFFIXES | {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 MAX_PIXELS = 200_000_000  # a 200-megapixel image takes 600 MB decoded; a bomb takes the machine
-SMALL = 32  # pixels of a side below which nothing is reduced: it saves no time, and a block's padding would be seen
+LEAST_SIDE = 32  # pixels below which nothing is reduced: it saves no time, and a block's padding would be seen
 
 # Major brands of ISO 23008-12 (HEIF), Annex B; Pillow itself reads AVIF, which shares mif1 and msf1 with it.
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
@@ -85,7 +85,7 @@ class Encoded:
             size the last row and column may stand for a part of one.
         """
         if self._decoded is None:
-            least = [max(SMALL, ceil(width)), max(SMALL, ceil(height))]
+            least = [max(LEAST_SIDE, ceil(width)), max(LEAST_SIDE, ceil(height))]
             # Turned, a partial pixel may be the first one, and all others lie off the grid. Cameras write no such.
             off_grid = self.orientation > 1 and any(side % 8 for side in self.size)
             if off_grid or least[0] > self.size[0] or least[1] > self.size[1]:

@@ -23,7 +23,7 @@ RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 
-STRIP = 64  # how many times the area that is kept may be resized
+RESIZED_AREA_LIMIT = 64  # how many times the area that is kept may be resized
 
 Triple = tuple[float, float, float]
 Byte = Annotated[int, Field(ge=0, le=255)]
@@ -62,7 +62,7 @@ class Preprocess(BaseModel):
         """
         width, height = self.resized(image.width, image.height)
         resample = RESAMPLING[self.interpolation]
-        if width * height > STRIP * self.size[0] * self.size[1]:
+        if width * height > RESIZED_AREA_LIMIT * self.size[0] * self.size[1]:
             # A picture of 1 x 65,000 pixels would become one of 10 GB, of which a square is kept. Within 2 grey levels
             # of resizing it all, as Pillow rounds the borders.
             image = image.resize((self.size[1], self.size[0]), resample, box=self.seen(*image.size))
@@ -102,7 +102,8 @@ class Preprocess(BaseModel):
     def suits_torch(self, width: int, height: int) -> bool:
         """Whether torch can resize an image of this size: it has not all filters, and makes all of a long strip."""
         across, down = self.resized(width, height)
-        return across * down <= STRIP * self.size[0] * self.size[1] and self.interpolation in ("bicubic", "bilinear")
+        fits = across * down <= RESIZED_AREA_LIMIT * self.size[0] * self.size[1]
+        return fits and self.interpolation in ("bicubic", "bilinear")
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
         """Width and height that an image is resized to before the crop, in torchvision's and timm's arithmetic."""

@@ -16,9 +16,9 @@ from jaxtyping import Float, Int64, Shaped
 from PIL import Image
 from torch import Tensor, nn
 
-from clipkit.core import ClipkitError, write_json
+from clipkit.core import ClipkitError, Side, write_json
 from clipkit.images import Preprocess, decode, to_rgb
-from clipkit.models.layers import Layout, Side, under
+from clipkit.models.layers import Layout, under
 
 __all__ = ["BACKBONE", "MODEL_FILE", "DualEncoder", "Tokenizer", "in_blocks"]
 
@@ -27,7 +27,7 @@ BACKBONE = "backbone."  # what the names of a `DualEncoder`'s weights begin with
 GRAIN = 2  # tokens; with 1 batches get so small that nothing is gained, with 8 a fifth is lost
 CPU_IMAGES, CPU_TOKENS, GPU_TOKENS = 8, 128, 8192  # of a block; see `DualEncoder.image_block`
 TEXTS = 4096  # that are put in order of their lengths together
-PROBES = ("a photo of a cat.", "Ünïcode 漢字 42!", "two  spaces, UPPER case", "")
+TOKENIZER_PROBES = ("a photo of a cat.", "Ünïcode 漢字 42!", "two  spaces, UPPER case", "")
 
 Tokenizer = Callable[[list[str]], Tensor]
 
@@ -328,14 +328,14 @@ class DualEncoder(nn.Module, ABC):
 
     @functools.cached_property
     def tokenizer_state(self) -> str:
-        """What decides how texts become tokens, as a canonical string; see also `PROBES`.
+        """What decides how texts become tokens, as a canonical string; see also `TOKENIZER_PROBES`.
 
         Kept, as sorting a vocabulary halts every other thread for a fifth of a second.
         """
         vocabulary = getattr(self.tokenizer, "encoder", None)  # open_clip's BPE
         if vocabulary is None:
             vocabulary = self.tokenizer.tokenizer.get_vocab()  # type: ignore[attr-defined]
-        probes = self.tokenize(PROBES).tolist()
+        probes = self.tokenize(TOKENIZER_PROBES).tolist()
         return json.dumps([sorted(vocabulary.items()), probes], ensure_ascii=False)
 
     def fingerprint(self, weights: Mapping[str, Tensor] | None = None) -> str:

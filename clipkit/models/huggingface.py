@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from clipkit.core import ClipkitError, read_json
+from clipkit.core import ClipkitError, Side, read_json
 from clipkit.images import Preprocess
 from clipkit.models.dual_encoder import MODEL_FILE, DualEncoder
-from clipkit.models.layers import Layout, Side, huggingface_layouts
+from clipkit.models.layers import Layout, huggingface_layouts
 
-__all__ = ["MODEL_TYPES", "HuggingFaceEncoder", "load_text_model", "load_tokenizer"]
+__all__ = ["MODEL_TYPES", "HuggingFaceEncoder", "load_huggingface_tokenizer", "load_text_model"]
 
 # Dual encoders whose text tower pools a position that padding cannot reach (CLIP: the first end token under a causal
 # mask; SigLIP: the last position, trained on padded texts), so tokens alone say everything.
 MODEL_TYPES = ("clip", "siglip")
-RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+PILLOW_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
 class PaddedTokenizer:
@@ -146,7 +146,7 @@ class HuggingFaceEncoder(DualEncoder):
         self.processor.save_pretrained(folder)
 
 
-def load_tokenizer(folder: Path) -> PaddedTokenizer:
+def load_huggingface_tokenizer(folder: Path) -> PaddedTokenizer:
     """The tokenizer of a local folder with the context length of its model; no weights are read.
 
     Raises:
@@ -201,7 +201,7 @@ def _preprocess_of(processor: Any, folder: Path) -> Preprocess:
     return Preprocess(
         size=target,
         resize_mode=mode,
-        interpolation=RESAMPLING.get(int(processor.resample), "bicubic"),  # type: ignore[arg-type]
+        interpolation=PILLOW_FILTERS.get(int(processor.resample), "bicubic"),  # type: ignore[arg-type]
         mean=tuple(processor.image_mean),
         std=tuple(processor.image_std),
     )

@@ -5,13 +5,14 @@ Freezing, layer-wise learning rates, and taking a tower from another model are a
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
-__all__ = ["Layout", "Side", "huggingface_layouts", "openclip_layouts", "under"]
+from clipkit.core import Side
 
-Side = Literal["image", "text"]
+__all__ = ["Layout", "huggingface_layouts", "openclip_layouts", "under"]
+
 BUILT_IN_TEXT = ("token_embedding", "positional_embedding", "cls_emb", "transformer", "ln_final", "text_projection")
 # What libraries call the list of a text encoder's layers: BERT's kin, T5, M2M-100.
 LAYER_LISTS = ("encoder.layer", "layer", "block", "layers")

@@ -6,11 +6,11 @@ open_clip and transformers are imported only when a model is made or loaded.
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from clipkit.core import ClipkitError, explain_validation, note
+from clipkit.core import SIDES, ClipkitError, explain_validation, note
 from clipkit.images import Preprocess
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.model_spec import model_folder, refuse_another, spec_of
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["create_model", "download", "load_model", "load_model_of", "model_reference", "openai_templates"]
 
-SIDES: tuple[Literal["image", "text"], ...] = ("image", "text")
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 
 

@@ -20,17 +20,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from clipkit.core import ClipkitError, atomic_write, did_you_mean, explain_validation, read_json, write_json
+from clipkit.core import ClipkitError, Side, atomic_write, did_you_mean, explain_validation, read_json, write_json
 from clipkit.images import OPENAI_MEAN, OPENAI_STD, Preprocess
 from clipkit.models import openclip_training
 from clipkit.models.dual_encoder import MODEL_FILE, DualEncoder, Tokenizer
-from clipkit.models.layers import Layout, Side, openclip_layouts
+from clipkit.models.layers import Layout, openclip_layouts
 from clipkit.models.openclip_fast import speed_up
 from clipkit.models.settings import ModelConfig
 
-__all__ = ["OpenClipEncoder", "load_tokenizer"]
+__all__ = ["OpenClipEncoder", "load_openclip_tokenizer"]
 
-CONFIG = "open_clip_config.json"
+OPENCLIP_CONFIG = "open_clip_config.json"
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 TEXT_BACKBONE = "text_backbone"  # config.json of a Hugging Face text tower, so that no hub is asked for it
 
@@ -60,7 +60,8 @@ class OpenClipEncoder(DualEncoder):
         if "hf_model_name" in model_cfg["text_cfg"]:  # open_clip would take its own byte-pair encoding
             model_cfg["text_cfg"].setdefault("hf_tokenizer_name", model_cfg["text_cfg"]["hf_model_name"])
         model = _build(model_cfg)
-        return cls(model, model_cfg, load_tokenizer(model_cfg, None), _preprocess({"size": _image_size(model)}))
+        tokenizer = load_openclip_tokenizer(model_cfg, None)
+        return cls(model, model_cfg, tokenizer, _preprocess({"size": _image_size(model)}))
 
     @classmethod
     def from_name(cls, name: str, tag: str | None) -> "OpenClipEncoder":
@@ -87,15 +88,15 @@ class OpenClipEncoder(DualEncoder):
                 )
             found = dict(model.visual.preprocess_cfg)
         settings = {**_known(found), "size": _image_size(model)}
-        return cls(model, model_cfg, load_tokenizer(model_cfg, name), _preprocess(settings))
+        return cls(model, model_cfg, load_openclip_tokenizer(model_cfg, name), _preprocess(settings))
 
     @classmethod
     def from_folder(cls, folder: Path) -> "OpenClipEncoder":
         """A local folder with ``open_clip_config.json`` and weights, ours or anybody's."""
-        config = read_json(folder / CONFIG)
+        config = read_json(folder / OPENCLIP_CONFIG)
         model_cfg = config.get("model_cfg")
         if not isinstance(model_cfg, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(model_cfg):
-            raise ClipkitError(f"{folder / CONFIG} lacks model_cfg with embed_dim, vision_cfg and text_cfg")
+            raise ClipkitError(f"{folder / OPENCLIP_CONFIG} lacks model_cfg with embed_dim, vision_cfg and text_cfg")
         text_cfg = model_cfg["text_cfg"]
         if (folder / TEXT_BACKBONE).is_dir():
             text_cfg = {**text_cfg, "hf_model_name": str(folder / TEXT_BACKBONE)}
@@ -106,7 +107,7 @@ class OpenClipEncoder(DualEncoder):
             settings = read_json(folder / MODEL_FILE)["preprocess"]
         else:
             settings = {**_known(config.get("preprocess_cfg", {})), "size": _image_size(model)}
-        return cls(model, model_cfg, load_tokenizer(model_cfg, None, folder), _preprocess(settings))
+        return cls(model, model_cfg, load_openclip_tokenizer(model_cfg, None, folder), _preprocess(settings))
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         return openclip_training.image_features(self.backbone, pixels, recompute=self._recompute and self.training)
@@ -162,7 +163,7 @@ class OpenClipEncoder(DualEncoder):
         shown = self.preprocess.model_dump(mode="json")
         preprocess_cfg = {key: shown[key] for key in ("size", "mean", "std", "interpolation", "resize_mode")}
         write_json(
-            folder / CONFIG,
+            folder / OPENCLIP_CONFIG,
             {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg | {"fill_color": shown["fill"]}},
         )
 
@@ -210,10 +211,10 @@ def _load_weights(model: Any, folder: Path) -> None:
         raise ClipkitError(f"{path} is broken ({error}); it was cut or altered") from error
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:200]
-        raise ClipkitError(f"{path} does not fit {folder / CONFIG}: {detail}") from error
+        raise ClipkitError(f"{path} does not fit {folder / OPENCLIP_CONFIG}: {detail}") from error
 
 
-def load_tokenizer(model_cfg: dict[str, Any], name: str | None, folder: Path | None = None) -> Tokenizer:
+def load_openclip_tokenizer(model_cfg: dict[str, Any], name: str | None, folder: Path | None = None) -> Tokenizer:
     """The tokenizer of an open_clip configuration: from the model's folder, by the model's name, or the usual one."""
     text_cfg = model_cfg["text_cfg"]
     length = _context_length(model_cfg)

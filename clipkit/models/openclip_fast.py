@@ -12,7 +12,7 @@ from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["PooledBlock", "SelfAttention", "attend", "speed_up"]
+__all__ = ["PooledBlock", "SelfAttention", "attend_qkv", "speed_up"]
 
 
 class SelfAttention(nn.MultiheadAttention):
@@ -26,12 +26,12 @@ class SelfAttention(nn.MultiheadAttention):
         Args:
             query: the sequence, ``[n, length, width]``; or some positions of it, ``[n, queries, width]``.
             key: the sequence, where `query` is not all of it.
-            attn_mask: as in `attend`; for some positions ``[n, queries, length]``.
+            attn_mask: as in `attend_qkv`; for some positions ``[n, queries, length]``.
         """
         if key is not None and key is not query:
             return self.out_proj(self._of_some(query, key, attn_mask)), None
         projected = F.linear(query, self.in_proj_weight, self.in_proj_bias)
-        return self.out_proj(attend(projected, self.num_heads, attn_mask)), None
+        return self.out_proj(attend_qkv(projected, self.num_heads, attn_mask)), None
 
     def _of_some(self, query: Tensor, whole: Tensor, mask: Tensor | None) -> Tensor:
         parts = [self.embed_dim, 2 * self.embed_dim]
@@ -76,7 +76,7 @@ class PooledBlock(ResidualAttentionBlock):
         return x + self.ls_2(self.mlp(self.ln_2(x)))
 
 
-def attend(qkv: Tensor, heads: int, mask: Tensor | None) -> Tensor:
+def attend_qkv(qkv: Tensor, heads: int, mask: Tensor | None) -> Tensor:
     """``softmax(q·kᵀ/√d + mask)·v`` in each head, as `F.scaled_dot_product_attention`, with its gradient.
 
     Args:

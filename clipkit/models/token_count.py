@@ -49,19 +49,19 @@ def token_counter(spec: str | None = None) -> TokenCounter:
     if folder is not None and (folder / "open_clip_config.json").is_file():
         return _of_openclip(read_json(folder / "open_clip_config.json").get("model_cfg"), None, folder, spec)
     if folder is not None and (folder / "config.json").is_file():
-        from clipkit.models.huggingface import load_tokenizer
+        from clipkit.models.huggingface import load_huggingface_tokenizer
 
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_huggingface_tokenizer(folder)
         return TokenCounter(lambda texts: _count(tokenizer.tokenizer, texts), tokenizer.context_length, spec)
     raise ClipkitError(f"no such model: {spec}; name a run or model folder, open_clip:NAME/TAG, or hf:ORG/NAME")
 
 
 def _of_openclip(model_cfg: Any, name: str | None, folder: Path | None, spec: str) -> TokenCounter:
-    from clipkit.models.openclip import load_tokenizer
+    from clipkit.models.openclip import load_openclip_tokenizer
 
     if not isinstance(model_cfg, dict) or "text_cfg" not in model_cfg:
         raise ClipkitError(f"{folder}: open_clip_config.json lacks model_cfg with text_cfg")
-    tokenizer: Any = load_tokenizer(model_cfg, name, folder)
+    tokenizer: Any = load_openclip_tokenizer(model_cfg, name, folder)
     if hasattr(tokenizer, "encode"):  # the byte-pair encoding, which leaves out beginning and end
         return TokenCounter(lambda texts: [len(tokenizer.encode(t)) + 2 for t in texts], tokenizer.context_length, spec)
 

@@ -10,10 +10,10 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.transformer import QuickGELU
 from torch import Tensor
 
-from clipkit.core import ClipkitError, note, read_json
+from clipkit.core import ClipkitError, Side, note, read_json
 from clipkit.models.dual_encoder import DualEncoder
 from clipkit.models.huggingface import MODEL_TYPES, load_text_model
-from clipkit.models.layers import Side, under
+from clipkit.models.layers import under
 from clipkit.models.model_spec import model_folder
 from clipkit.models.openclip import OpenClipEncoder
 

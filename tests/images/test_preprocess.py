@@ -84,7 +84,7 @@ def test_a_reduced_image_falls_on_the_same_pixels(size, scale):
 def test_a_strip_is_resized_where_it_is_kept_only(size, monkeypatch):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), dtype=np.uint8))
     whole = Preprocess(size=24)(image)
-    monkeypatch.setattr(room, "STRIP", 4)
+    monkeypatch.setattr(room, "RESIZED_AREA_LIMIT", 4)
     assert np.abs(Preprocess(size=24)(image).astype(int) - whole).max() <= 2
     assert np.abs(Preprocess(size=24).fast(np.asarray(image)).astype(int) - whole).max() <= 2
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
 from torch import nn
 
-from clipkit.models.openclip_fast import PooledBlock, SelfAttention, attend, speed_up
+from clipkit.models.openclip_fast import PooledBlock, SelfAttention, attend_qkv, speed_up
 from tests.conftest import tiny_model
 
 PAIR = {
@@ -130,7 +130,7 @@ def test_bf16_attention_is_its_definition(length, mask):
         (found * weight.to(x.dtype)).sum().backward()
         return torch.stack([found.detach().double().norm(dim=-1), x.grad.double().norm(dim=-1)]), found, x.grad
 
-    _, out, grad = with_gradient(lambda x: attend(x, 2, additive), qkv)
+    _, out, grad = with_gradient(lambda x: attend_qkv(x, 2, additive), qkv)
     _, exact_out, exact_grad = with_gradient(written_out, qkv.double())
     _, own_out, own_grad = with_gradient(torch_s_own, qkv)
 

@@ -19,7 +19,7 @@ from clipkit.models.explain.relevance import patch_readout, relevance, weighted_
 
 __all__ = ["AttentionWatch", "NoAttention", "PatchTokens", "attention_relevance", "patch_tokens"]
 
-Heads = Float[Tensor, "n heads queries tokens"]
+HeadMaps = Float[Tensor, "n heads queries tokens"]
 
 
 class NoAttention(ClipkitError):
@@ -52,7 +52,7 @@ class AttentionWatch(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.maps: list[Heads] = []
+        self.maps: list[HeadMaps] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

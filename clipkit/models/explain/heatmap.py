@@ -19,9 +19,9 @@ from clipkit.models.explain.relevance import cell_means, spread, windows
 from clipkit.models.inference import evaluating
 from clipkit.models.probability import probabilities
 
-__all__ = ["METHODS", "Explanation", "check_texts", "explain"]
+__all__ = ["HEATMAP_METHODS", "Explanation", "check_texts", "explain"]
 
-METHODS = {
+HEATMAP_METHODS = {
     "relevance": "gradient-weighted attention (Chefer, Gur, Wolf 2021)",
     "occlusion": "what the cosine loses when a part is hidden (Zeiler, Fergus 2014)",
 }
@@ -39,7 +39,7 @@ class Explanation:
     """Upright, RGB."""
     texts: Sequence[str]
     method: str
-    """One of `METHODS`."""
+    """One of `HEATMAP_METHODS`."""
     contrast: bool
     """Whether the maps are of each text less the mean of the others."""
     cosines: Float[np.ndarray, " n"]
@@ -63,7 +63,7 @@ class Explanation:
     @property
     def source(self) -> str:
         """What the maps are, and whose idea that is."""
-        return METHODS[self.method] + (", each text less the mean of the others" if self.contrast else "")
+        return HEATMAP_METHODS[self.method] + (", each text less the mean of the others" if self.contrast else "")
 
     def heat(self, size: tuple[int, int]) -> Float[np.ndarray, "n height width"]:
         """The maps laid over the image at a size of one's own, width and height; NaN where the tower sees nothing."""
@@ -151,8 +151,8 @@ def explain(
         image: a path, bytes or a Pillow image.
         texts: as they are; no template is put around them.
         model: in float32, best; it is left as it was.
-        method: one of `METHODS`. ``auto`` is relevance where the image tower is a vision transformer whose attention
-            can be read, and occlusion for the others.
+        method: one of `HEATMAP_METHODS`. ``auto`` is relevance where the image tower is a vision transformer whose
+            attention can be read, and occlusion for the others.
         contrast: explain the cosine less the mean of those with the other texts: what speaks for this one rather than
             for them.
         window: of occlusion, how many cells wide and high a hidden part is; a fifth of the grid, 2 at least, if None.
@@ -208,8 +208,8 @@ def check_texts(texts: Sequence[str], *, contrast: bool = False) -> None:
 
 
 def _check_method(method: str, window: int | None) -> None:
-    if method not in ("auto", *METHODS):
-        raise ClipkitError(f"no method {method!r}; there are auto, {', '.join(METHODS)}")
+    if method not in ("auto", *HEATMAP_METHODS):
+        raise ClipkitError(f"no method {method!r}; there are auto, {', '.join(HEATMAP_METHODS)}")
     if window is not None and method != "occlusion":
         raise ClipkitError("--window is of --method occlusion; name that too")
     if window is not None and window < 1:

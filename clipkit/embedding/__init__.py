@@ -1,7 +1,8 @@
 """From samples to vectors: encoded by a model, kept on disk, taken over where nothing has changed.
 
 `embed` makes the embeddings artifact part by part and survives a kill; `Embeddings` opens one; `embed_source` encodes
-in memory, `cached_images` and `cached_texts` through the user's cache; `Teacher` looks a batch up in an artifact.
+in memory, `cached_images` and `cached_texts` through the user's cache; `TeacherEmbeddings` looks the samples of a
+training batch up in an artifact. What can be chosen is an `EmbedOptions`, or `EncodeOptions` for one pass in memory.
 
 Read `store.py` first, then `pipeline.py` and `encode.py`.
 """

@@ -1,7 +1,7 @@
 from .cached import cached_images as cached_images
 from .cached import cached_texts as cached_texts
 from .encode import embed_source as embed_source
-from .lookup import Teacher as Teacher
+from .lookup import TeacherEmbeddings as TeacherEmbeddings
 from .options import EmbedOptions as EmbedOptions
 from .options import EncodeOptions as EncodeOptions
 from .pipeline import Outcome as Outcome

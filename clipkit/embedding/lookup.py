@@ -17,12 +17,12 @@ from torch import Tensor
 
 from clipkit.core import SIDES, ClipkitError, Side
 from clipkit.data.sources import text_id
-from clipkit.embedding.store import Embeddings, table_path
+from clipkit.embedding.store import Embeddings, part_table_path
 
-__all__ = ["Teacher"]
+__all__ = ["TeacherEmbeddings"]
 
 
-class Teacher:
+class TeacherEmbeddings:
     """Embeddings of images and captions by their ids, as `clipkit.training.batches.Batch` has them.
 
     Args:
@@ -55,7 +55,7 @@ class Teacher:
         self._ids = ids[self._order]
 
     @classmethod
-    def open(cls, folder: str | Path) -> "Teacher":
+    def open(cls, folder: str | Path) -> "TeacherEmbeddings":
         """Open what `clipkit embed` has made of the shards that are trained on; seconds per million captions.
 
         Raises:
@@ -76,7 +76,7 @@ class Teacher:
         return np.concatenate(ids), np.concatenate(counts), np.concatenate(texts)
 
     def _column(self, part: dict[str, Any], side: Side, name: str) -> pa.ChunkedArray:
-        path = table_path(self.folder, side, part["name"])
+        path = part_table_path(self.folder, side, part["name"])
         try:
             column = pq.read_table(path, columns=[name])[name]
         except (OSError, pa.ArrowInvalid, KeyError) as error:

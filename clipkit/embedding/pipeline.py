@@ -14,7 +14,7 @@ from clipkit.core import BadSample, ClipkitError, Side, UnreadSample, keep_freed
 from clipkit.data.sources import Source, Stamp, check_ids
 from clipkit.embedding.encode import Encoder
 from clipkit.embedding.options import EmbedOptions, EncodeOptions
-from clipkit.embedding.store import Embedded, Embeddings, table_path, write_part
+from clipkit.embedding.store import Embedded, Embeddings, part_table_path, write_part
 from clipkit.embedding.update import EarlierEmbeddings, part_files, refuse_unlike, write_stamps
 from clipkit.images import shown
 from clipkit.models import DualEncoder, cast_for_inference, compiled_image_tower, compiling_pays, find_batch_size
@@ -244,12 +244,12 @@ def _refuse_nan(found: Embedded) -> None:
 def _check_ids(out: Path, names: Sequence[str], images: int) -> None:
     ids, end = np.empty(images, np.int64), 0
     for name in names:
-        part = pq.read_table(table_path(out, "image", name), columns=["id"])["id"].to_numpy()
+        part = pq.read_table(part_table_path(out, "image", name), columns=["id"])["id"].to_numpy()
         ids[end : end + len(part)] = part
         end += len(part)
 
     def keys_of(twin: int) -> list[str]:
-        tables = (pq.read_table(table_path(out, "image", name), columns=["id", "key"]) for name in names)
+        tables = (pq.read_table(part_table_path(out, "image", name), columns=["id", "key"]) for name in names)
         return [key for table in tables for key in table.filter(pc.field("id") == twin)["key"].to_pylist()]
 
     check_ids(ids, keys_of)

@@ -17,12 +17,21 @@ import pyarrow.parquet as pq
 
 from clipkit.core import ClipkitError, Side, atomic_write
 from clipkit.data.sources import Sample
-from clipkit.embedding.tables import as_column, joined_tables, write_table
+from clipkit.embedding.tables import as_column, joined_tables, write_parquet
 from clipkit.storage import Checksum, Hashed, flaw, kind_of, read_manifest, size_flaw
 
-__all__ = ["Embedded", "Embeddings", "image_id_column", "stored_kind", "table_path", "vectors_path", "write_part"]
-FOLDERS: dict[Side, str] = {"image": "img_emb", "text": "text_emb"}
-TABLES: dict[Side, str] = {"image": "metadata", "text": "captions"}
+__all__ = [
+    "Embedded",
+    "Embeddings",
+    "image_id_column",
+    "part_table_path",
+    "part_vectors_path",
+    "stored_kind",
+    "write_part",
+]
+
+VECTOR_FOLDERS: dict[Side, str] = {"image": "img_emb", "text": "text_emb"}
+TABLE_FOLDERS: dict[Side, str] = {"image": "metadata", "text": "captions"}
 
 
 def stored_kind(source: str | Path) -> Literal["embeddings", "index"] | None:
@@ -68,14 +77,14 @@ def image_id_column(side: Side) -> str:
     return "id" if side == "image" else "image_id"
 
 
-def vectors_path(folder: Path, side: Side, name: str) -> Path:
+def part_vectors_path(folder: Path, side: Side, name: str) -> Path:
     """Where a part's embeddings of a side stand."""
-    return folder / FOLDERS[side] / f"{FOLDERS[side]}_{name}.npy"
+    return folder / VECTOR_FOLDERS[side] / f"{VECTOR_FOLDERS[side]}_{name}.npy"
 
 
-def table_path(folder: Path, side: Side, name: str) -> Path:
+def part_table_path(folder: Path, side: Side, name: str) -> Path:
     """Where a part's metadata of a side stand."""
-    return folder / TABLES[side] / f"{TABLES[side]}_{name}.parquet"
+    return folder / TABLE_FOLDERS[side] / f"{TABLE_FOLDERS[side]}_{name}.parquet"
 
 
 def write_part(out: Path, name: str, found: Embedded, sides: Sequence[Side]) -> dict[str, Checksum]:
@@ -94,17 +103,17 @@ def write_part(out: Path, name: str, found: Embedded, sides: Sequence[Side]) -> 
     }
     for column in dict.fromkeys(name for sample in found.samples for name in sample.columns if name != "path"):
         columns[column] = as_column([sample.columns.get(column) for sample in found.samples])
-    files = {table_path(out, "image", name): write_table(table_path(out, "image", name), pa.table(columns))}
+    files = {part_table_path(out, "image", name): write_parquet(part_table_path(out, "image", name), pa.table(columns))}
     if "image" in sides:
-        files[vectors_path(out, "image", name)] = _write_npy(vectors_path(out, "image", name), found.image)
+        files[part_vectors_path(out, "image", name)] = _write_npy(part_vectors_path(out, "image", name), found.image)
     if "text" in sides and found.captions:
-        files[vectors_path(out, "text", name)] = _write_npy(vectors_path(out, "text", name), found.text)
+        files[part_vectors_path(out, "text", name)] = _write_npy(part_vectors_path(out, "text", name), found.text)
         columns = {
             "caption": pa.array(found.captions, pa.string()),
             "image_id": pa.array([ids[row] for row in found.image_of_text], pa.int64()),
             "image_row": pa.array(found.image_of_text, pa.int64()),
         }
-        files[table_path(out, "text", name)] = write_table(table_path(out, "text", name), pa.table(columns))
+        files[part_table_path(out, "text", name)] = write_parquet(part_table_path(out, "text", name), pa.table(columns))
     return {path.relative_to(out).as_posix(): checksum for path, checksum in files.items()}
 
 
@@ -177,7 +186,7 @@ class Embeddings:
         for part in self._parts:
             rows = part["images" if side == "image" else "captions"]
             if rows:
-                path = vectors_path(self.folder, side, part["name"])
+                path = part_vectors_path(self.folder, side, part["name"])
                 try:
                     block = np.load(path, mmap_mode="r")
                 except (OSError, ValueError) as error:
@@ -212,7 +221,7 @@ class Embeddings:
         before = 0
         for part in self._parts:
             if part["images" if side == "image" else "captions"]:
-                table = pq.read_table(table_path(self.folder, side, part["name"]))
+                table = pq.read_table(part_table_path(self.folder, side, part["name"]))
                 if side == "text":
                     moved = pa.array(table["image_row"].to_numpy() + before)
                     table = table.set_column(table.schema.get_field_index("image_row"), "image_row", moved)
@@ -224,7 +233,7 @@ class Embeddings:
         found, before = [], 0
         for part in self._parts:
             if part["images" if side == "image" else "captions"]:
-                values = pq.read_table(table_path(self.folder, side, part["name"]), columns=[name])[name]
+                values = pq.read_table(part_table_path(self.folder, side, part["name"]), columns=[name])[name]
                 moved = name == "image_row" and side == "text"
                 found.append(pa.chunked_array([pa.array(values.to_numpy() + before)]) if moved else values)
             before += part["images"]
@@ -237,18 +246,19 @@ class Embeddings:
             return
         for part in self._parts:
             if part["captions"]:
-                captions, images = (pq.read_table(table_path(self.folder, s, part["name"])) for s in ("text", "image"))
+                paths = [part_table_path(self.folder, s, part["name"]) for s in ("text", "image")]
+                captions, images = (pq.read_table(path) for path in paths)
                 yield _with_images(captions, images.take(captions["image_row"]))
 
     def index_schemas(self, side: Side) -> Iterator[pa.Schema]:
         """The columns of `index_tables`, of which no row is read."""
         for part in self._parts:
             if part["images" if side == "image" else "captions"]:
-                images = pq.read_schema(table_path(self.folder, "image", part["name"]))
+                images = pq.read_schema(part_table_path(self.folder, "image", part["name"]))
                 if side == "image":
                     yield images
                 else:
-                    captions = pq.read_schema(table_path(self.folder, "text", part["name"]))
+                    captions = pq.read_schema(part_table_path(self.folder, "text", part["name"]))
                     yield _with_images(captions.empty_table(), images.empty_table()).schema
 
 

@@ -13,7 +13,7 @@ from clipkit.core import atomic_write
 from clipkit.data.shards import well_formed
 from clipkit.storage import Checksum, Hashed
 
-__all__ = ["as_column", "in_schema", "joined_schema", "joined_tables", "write_table"]
+__all__ = ["as_column", "in_schema", "joined_schema", "joined_tables", "write_parquet"]
 
 
 def as_column(values: list[Any]) -> pa.Array:
@@ -74,7 +74,7 @@ def in_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
-def write_table(path: Path, table: pa.Table, **options: Any) -> Checksum:
+def write_parquet(path: Path, table: pa.Table, **options: Any) -> Checksum:
     """Write a parquet file atomically, with options of `pyarrow.parquet.write_table`."""
     with atomic_write(path) as handle:
         output = Hashed(handle)

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 
 from clipkit.core import SIDES, ClipkitError, atomic_write, read_json, warn
 from clipkit.data.sources import Stamp
-from clipkit.embedding.store import Embedded, table_path, vectors_path
-from clipkit.embedding.tables import write_table
+from clipkit.embedding.store import Embedded, part_table_path, part_vectors_path
+from clipkit.embedding.tables import write_parquet
 from clipkit.storage import WORK, Checksum, flaw, size_flaw, state_of
 
 __all__ = ["EarlierEmbeddings", "KnownSample", "part_files", "refuse_unlike", "stamps_path", "write_stamps"]
@@ -59,7 +59,7 @@ def write_stamps(out: Path, name: str, rows: range, stamps: Sequence[Stamp], fou
     }
     path = stamps_path(out, name)
     # Hashes are all different: a dictionary of them would be what they take once more.
-    return {path.relative_to(out).as_posix(): write_table(path, pa.table(columns), use_dictionary=["reason"])}
+    return {path.relative_to(out).as_posix(): write_parquet(path, pa.table(columns), use_dictionary=["reason"])}
 
 
 def refuse_unlike(folder: Path, made_from: dict[str, Any]) -> None:
@@ -212,10 +212,10 @@ class EarlierEmbeddings:
         image = text = None
         captions, owner = [], np.zeros(0, np.int64)
         if "image" in self._by and part.images:
-            image = np.load(vectors_path(part.folder, "image", part.name), mmap_mode="r")
-        if vectors_path(part.folder, "text", part.name).is_file():
-            text = np.load(vectors_path(part.folder, "text", part.name), mmap_mode="r")
-            table = pq.read_table(table_path(part.folder, "text", part.name), columns=["caption", "image_row"])
+            image = np.load(part_vectors_path(part.folder, "image", part.name), mmap_mode="r")
+        if part_vectors_path(part.folder, "text", part.name).is_file():
+            text = np.load(part_vectors_path(part.folder, "text", part.name), mmap_mode="r")
+            table = pq.read_table(part_table_path(part.folder, "text", part.name), columns=["caption", "image_row"])
             captions, owner = table["caption"].to_pylist(), table["image_row"].to_numpy()
         empty = np.zeros((0, 0), np.float16)
         for line, stamp in zip(about.to_pylist(), stamps, strict=True):
@@ -243,7 +243,7 @@ class EarlierEmbeddings:
 
 def part_files(folder: Path, name: str) -> list[Path]:
     """Every file that a part may have, there or not."""
-    paths = [path(folder, side, name) for side in SIDES for path in (vectors_path, table_path)]
+    paths = [path(folder, side, name) for side in SIDES for path in (part_vectors_path, part_table_path)]
     return [*paths, stamps_path(folder, name)]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clipkit.core import ClipkitError
-from clipkit.embedding import Teacher
+from clipkit.embedding import TeacherEmbeddings
 from clipkit.training.batches import Batch, TrainData
 from clipkit.training.gradient import Objective
 from clipkit.training.loss import (
@@ -51,7 +51,7 @@ def make_objective(
     distillation = partial(tiled_distillation_loss if tiled else distillation_loss, **ring)
     teacher = None
     if config.distill is not None:
-        teacher = Teacher.open(config.distill.teacher)
+        teacher = TeacherEmbeddings.open(config.distill.teacher)
         check_teacher(teacher, data, recipe.data)
 
     def of_batch(batch: Batch) -> Objective:
@@ -79,7 +79,7 @@ def make_objective(
     return of_batch
 
 
-def check_teacher(teacher: Teacher, data: TrainData, config: DataConfig, first: int = 0) -> None:
+def check_teacher(teacher: TeacherEmbeddings, data: TrainData, config: DataConfig, first: int = 0) -> None:
     """Look for the first samples of a run, so that what does not fit is found before it starts.
 
     Args:

@@ -12,8 +12,8 @@ from clipkit.core import ClipkitError
 from clipkit.data import PackOptions, pack
 from clipkit.data.shards import captions_of, image_extension, write_shard
 from clipkit.data.sources import open_source, sample_id, text_id
-from clipkit.embedding import Embeddings, EmbedOptions, Teacher, embed
-from clipkit.embedding.store import table_path, vectors_path
+from clipkit.embedding import Embeddings, EmbedOptions, TeacherEmbeddings, embed
+from clipkit.embedding.store import part_table_path, part_vectors_path
 from clipkit.images import Preprocess
 from clipkit.training.batches import Batches, open_train_data, train_batches
 from clipkit.training.objective import check_teacher
@@ -61,7 +61,7 @@ def test_a_batch_of_two_sets_finds_its_embeddings(two_sets, model, weights):
     parts = [{"shards": str(two_sets / name), "weight": weight} for name, weight in zip("ab", weights, strict=True)]
     config = DataConfig(train=parts, workers=0)
     data = open_train_data(config, 0)
-    teacher = Teacher.open(two_sets / "emb")
+    teacher = TeacherEmbeddings.open(two_sets / "emb")
     check_teacher(teacher, data, config)
     seen = set()
     for step, batch in enumerate(batches_of(data, config, steps=8)):
@@ -111,7 +111,7 @@ def test_case_and_captions_that_other_images_share(tmp_path, model):
         for i, each in enumerate(captions)
     ]
     write_shard(tmp_path / "s" / "0.tar", samples)
-    teacher = Teacher.open(store(str(tmp_path / "s"), model, tmp_path / "e", part_size=1))
+    teacher = TeacherEmbeddings.open(store(str(tmp_path / "s"), model, tmp_path / "e", part_size=1))
     asked = [(0, "A DOG"), (1, "a dog"), (3, "a Cat"), (0, "a cat"), (1, "ÜNÏCODE ß")]
     image_ids = torch.tensor([sample_id(f"k{i}") for i, _ in asked])
     image, text = teacher.lookup(image_ids, torch.tensor([text_id(caption) for _, caption in asked]))
@@ -129,7 +129,7 @@ def test_case_and_captions_that_other_images_share(tmp_path, model):
 
 
 def test_vectors_stay_on_the_disk(two_sets):
-    teacher = Teacher.open(two_sets / "emb")
+    teacher = TeacherEmbeddings.open(two_sets / "emb")
     blocks = [block for side in teacher._blocks.values() for block in side]
     assert len(blocks) == 6
     assert all(isinstance(block, np.memmap) and block.dtype == np.float16 for block in blocks)
@@ -140,7 +140,7 @@ def test_vectors_stay_on_the_disk(two_sets):
 
 def test_random_lookups_are_what_the_whole_arrays_say(two_sets):
     opened = Embeddings.open(two_sets / "emb")
-    teacher = Teacher.open(two_sets / "emb")
+    teacher = TeacherEmbeddings.open(two_sets / "emb")
     captions, image_ids = opened.table("text"), opened.table("image")["id"].to_numpy()
     rows = np.random.default_rng(0).integers(len(captions), size=200)
     owners = captions["image_row"].to_numpy()[rows]
@@ -151,7 +151,7 @@ def test_random_lookups_are_what_the_whole_arrays_say(two_sets):
 
 
 def test_what_does_not_fit_is_found_before_training(two_sets, shards, embeddings, model, tmp_path):
-    teacher = Teacher.open(two_sets / "emb")
+    teacher = TeacherEmbeddings.open(two_sets / "emb")
     config = DataConfig(train=str(shards))
     with pytest.raises(
         ClipkitError, match=r"no embedding of sample '.*' of 00000\d\.tar, and of 48 among 48 that were"
@@ -162,7 +162,7 @@ def test_what_does_not_fit_is_found_before_training(two_sets, shards, embeddings
         check_teacher(teacher, open_train_data(config, 0), config)
     plain = config.model_copy(update={"templates": ["{caption}"]})
     check_teacher(teacher, open_train_data(plain, 0), plain, first=1000)
-    half = Teacher.open(store(str(shards / "000000.tar"), model, tmp_path / "half"))
+    half = TeacherEmbeddings.open(store(str(shards / "000000.tar"), model, tmp_path / "half"))
     config = DataConfig(train=str(shards))
     with pytest.raises(ClipkitError, match="and of 35 among 48 that were looked for; embed all of data.train: clipkit"):
         check_teacher(half, open_train_data(config, 0), config)
@@ -171,7 +171,7 @@ def test_what_does_not_fit_is_found_before_training(two_sets, shards, embeddings
 def test_what_is_no_teacher(two_sets, shards, index, model_dir, run, tmp_path):
     def refused(folder):
         with pytest.raises(ClipkitError) as caught:
-            Teacher.open(folder)
+            TeacherEmbeddings.open(folder)
         return str(caught.value)
 
     assert "no such folder" in refused(tmp_path / "none")
@@ -185,7 +185,7 @@ def test_what_is_no_teacher(two_sets, shards, index, model_dir, run, tmp_path):
     (tmp_path / "e" / "manifest.json").write_text(json.dumps({**manifest, "dtype": "int8"}))
     assert "holds int8, a teacher is stored as float16" in refused(tmp_path / "e")
     (tmp_path / "e" / "manifest.json").write_text(json.dumps(manifest))
-    path = table_path(tmp_path / "e", "text", "0001")
+    path = part_table_path(tmp_path / "e", "text", "0001")
     table = pq.read_table(path)
     pq.write_table(table.slice(1), path)
     assert f"{path} has {path.stat().st_size:,} bytes, but" in refused(tmp_path / "e")
@@ -194,5 +194,5 @@ def test_what_is_no_teacher(two_sets, shards, index, model_dir, run, tmp_path):
     assert f"{path} has {len(table) - 1} rows, the manifest says {len(table)}" in refused(tmp_path / "e")
     path.write_bytes(b"PAR1")
     assert f"{path} is missing or broken" in refused(tmp_path / "e")
-    vectors_path(tmp_path / "e", "image", "0000").unlink()
+    part_vectors_path(tmp_path / "e", "image", "0000").unlink()
     assert "img_emb_0000.npy is missing or broken" in refused(tmp_path / "e")

@@ -61,7 +61,7 @@ def main(
     from time import perf_counter
 
     from clipkit.core import ClipkitError, emit, note, warn
-    from clipkit.data.check import judge, pack_clean, scan, summary, write_page
+    from clipkit.data.check import check_summary, judge, pack_clean, scan, write_check_page
     from clipkit.models import token_counter
     from clipkit.storage import refuse_own_input
 
@@ -81,7 +81,7 @@ def main(
     looked = len(mine) + sum(len(other) for other in others)
     note(f"{looked:,} samples in {seconds:,.1f} s, {looked / max(seconds, 1e-9):,.0f} per second")
 
-    found = summary(mine, verdict)
+    found = check_summary(mine, verdict)
     if fmt == "json":
         emit(found, fmt)
     elif fmt == "human":
@@ -92,7 +92,7 @@ def main(
         if other["unreadable"]:
             warn(f"{other['unreadable']:,} samples or shards of {other['source']} cannot be read and were not compared")
     if report is not None:
-        note(f"report: {write_page(mine, verdict, others, report, seed)}")
+        note(f"report: {write_check_page(mine, verdict, others, report, seed)}")
     if out is not None:
         counts = pack_clean(mine, verdict, out, overwrite=overwrite)["counts"]
         left = f"{len(verdict.left_out):,} left out, listed in {out / 'ledger.jsonl'}" if verdict.left_out else "all"
@@ -103,12 +103,12 @@ def main(
 def show(found: dict[str, Any]) -> None:
     """The figures and the first findings, for people."""
     from clipkit.core import emit, note
-    from clipkit.data.check import FIGURES, KINDS
+    from clipkit.data.check import FIGURES, FINDING_KINDS
 
     always = {"samples", "captions", "bytes", "defects"}
     rows = [
-        {"figure": name, "value": found[name], "meaning": FIGURES.get(name) or KINDS[name][1]}
-        for name in [*FIGURES, *KINDS]
+        {"figure": name, "value": found[name], "meaning": FIGURES.get(name) or FINDING_KINDS[name][1]}
+        for name in [*FIGURES, *FINDING_KINDS]
         if name in always or (found[name] and name != "shared")
     ]
     rows += [
@@ -117,7 +117,7 @@ def show(found: dict[str, Any]) -> None:
     ]
     emit(rows, "human", title=found["source"])
     shown = ("kind", "shard", "key", "reason")
-    some = [[line for line in found["findings"] if line["kind"] == kind][:SHOWN] for kind in KINDS]
+    some = [[line for line in found["findings"] if line["kind"] == kind][:SHOWN] for kind in FINDING_KINDS]
     lines = [{name: line[name] for name in shown} for of_kind in some for line in of_kind]
     if lines:
         emit(lines, "human")

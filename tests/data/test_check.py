@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 
 from clipkit.core import read_json
 from clipkit.data import PackOptions, pack
-from clipkit.data.check import KINDS, scan
+from clipkit.data.check import FINDING_KINDS, scan
 from clipkit.data.check.scanning import SAMPLE
 from clipkit.data.shards import Shards
 from clipkit.data.sources import open_source
@@ -397,7 +397,7 @@ def test_forms_of_output(run, tmp_path):
     human = run("check", source)
     assert "image_broken" in human.out
     assert "c.tar" in human.out
-    for kind, (defect, _) in KINDS.items():
+    for kind, (defect, _) in FINDING_KINDS.items():
         assert found[kind] == len(places(found, kind))
         assert all(line["defect"] == defect for line in found["findings"] if line["kind"] == kind)
 

@@ -57,7 +57,7 @@ def test_near_pairs_are_those_of_brute_force(one, other, distance):
 
 
 def test_near_pairs_come_in_blocks(monkeypatch):
-    monkeypatch.setattr(room, "CHUNK", 7)
+    monkeypatch.setattr(room, "CANDIDATES_AT_ONCE", 7)
     hashes = bits([5, 5, 5, 4, 5, 1 << 60, 5])
     pairs = {(int(i), int(j)) for rows in near_pairs(hashes, hashes, 2) for i, j in zip(*rows[:2], strict=True)}
     near = [0, 1, 2, 3, 4, 6]

@@ -104,10 +104,10 @@ def test_stamps_at_a_url_go_as_far_as_the_server_tells(pictures, memory, tmp_pat
 
 def test_a_clean_copy_has_stamps_of_its_own_keys(shards):
     from clipkit.data.check import scan
-    from clipkit.data.check.clean import Kept
+    from clipkit.data.check.clean import CleanSource
 
     scanned, source = scan(str(shards)), open_source(shards)
-    kept = Kept(scanned, {0, 5})
+    kept = CleanSource(scanned, {0, 5})
     assert [kept.stamp(i).image for i in range(46)] == [source.stamp(i).image for i in range(48) if i not in (0, 5)]
     assert len({kept.stamp(i).words for i in range(46)}) == 46
     assert kept.without_image(0).captions == source[1].captions

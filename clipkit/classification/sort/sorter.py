@@ -15,7 +15,7 @@ from clipkit.classification.sort.journal import Journal, is_begun
 from clipkit.classification.sort.plan import BACKGROUND, UNSURE, How, Item, Step, folders_of, plan
 from clipkit.classification.sort.transfer import Refused, carry_out, settle, undo
 from clipkit.core import ClipkitError, meter, note, warn
-from clipkit.data.sources import Globs, Selected, Source, open_source, readable
+from clipkit.data.sources import Globs, Selected, Source, open_source, utf8_name
 from clipkit.storage import is_remote
 
 __all__ = ["Sorted", "Sorter", "undo_sort"]
@@ -161,7 +161,7 @@ class Sorter:
         each = iter(found)
         for row in rows:
             names, reason = ([], row["reason"]) if row["status"] == "unreadable" else next(each)
-            to = [readable(name) for name in names]
+            to = [utf8_name(name) for name in names]
             yield {**row, "reason": reason, "to": to if "labels" in row else to[0] if to else None}
 
     def _look(self, journal: Journal) -> None:
@@ -234,7 +234,7 @@ def undo_sort(into: Path) -> list[dict[str, Any]]:
         first = refused[0]
         warn(f"{len(refused):,} files were not touched; the first: {first.path}: {first.reason}")
     told = ({"path": each.path, "target": each.target, "reason": each.reason} for each in refused)
-    return [{key: readable(value) for key, value in row.items()} for row in told]
+    return [{key: utf8_name(value) for key, value in row.items()} for row in told]
 
 
 def _counted(steps: Sequence[Step]) -> str:

@@ -15,10 +15,10 @@ from clipkit.data.packing import PackOptions, pack
 from clipkit.data.sources import Sample, Stamp
 from clipkit.storage import digest, hash_of, write_ledger
 
-__all__ = ["Kept", "pack_clean"]
+__all__ = ["CleanSource", "pack_clean"]
 
 
-class Kept:
+class CleanSource:
     """The samples of a scan without some rows: a `clipkit.data.sources.Source`.
 
     Args:
@@ -90,7 +90,7 @@ def pack_clean(scanned: Scan, verdict: Verdict, out: Path, *, overwrite: bool = 
     Raises:
         ClipkitError: where nothing is left, or the folder holds something else.
     """
-    source = Kept(scanned, verdict.left_out)
+    source = CleanSource(scanned, verdict.left_out)
     if not len(source):
         raise ClipkitError(f"nothing in {scanned.spec} is left for a clean copy; see what was found")
     manifest = pack(source, out, PackOptions(workers=cores(), overwrite=overwrite))

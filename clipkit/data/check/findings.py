@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from clipkit.data.check.perceptual_hash import near_duplicates, nearest
-from clipkit.data.check.scanning import KINDS, Finding, Scan, text_hash
+from clipkit.data.check.scanning import FINDING_KINDS, Finding, Scan, text_hash
 
 __all__ = ["FIGURES", "Verdict", "judge"]
 
 FREQUENT = 20  # captions that are shown
 
-# The figures of a check under their stable names; after them comes a count for each kind in `clipkit.data.check.KINDS`.
+# The figures of a check under their stable names; after them comes a count for each of `FINDING_KINDS`.
 FIGURES = {
     "shards": "shards that could be read",
     "samples": "samples in them",
@@ -102,7 +102,7 @@ def judge(
             **figures,
             **_spread("width", sizes["width"]),
             **_spread("height", sizes["height"]),
-            **{kind: count[kind] for kind in KINDS},
+            **{kind: count[kind] for kind in FINDING_KINDS},
         },
         findings,
         frequent,

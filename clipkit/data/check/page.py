@@ -8,16 +8,16 @@ from PIL import Image
 
 from clipkit.core import BadSample, Report, histogram_figure, sizes_figure, write_json
 from clipkit.data.check.findings import FIGURES, Verdict
-from clipkit.data.check.scanning import KINDS, Finding, Scan
+from clipkit.data.check.scanning import FINDING_KINDS, Finding, Scan
 from clipkit.images import decode
 
-__all__ = ["page_paths", "summary", "write_page"]
+__all__ = ["check_summary", "page_paths", "write_check_page"]
 
 LISTED = 100  # findings in the page's table; all of them stand in the JSON
 SHOWN = 24  # pictures of a contact sheet
 
 
-def summary(mine: Scan, verdict: Verdict) -> dict[str, Any]:
+def check_summary(mine: Scan, verdict: Verdict) -> dict[str, Any]:
     """Everything a check found, as it is printed and stored: figures first, then the lists."""
     return {
         "source": mine.spec,
@@ -38,7 +38,7 @@ def page_paths(where: Path) -> tuple[Path, Path]:
     return where / "index.html", where / "report.json"
 
 
-def write_page(mine: Scan, verdict: Verdict, others: list[Scan], where: Path, seed: int = 0) -> Path:
+def write_check_page(mine: Scan, verdict: Verdict, others: list[Scan], where: Path, seed: int = 0) -> Path:
     """Write the page, one file that refers to nothing outside itself, and the JSON beside it.
 
     Args:
@@ -83,16 +83,15 @@ def write_page(mine: Scan, verdict: Verdict, others: list[Scan], where: Path, se
         words=True,
     )
     page.write(path)
-    write_json(beside, summary(mine, verdict))
+    write_json(beside, check_summary(mine, verdict))
     return path
 
 
 def _headline(verdict: Verdict) -> str:
     if verdict.clean:
         return "Nothing is wrong."
-    wrong = [
-        f"{verdict.figures[kind]:,} {kind}" for kind, (defect, _) in KINDS.items() if defect and verdict.figures[kind]
-    ]
+    figures = verdict.figures
+    wrong = [f"{figures[kind]:,} {kind}" for kind, (defect, _) in FINDING_KINDS.items() if defect and figures[kind]]
     return "Found: " + ", ".join(wrong).replace("_", " ") if wrong else "No defect; under strict rules the notes count."
 
 
@@ -101,7 +100,7 @@ def _wrong(page: Report, mine: Scan, verdict: Verdict) -> None:
     page.heading("What was found", about)
     rows = [
         {"kind": kind, "": "defect" if defect else "note", "count": f"{verdict.figures[kind]:,}", "meaning": meaning}
-        for kind, (defect, meaning) in KINDS.items()
+        for kind, (defect, meaning) in FINDING_KINDS.items()
         if verdict.figures[kind]
     ]
     if not rows:
@@ -202,7 +201,7 @@ def _captions_of(scan: Scan, row: int) -> str:
 
 
 def _meaning(name: str) -> str:
-    return KINDS[name][1] if name in KINDS else FIGURES[name]
+    return FINDING_KINDS[name][1] if name in FINDING_KINDS else FIGURES[name]
 
 
 def _number(value: Any) -> str:

@@ -28,8 +28,8 @@ __all__ = [
     "nearest",
 ]
 
-SIDE = 32  # of the picture that is transformed
-MARGIN = 8.0  # a wave of half a grey level; finds 99.8 % of drawings that were compressed again instead of 95 %
+HASH_SIDE = 32  # of the picture that is transformed
+BIT_MARGIN = 8.0  # a wave of half a grey level; finds 99.8 % of drawings that were compressed again instead of 95 %
 COARSE = 4 * 4 * 3  # numbers of the coarse colours
 # Below this contrast a picture is an even surface: its hash is noise, and all even surfaces would be one another's
 # duplicates. Photos have 7 grey levels and more, drawings on white likewise; an even surface after JPEG has 0.3.
@@ -40,7 +40,7 @@ MAX_COLOUR_DIFFERENCE = 10.0
 MAX_DISTANCE = 12  # more bits than that, and different photos are as near as copies
 
 BANDS, BAND_BITS = 4, 16
-CHUNK = 1 << 21  # candidates compared at a time: some 50 MB
+CANDIDATES_AT_ONCE = 1 << 21  # candidates compared at a time: some 50 MB
 
 
 class Looks(NamedTuple):
@@ -56,8 +56,8 @@ class Looks(NamedTuple):
 
 def _dct_rows() -> np.ndarray:
     """The 8 lowest rows of the orthonormal DCT-II matrix of order 32."""
-    frequency, place = np.arange(8)[:, None], np.arange(SIDE)[None, :]
-    rows = np.sqrt(2 / SIDE) * np.cos(np.pi * frequency * (2 * place + 1) / (2 * SIDE))
+    frequency, place = np.arange(8)[:, None], np.arange(HASH_SIDE)[None, :]
+    rows = np.sqrt(2 / HASH_SIDE) * np.cos(np.pi * frequency * (2 * place + 1) / (2 * HASH_SIDE))
     rows[0] /= np.sqrt(2)
     return rows.astype(np.float32)
 
@@ -67,12 +67,12 @@ DCT = _dct_rows()
 
 def looks_of(image: Image.Image) -> Looks:
     """Hash, coarse colours and contrast of one RGB picture of any size."""
-    small = image.resize((SIDE, SIDE), Image.Resampling.BOX)
+    small = image.resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX)
     grey = np.asarray(small.convert("L"), np.float32)
     low = (DCT @ grey @ DCT.T).ravel()
-    bits = np.packbits(low > np.median(low) + MARGIN)
-    cells = np.asarray(small, np.float32).reshape(4, SIDE // 4, 4, SIDE // 4, 3).mean(axis=(1, 3))
-    contrast = float(np.sqrt(np.square(low[1:]).sum()) / SIDE)
+    bits = np.packbits(low > np.median(low) + BIT_MARGIN)
+    cells = np.asarray(small, np.float32).reshape(4, HASH_SIDE // 4, 4, HASH_SIDE // 4, 3).mean(axis=(1, 3))
+    contrast = float(np.sqrt(np.square(low[1:]).sum()) / HASH_SIDE)
     return Looks(int.from_bytes(bits.tobytes(), "big"), np.round(cells).astype(np.uint8).ravel(), contrast)
 
 
@@ -121,11 +121,11 @@ def _masks(radius: int) -> Iterator[int]:
 def _compare(
     one: np.ndarray, other: np.ndarray, first: np.ndarray, end: np.ndarray, order: np.ndarray, distance: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Row `i` of `one` with the rows ``order[first[i]:end[i]]`` of `other`, `CHUNK` candidates at a time."""
+    """Row `i` of `one` with the rows ``order[first[i]:end[i]]`` of `other`, `CANDIDATES_AT_ONCE` at a time."""
     asked = np.flatnonzero(end > first)
     total = np.concatenate([[0], np.cumsum((end - first)[asked])])
-    for begin in range(0, int(total[-1]), CHUNK):
-        wanted = np.arange(begin, min(begin + CHUNK, int(total[-1])))
+    for begin in range(0, int(total[-1]), CANDIDATES_AT_ONCE):
+        wanted = np.arange(begin, min(begin + CANDIDATES_AT_ONCE, int(total[-1])))
         lo = np.searchsorted(total, begin, "right") - 1
         hi = np.searchsorted(total, wanted[-1], "right")
         which = lo + np.repeat(np.arange(hi - lo), np.diff(np.clip(total[lo : hi + 1], begin, wanted[-1] + 1)))

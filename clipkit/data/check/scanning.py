@@ -20,10 +20,10 @@ from clipkit.data.sources import Sample, ShardSource, Source, open_source, sampl
 from clipkit.images import decode, identify
 from clipkit.storage import is_remote
 
-__all__ = ["KINDS", "UNUSABLE", "Finding", "Part", "Scan", "open_parts", "scan", "text_hash"]
+__all__ = ["FINDING_KINDS", "UNUSABLE", "Finding", "Scan", "ScannedPart", "open_parts", "scan", "text_hash"]
 
 # What can be found: whether it is a defect (status 1) or a note, and what it means.
-KINDS: dict[str, tuple[bool, str]] = {
+FINDING_KINDS: dict[str, tuple[bool, str]] = {
     "shard_missing": (True, "shards that the manifest or the pattern names and that are not there"),
     "shard_empty": (True, "shards without a sample"),
     "shard_unreadable": (True, "shards that are no readable tar"),
@@ -43,7 +43,7 @@ KINDS: dict[str, tuple[bool, str]] = {
     "near_duplicate": (False, "images that look like one before them"),
     "key_in_other_shard": (False, "keys that another shard has too; clipkit tells them apart by the shard's name"),
 }
-UNUSABLE = frozenset(kind for kind in KINDS if kind.startswith(("sample_", "image_", "caption_")))
+UNUSABLE = frozenset(kind for kind in FINDING_KINDS if kind.startswith(("sample_", "image_", "caption_")))
 
 SAMPLE = np.dtype(
     [
@@ -59,7 +59,7 @@ SAMPLE = np.dtype(
 )
 CAPTION = np.dtype([("text", "u8"), ("row", "i8"), ("tokens", "i4")])
 TASK = 16  # samples per task of a thread
-AT_ONCE = 1024  # captions whose tokens are counted together
+CAPTIONS_AT_ONCE = 1024  # captions whose tokens are counted together
 
 
 def text_hash(caption: str) -> int:
@@ -85,7 +85,7 @@ class Finding:
 
     @property
     def defect(self) -> bool:
-        return KINDS[self.kind][0]
+        return FINDING_KINDS[self.kind][0]
 
     def line(self) -> dict[str, Any]:
         """As it is printed: ``kind, defect, shard, key, reason, other, other_shard, other_key, distance``."""
@@ -94,7 +94,7 @@ class Finding:
 
 
 @dataclass
-class Part:
+class ScannedPart:
     """A piece of what is checked that opens or fails by itself: a local shard, or the whole of any other source."""
 
     source: Source
@@ -115,7 +115,7 @@ class Part:
         return self.name or self.shards.names[number], self.shards.index_of(number).key(row)
 
 
-def open_parts(spec: str, **options: Any) -> tuple[list[Part], list[Finding]]:
+def open_parts(spec: str, **options: Any) -> tuple[list[ScannedPart], list[Finding]]:
     """Open whatever `clipkit.data.sources.open_source` opens, local shards one by one.
 
     Args:
@@ -129,9 +129,9 @@ def open_parts(spec: str, **options: Any) -> tuple[list[Part], list[Finding]]:
         ClipkitError: where nothing is there.
     """
     findings: list[Finding] = []
-    parts: list[Part] = []
+    parts: list[ScannedPart] = []
     if is_remote(spec) or not is_shard_spec(spec):
-        parts.append(Part(open_source(spec, **options)))
+        parts.append(ScannedPart(open_source(spec, **options)))
         if (shards := parts[0].shards) is not None:  # remote ones, which are known by their indexes alone
             findings += [Finding(kind, name, key, why) for name, (kind, key, why) in index_problems(shards)]
     else:
@@ -141,7 +141,7 @@ def open_parts(spec: str, **options: Any) -> tuple[list[Part], list[Finding]]:
             shards, found = open_shard(tar, record)
             findings += [Finding(kind, name, key, why) for kind, key, why in found]
             if shards is not None and len(shards):
-                parts.append(Part(ShardSource(str(tar), shards), name))
+                parts.append(ScannedPart(ShardSource(str(tar), shards), name))
     start = 0
     for part in parts:
         part.start = start
@@ -162,7 +162,10 @@ class _Look(NamedTuple):
     looks: Any = None
 
 
-def _look(part: Part, i: int, quick: bool, captioned: bool) -> _Look:
+_Placed = tuple[ScannedPart, int, _Look]  # with the part and the row there
+
+
+def _look(part: ScannedPart, i: int, quick: bool, captioned: bool) -> _Look:
     try:
         sample = part.source[i]
     except BadSample as error:
@@ -199,7 +202,7 @@ class Scan:
     """What one pass has found."""
 
     spec: str
-    parts: list[Part]
+    parts: list[ScannedPart]
     samples: np.ndarray
     """Of dtype `SAMPLE`: digest of the image's bytes, perceptual hash, bytes, width, height, whether the image could be
     read, whether it is flat (its hash says nothing), coarse colours."""
@@ -215,7 +218,7 @@ class Scan:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def locate(self, row: int) -> tuple[Part, int]:
+    def locate(self, row: int) -> tuple[ScannedPart, int]:
         """The part that a sample stands in, and its row there."""
         part = self.parts[int(np.searchsorted(self._starts, row, side="right")) - 1]
         return part, row - part.start
@@ -305,16 +308,16 @@ def scan(
             findings += [Finding(kind, *part.place(i), why, row) for kind, why in look.findings]
         if captions:
             waiting += [(row, text) for text in look.captions]
-            if len(waiting) >= AT_ONCE:
+            if len(waiting) >= CAPTIONS_AT_ONCE:
                 count()
     count()
     return Scan(spec, parts, samples, np.concatenate(blocks), findings, quick)
 
 
-def _looks(parts: Sequence[Part], quick: bool, captions: bool, threads: int) -> Iterator[tuple[Part, int, _Look]]:
+def _looks(parts: Sequence[ScannedPart], quick: bool, captions: bool, threads: int) -> Iterator[_Placed]:
     """What each sample shows, in order: its part, its row there, its looks."""
 
-    def task(place: tuple[Part, int]) -> list[tuple[Part, int, _Look]]:
+    def task(place: tuple[ScannedPart, int]) -> list[_Placed]:
         part, first = place
         rows = range(first, min(first + TASK, len(part.source)))
         wanted = captions and (part.shards is not None or part.source.has_captions)

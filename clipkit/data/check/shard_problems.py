@@ -13,7 +13,7 @@ from clipkit.storage import kind_of
 
 __all__ = ["Problem", "index_problems", "named_shards", "open_shard"]
 
-Problem = tuple[str, str | None, str]  # kind (see `clipkit.data.check.KINDS`), key or None, reason
+Problem = tuple[str, str | None, str]  # kind (see `clipkit.data.check.FINDING_KINDS`), key or None, reason
 
 
 def named_shards(spec: str) -> list[tuple[Path, dict[str, Any]]]:

@@ -19,7 +19,7 @@ from clipkit.storage import describe, digest, fetch, read_bytes
 
 __all__ = ["Spool"]
 
-AHEAD = 4  # shards that are fetched at a time, ahead of the reader
+FETCHED_AHEAD = 4  # shards that are fetched at a time, ahead of the reader
 
 
 class Spool:
@@ -121,7 +121,7 @@ class Spool:
         with self._lock:
             for tar in tars:
                 held += self._about[self._number[tar]][0]
-                if len(self._coming) >= AHEAD or held > self.limit // 2:
+                if len(self._coming) >= FETCHED_AHEAD or held > self.limit // 2:
                     return
                 if tar not in self._coming and not tar.exists():
                     self._coming.add(tar)

@@ -4,14 +4,14 @@ from .globs import Selected as Selected
 from .list_file import CAPTION_COLUMNS as CAPTION_COLUMNS
 from .named import NamedImages as NamedImages
 from .opening import open_source as open_source
-from .sample import RESERVED as RESERVED
+from .sample import RESERVED_COLUMNS as RESERVED_COLUMNS
 from .sample import Sample as Sample
 from .sample import Source as Source
 from .sample import Stamp as Stamp
 from .sample import check_ids as check_ids
-from .sample import readable as readable
 from .sample import sample_id as sample_id
 from .sample import text_id as text_id
+from .sample import utf8_name as utf8_name
 from .shards import ShardSource as ShardSource
 from .tables import LIST_SUFFIXES as LIST_SUFFIXES
 from .tables import read_rows as read_rows

@@ -8,7 +8,7 @@ from clipkit.storage import describe, is_remote
 
 __all__ = ["Files", "extension_of"]
 
-PATIENCE = 20.0  # seconds for one image: long lists of URLs hold many dead ones
+IMAGE_TIMEOUT = 20.0  # seconds for one image: long lists of URLs hold many dead ones
 
 
 def extension_of(name: str) -> str:
@@ -76,6 +76,6 @@ class Files:
         if self._remote is None:
             places = {i: place for i in range(len(self.names)) if isinstance(place := self.at(i), str)}
             note(f"asking for the size and state of {len(places):,} remote files")
-            found = describe(list(places.values()), timeout=PATIENCE, retries=2)
+            found = describe(list(places.values()), timeout=IMAGE_TIMEOUT, retries=2)
             self._remote = dict(zip(places, found, strict=True))
         return self._remote

@@ -10,13 +10,13 @@ from clipkit.core import ClipkitError, UnreadSample, note
 from clipkit.data.shards import captions_of
 from clipkit.data.sources.files import Files, extension_of
 from clipkit.data.sources.globs import Globs
-from clipkit.data.sources.sample import Sample, Stamp, own_columns, readable
+from clipkit.data.sources.sample import Sample, Stamp, own_columns, utf8_name
 from clipkit.images import IMAGE_SUFFIXES
 from clipkit.storage import digest, hash_of, read_bytes
 
 __all__ = ["FolderSource"]
 
-CAPTIONS = (".txt", ".json")
+CAPTION_SUFFIXES = (".txt", ".json")
 
 
 class FolderSource:
@@ -38,12 +38,13 @@ class FolderSource:
         globs = globs or Globs()
         names = list(self._walk(globs.hidden) if urls is None else _below(root, urls, globs.hidden))
         stems = {_stem(name) for name in names if _ending(name) in IMAGE_SUFFIXES}
-        beside = {name for name in names if _ending(name) in CAPTIONS and _stem(name) in stems}
+        beside = {name for name in names if _ending(name) in CAPTION_SUFFIXES and _stem(name) in stems}
         if globs:
             self.paths = [n for n in names if globs.passes(n) and (globs.include or n not in beside)]
         else:
             self.paths = [name for name in names if _ending(name) in IMAGE_SUFFIXES]
-        companions = {(_stem(name), _ending(name).lstrip(".")): name for name in names if _ending(name) in CAPTIONS}
+        words = [name for name in names if _ending(name) in CAPTION_SUFFIXES]
+        companions = {(_stem(name), _ending(name).lstrip(".")): name for name in words}
         if not self.paths:
             if self.problems:
                 raise ClipkitError(f"{root}: {self.problems[0]['key']}: {self.problems[0]['reason']}")
@@ -61,7 +62,7 @@ class FolderSource:
         return len(self.paths)
 
     def key(self, i: int) -> str:
-        return readable(self.paths[i])
+        return utf8_name(self.paths[i])
 
     def name(self, i: int) -> str:
         return self.paths[i]
@@ -91,7 +92,7 @@ class FolderSource:
         links: list[str] = []
 
         def refused(error: OSError) -> None:
-            key = readable(os.path.relpath(error.filename, self.spec))
+            key = utf8_name(os.path.relpath(error.filename, self.spec))
             reason = f"the folder cannot be read: {error.strerror}"
             self.problems.append({"key": key, "reason": reason, "unread": True})
 

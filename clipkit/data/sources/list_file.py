@@ -9,7 +9,7 @@ from typing import Any
 from clipkit.core import ClipkitError
 from clipkit.data.shards import well_formed
 from clipkit.data.sources.files import Files, extension_of
-from clipkit.data.sources.sample import Sample, Stamp, own_columns, readable
+from clipkit.data.sources.sample import Sample, Stamp, own_columns, utf8_name
 from clipkit.data.sources.tables import read_rows
 from clipkit.storage import digest, hash_of, is_remote, stamp
 
@@ -75,7 +75,7 @@ class ListSource:
         return len(self._names)
 
     def key(self, i: int) -> str:
-        return readable(self._names[i])
+        return utf8_name(self._names[i])
 
     def name(self, i: int) -> str:
         return self._names[i]

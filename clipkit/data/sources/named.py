@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.data.sources.files import Files, extension_of
-from clipkit.data.sources.sample import Sample, Stamp, readable
+from clipkit.data.sources.sample import Sample, Stamp, utf8_name
 from clipkit.storage import digest, hash_of
 
 __all__ = ["NamedImages"]
@@ -31,7 +31,7 @@ class NamedImages:
         return len(self._files.names)
 
     def key(self, i: int) -> str:
-        return readable(self._files.names[i])
+        return utf8_name(self._files.names[i])
 
     def name(self, i: int) -> str:
         return self._files.names[i]

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from clipkit.core import BadSample, ClipkitError, UnreadSample
-from clipkit.data.sources.files import PATIENCE
+from clipkit.data.sources.files import IMAGE_TIMEOUT
 from clipkit.storage import read_bytes
 
-__all__ = ["Sample", "Source", "Stamp", "check_ids", "own_columns", "readable", "sample_id", "text_id"]
+__all__ = ["Sample", "Source", "Stamp", "check_ids", "own_columns", "sample_id", "text_id", "utf8_name"]
 
 
 def sample_id(key: str) -> int:
@@ -79,7 +79,7 @@ class Sample:
             raise BadSample("the sample has no image")
         try:
             if isinstance(self.image, str):
-                return read_bytes(self.image, timeout=PATIENCE, retries=2)
+                return read_bytes(self.image, timeout=IMAGE_TIMEOUT, retries=2)
             # A named pipe would be waited for, and some devices never end.
             kind = self.image.stat().st_mode
             if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
@@ -156,14 +156,14 @@ class Source(Protocol):
 
 
 # What clipkit itself says of a sample in shards, metadata and results; a user's column of such a name gets a ``_``.
-RESERVED = frozenset({"captions", "caption", "id", "image_path", "key", "path", "rank", "score"})
+RESERVED_COLUMNS = frozenset({"captions", "caption", "id", "image_path", "key", "path", "rank", "score"})
 
 
 def own_columns(columns: dict[str, Any]) -> dict[str, Any]:
     """A user's columns under names that do not hide what clipkit says, and that can be written."""
-    return {f"{name}_" if name in RESERVED else readable(name): value for name, value in columns.items()}
+    return {f"{name}_" if name in RESERVED_COLUMNS else utf8_name(name): value for name, value in columns.items()}
 
 
-def readable(name: str) -> str:
+def utf8_name(name: str) -> str:
     """A file's name as text that can be written anywhere: what is not UTF-8 in it becomes an escape (``\\udcff``)."""
     return name.encode("utf-8", "backslashreplace").decode()

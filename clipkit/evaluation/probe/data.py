@@ -14,7 +14,7 @@ from clipkit.classification import class_folders
 from clipkit.core import BadSample, ClipkitError, UnreadSample, did_you_mean, note
 from clipkit.data.sources import (
     CAPTION_COLUMNS,
-    RESERVED,
+    RESERVED_COLUMNS,
     FolderSource,
     Sample,
     Selected,
@@ -252,7 +252,7 @@ def _open(spec: str, split: str, names: tuple[str | None, ...], columns: dict[st
 def _values(sample: Sample, name: str, caption_column: str | None) -> list[str] | None:
     """What a column says of a sample, without what is empty or said twice; None where there is no such column."""
     columns = sample.columns
-    if name in RESERVED and f"{name}_" in columns:  # see `own_columns`
+    if name in RESERVED_COLUMNS and f"{name}_" in columns:  # see `own_columns`
         found = columns[f"{name}_"]
     elif name == caption_column or (name not in columns and name.lower() in CAPTION_COLUMNS):
         found = list(sample.captions)

@@ -41,17 +41,14 @@ def main(
     caption_column: str | None,
     image_root: str | None,
     against: tuple[str, ...],
-    near: int,
     model: str | None,
-    quick: bool,
-    strict: bool,
     fix: bool,
     out: Path | None,
     overwrite: bool,
     report: Path | None,
     seed: int,
-    threads: int | None,
     fmt: str,
+    **options: Any,
 ) -> int:
     """Check SOURCE (shards, a list, or a folder): what is broken, empty, twice there, cut, or in another set too.
 
@@ -60,8 +57,8 @@ def main(
     """
     from time import perf_counter
 
-    from clipkit.core import ClipkitError, emit, note, warn
-    from clipkit.data.check import check_summary, judge, pack_clean, scan, write_check_page
+    from clipkit.core import ClipkitError, note, warn
+    from clipkit.data.check import CheckOptions, check_summary, judge, pack_clean, scan, write_check_page
     from clipkit.models import token_counter
     from clipkit.storage import refuse_own_input
 
@@ -69,25 +66,18 @@ def main(
         raise ClipkitError("--fix and --out belong together: clipkit check SOURCE --fix --out CLEAN")
     if out is not None:
         refuse_own_input(out, [source, *against])
-    tokens = token_counter(model)
+    chosen, tokens = CheckOptions(**options), token_counter(model)
     began = perf_counter()
-    options: dict[str, Any] = {"image_column": image_column, "caption_column": caption_column, "image_root": image_root}
-    mine = scan(source, quick=quick, count_tokens=tokens.count, threads=threads, **options)
-    others = [scan(other, quick=quick, captions=False, threads=threads) for other in against]
+    columns = {"image_column": image_column, "caption_column": caption_column, "image_root": image_root}
+    mine = scan(source, chosen, count_tokens=tokens.count, **columns)
+    others = [scan(other, chosen, captions=False) for other in against]
     seconds = perf_counter() - began
-    verdict = judge(mine, others, near=near, context_length=tokens.context_length, strict=strict)
-    if not quick:
+    verdict = judge(mine, others, chosen, context_length=tokens.context_length)
+    if not chosen.quick:
         mine.keep_defects()
     looked = len(mine) + sum(len(other) for other in others)
     note(f"{looked:,} samples in {seconds:,.1f} s, {looked / max(seconds, 1e-9):,.0f} per second")
-
-    found = check_summary(mine, verdict)
-    if fmt == "json":
-        emit(found, fmt)
-    elif fmt == "human":
-        show(found)
-    else:
-        emit(found["findings"], fmt)
+    show(check_summary(mine, verdict), fmt)
     for other in verdict.against:
         if other["unreadable"]:
             warn(f"{other['unreadable']:,} samples or shards of {other['source']} cannot be read and were not compared")
@@ -100,29 +90,41 @@ def main(
     return 0 if verdict.clean else 1
 
 
-def show(found: dict[str, Any]) -> None:
+def show(summary: dict[str, Any], fmt: str) -> None:
+    """Print what was found: all of it as JSON, the findings line by line, or a digest for people."""
+    from clipkit.core import emit
+
+    if fmt == "json":
+        emit(summary, fmt)
+    elif fmt == "human":
+        show_to_people(summary)
+    else:
+        emit(summary["findings"], fmt)
+
+
+def show_to_people(summary: dict[str, Any]) -> None:
     """The figures and the first findings, for people."""
     from clipkit.core import emit, note
     from clipkit.data.check import FIGURES, FINDING_KINDS
 
     always = {"samples", "captions", "bytes", "defects"}
     rows = [
-        {"figure": name, "value": found[name], "meaning": FIGURES.get(name) or FINDING_KINDS[name][1]}
+        {"figure": name, "value": summary[name], "meaning": FIGURES.get(name) or FINDING_KINDS[name][1]}
         for name in [*FIGURES, *FINDING_KINDS]
-        if name in always or (found[name] and name != "shared")
+        if name in always or (summary[name] and name != "shared")
     ]
     rows += [
         {"figure": "shared", "value": other["shared"], "meaning": f"images that are also in {other['source']}"}
-        for other in found["against"]
+        for other in summary["against"]
     ]
-    emit(rows, "human", title=found["source"])
+    emit(rows, "human", title=summary["source"])
     shown = ("kind", "shard", "key", "reason")
-    some = [[line for line in found["findings"] if line["kind"] == kind][:SHOWN] for kind in FINDING_KINDS]
-    lines = [{name: line[name] for name in shown} for of_kind in some for line in of_kind]
+    first = [[line for line in summary["findings"] if line["kind"] == kind][:SHOWN] for kind in FINDING_KINDS]
+    lines = [{name: line[name] for name in shown} for of_kind in first for line in of_kind]
     if lines:
         emit(lines, "human")
-    if len(lines) < len(found["findings"]):
-        note(f"… and {len(found['findings']) - len(lines):,} more: --format jsonl lists all, --report shows them")
+    if len(lines) < len(summary["findings"]):
+        note(f"… and {len(summary['findings']) - len(lines):,} more: --format jsonl lists all, --report shows them")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 
 from clipkit.core import read_json
 from clipkit.data import PackOptions, pack
-from clipkit.data.check import FINDING_KINDS, scan
+from clipkit.data.check import FINDING_KINDS, CheckOptions, scan
 from clipkit.data.check.scanning import SAMPLE
 from clipkit.data.shards import Shards
 from clipkit.data.sources import open_source
@@ -426,7 +426,7 @@ def test_the_scan_keeps_few_bytes_and_leaves_the_warning_filters_alone(packed):
     import warnings
 
     before = list(warnings.filters)
-    found = scan(str(packed), threads=4)
+    found = scan(str(packed), CheckOptions(threads=4))
     assert warnings.filters == before
     assert SAMPLE.itemsize == found.samples.nbytes // len(found) == 86
     shutil.rmtree(packed)

@@ -4,4 +4,5 @@ from .findings import judge as judge
 from .page import check_summary as check_summary
 from .page import write_check_page as write_check_page
 from .scanning import FINDING_KINDS as FINDING_KINDS
+from .scanning import CheckOptions as CheckOptions
 from .scanning import scan as scan

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from clipkit.data.check.perceptual_hash import near_duplicates, nearest
-from clipkit.data.check.scanning import FINDING_KINDS, Finding, Scan, text_hash
+from clipkit.data.check.scanning import FINDING_KINDS, CheckOptions, Finding, Scan, text_hash
 
 __all__ = ["FIGURES", "Verdict", "judge"]
 
@@ -64,24 +64,28 @@ class Verdict:
 
 
 def judge(
-    mine: Scan, others: Sequence[Scan] = (), *, near: int = 6, context_length: int | None = None, strict: bool = False
+    mine: Scan,
+    others: Sequence[Scan] = (),
+    options: CheckOptions | None = None,
+    *,
+    context_length: int | None = None,
 ) -> Verdict:
     """Compare the samples of a scan with one another and with other sets.
 
     Args:
         mine: the set that is judged.
         others: sets that must share no image with it.
-        near: the most bits of 64 in which the hashes of near pictures differ.
+        options: how, by which the sets were scanned; those of `CheckOptions` when not given.
         context_length: tokens that the model keeps; None where tokens were not counted.
-        strict: whether a clean copy leaves out near duplicates too, see also `Verdict.clean`.
     """
+    options = options or CheckOptions()
     findings = [*mine.findings, *_keys_in_several_shards(mine)]
     first = _exact(mine)
     findings += [_pair("duplicate", mine, row, mine, first[row], 0) for row in np.flatnonzero(first >= 0).tolist()]
-    findings += _near(mine, first, near)
+    findings += _near(mine, first, options.near)
     against = []
     for other in others:
-        shared = _shared(mine, other, near)
+        shared = _shared(mine, other, options.near)
         findings += shared
         unreadable = int((~other.samples["read"]).sum())
         problems = sum(finding.row < 0 and finding.defect for finding in other.findings)
@@ -107,10 +111,10 @@ def judge(
         findings,
         frequent,
         against,
-        strict,
+        options.strict,
     )
     unusable = mine.unusable()
-    dropped = {"duplicate", "shared", *(["near_duplicate"] if strict else [])}
+    dropped = {"duplicate", "shared", *(["near_duplicate"] if options.strict else [])}
     for finding in findings:
         if (
             finding.row >= 0

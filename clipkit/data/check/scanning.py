@@ -20,7 +20,17 @@ from clipkit.data.sources import Sample, ShardSource, Source, open_source, sampl
 from clipkit.images import decode, identify
 from clipkit.storage import is_remote
 
-__all__ = ["FINDING_KINDS", "UNUSABLE", "Finding", "Scan", "ScannedPart", "open_parts", "scan", "text_hash"]
+__all__ = [
+    "FINDING_KINDS",
+    "UNUSABLE",
+    "CheckOptions",
+    "Finding",
+    "Scan",
+    "ScannedPart",
+    "open_parts",
+    "scan",
+    "text_hash",
+]
 
 # What can be found: whether it is a defect (status 1) or a note, and what it means.
 FINDING_KINDS: dict[str, tuple[bool, str]] = {
@@ -60,6 +70,21 @@ SAMPLE = np.dtype(
 CAPTION = np.dtype([("text", "u8"), ("row", "i8"), ("tokens", "i4")])
 TASK = 16  # samples per task of a thread
 CAPTIONS_AT_ONCE = 1024  # captions whose tokens are counted together
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """How a set is checked, see `scan` and `clipkit.data.check.judge`."""
+
+    near: int = 6
+    """The most bits of 64 in which the hashes of near pictures differ."""
+    quick: bool = False
+    """Read headers and hash bytes only; a picture that breaks off inside and pictures that look alike are not found
+    then."""
+    strict: bool = False
+    """Whether notes count too, and a clean copy leaves out near duplicates, see also `Verdict.clean`."""
+    threads: int | None = None
+    """That decode; as many as cores when not given."""
 
 
 def text_hash(caption: str) -> int:
@@ -115,12 +140,12 @@ class ScannedPart:
         return self.name or self.shards.names[number], self.shards.index_of(number).key(row)
 
 
-def open_parts(spec: str, **options: Any) -> tuple[list[ScannedPart], list[Finding]]:
+def open_parts(spec: str, **columns: str | None) -> tuple[list[ScannedPart], list[Finding]]:
     """Open whatever `clipkit.data.sources.open_source` opens, local shards one by one.
 
     Args:
         spec: a folder of images, a list, or shards.
-        options: of a list, as `open_source` takes them.
+        columns: of a list, as `open_source` takes them: ``image_column``, ``caption_column`` and ``image_root``.
 
     Returns:
         The parts that can be read, and what is wrong with shards as a whole.
@@ -131,7 +156,7 @@ def open_parts(spec: str, **options: Any) -> tuple[list[ScannedPart], list[Findi
     findings: list[Finding] = []
     parts: list[ScannedPart] = []
     if is_remote(spec) or not is_shard_spec(spec):
-        parts.append(ScannedPart(open_source(spec, **options)))
+        parts.append(ScannedPart(open_source(spec, **columns)))
         if (shards := parts[0].shards) is not None:  # remote ones, which are known by their indexes alone
             findings += [Finding(kind, name, key, why) for name, (kind, key, why) in index_problems(shards)]
     else:
@@ -258,27 +283,25 @@ class Scan:
 
 def scan(
     spec: str,
+    options: CheckOptions | None = None,
     *,
-    quick: bool = False,
     captions: bool = True,
     count_tokens: Callable[[list[str]], list[int]] | None = None,
-    threads: int | None = None,
-    **options: Any,
+    **columns: str | None,
 ) -> Scan:
     """Read every sample of a source once.
 
     Args:
-        spec: what `open_parts` takes, with its `options`.
-        quick: read headers and hash bytes only; a picture that breaks off inside and pictures that look alike are
-            not found then.
+        spec: what `open_parts` takes, with its `columns`.
+        options: how; those of `CheckOptions` when not given.
         captions: whether captions count: those of shards must be there, those of another source where it has any.
         count_tokens: texts to their numbers of tokens.
-        threads: that decode; as many as cores when not given.
 
     Raises:
         ClipkitError: where nothing is there.
     """
-    parts, findings = open_parts(spec, **options)
+    options = options or CheckOptions()
+    parts, findings = open_parts(spec, **columns)
     total = sum(len(part.source) for part in parts)
     samples = np.zeros(total, SAMPLE)
     blocks: list[np.ndarray] = [np.zeros(0, CAPTION)]
@@ -293,7 +316,7 @@ def scan(
         blocks.append(block)
         waiting.clear()
 
-    looks = _looks(parts, quick, captions, threads or cores())
+    looks = _looks(parts, options.quick, captions, options.threads or cores())
     for part, i, look in progress(looks, f"check {spec}", total, "samples"):
         row = part.start + i
         record = samples[row]
@@ -311,7 +334,7 @@ def scan(
             if len(waiting) >= CAPTIONS_AT_ONCE:
                 count()
     count()
-    return Scan(spec, parts, samples, np.concatenate(blocks), findings, quick)
+    return Scan(spec, parts, samples, np.concatenate(blocks), findings, options.quick)
 
 
 def _looks(parts: Sequence[ScannedPart], quick: bool, captions: bool, threads: int) -> Iterator[_Placed]:

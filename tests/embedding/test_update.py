@@ -41,7 +41,6 @@ class Counted:
             return tokenize(texts)
 
         monkeypatch.setattr(loading, "shown", counted_decode)
-        monkeypatch.setattr(room, "shown", counted_decode)
         monkeypatch.setattr(model, "encode_image", counted_image)
         monkeypatch.setattr(model, "tokenize", counted_tokenize)
 

@@ -24,7 +24,6 @@ from .files import atomic_write as atomic_write
 from .files import cache_folder as cache_folder
 from .files import read_json as read_json
 from .files import sync_folder as sync_folder
-from .files import user_cache as user_cache
 from .files import write_json as write_json
 from .html_report import Report as Report
 from .launcher import PREEMPTED as PREEMPTED

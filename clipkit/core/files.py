@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from clipkit.core.errors import ClipkitError
 
-__all__ = ["atomic_write", "cache_folder", "read_json", "sync_folder", "user_cache", "write_json"]
+__all__ = ["atomic_write", "cache_folder", "read_json", "sync_folder", "write_json"]
 
 
 @contextlib.contextmanager
@@ -72,13 +72,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Where things are kept that can be made again: ``$CLIPKIT_CACHE``, else ``clipkit`` in the user's cache folder."""
-    own = os.environ.get("CLIPKIT_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipkit"
-
-
-def user_cache() -> Path:
-    """Where clipkit keeps what it fetched: $CLIPKIT_CACHE, else $XDG_CACHE_HOME/clipkit, else ~/.cache/clipkit."""
+    """Where things are kept that can be made or fetched again: $CLIPKIT_CACHE, else $XDG_CACHE_HOME/clipkit, else
+    ~/.cache/clipkit."""
     if own := os.environ.get("CLIPKIT_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipkit"

@@ -11,7 +11,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from clipkit.core import ClipkitError, user_cache
+from clipkit.core import ClipkitError
 from clipkit.storage import describe, fetch, is_pipe, is_remote, list_files, open_stream, read_bytes, remote, stamp
 from clipkit.storage.remote import size_of
 from tests.paths import ROOT
@@ -264,13 +264,3 @@ def test_a_file_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_bytes(b"1")
     with pytest.raises(ClipkitError, match="cannot write"):
         fetch(f"file://{tmp_path}/a", tmp_path / "file" / "x")
-
-
-def test_the_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("CLIPKIT_CACHE", str(tmp_path))
-    assert user_cache() == tmp_path
-    monkeypatch.delenv("CLIPKIT_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert user_cache() == tmp_path / "clipkit"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert user_cache() == Path.home() / ".cache" / "clipkit"

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 
-from clipkit.core import ClipkitError, note, user_cache
+from clipkit.core import ClipkitError, note, cache_folder
 from clipkit.data.shards.tar_index import SIDECAR_SUFFIX, TarIndex, fits, load_index, parse_index, write_index
 from clipkit.storage import describe, digest, fetch, read_bytes
 
@@ -45,7 +45,7 @@ class Spool:
         if len(set(names)) < len(names):
             names = [f"{number:06d}-{name}" for number, name in enumerate(names)]
         # The stamps are part of the folder's name: a shard that was written anew is another one.
-        self.folder = user_cache() / "shards" / digest([self.urls, self._about])
+        self.folder = cache_folder() / "shards" / digest([self.urls, self._about])
         self.tars = [self.folder / name for name in names]
         self._number = {tar: number for number, tar in enumerate(self.tars)}
         self._coming: set[Path] = set()

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipkit.core import ClipkitError, atomic_write, note, user_cache, write_json
+from clipkit.core import ClipkitError, atomic_write, note, cache_folder, write_json
 from clipkit.images import IMAGE_SUFFIXES
 
 __all__ = [
@@ -210,7 +210,7 @@ def _places(tar: Path, suffix: str) -> tuple[Path, Path]:
     """Beside the tar, and in the user's cache for tars in folders that cannot be written."""
     name = tar.name.removesuffix(".tar")
     where = hashlib.blake2b(str(tar.resolve()).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
-    return tar.with_name(name + suffix), user_cache() / "sidecars" / f"{name}-{where}{suffix}"
+    return tar.with_name(name + suffix), cache_folder() / "sidecars" / f"{name}-{where}{suffix}"
 
 
 def _write_beside(tar: Path, suffix: str, write: Callable[[Path], None]) -> None:

@@ -24,7 +24,7 @@ from clipkit.metrics import (
     precision_threshold,
 )
 from clipkit.models import LazyModel, fused, probabilities
-from clipkit.storage import Cache, entry_key
+from clipkit.storage import Cache, hash_of
 
 __all__ = [
     "METHODS",
@@ -209,7 +209,7 @@ def _fitted(
     few: FewShot | None,
 ) -> float:
     texts = [label.texts(prompts) for label in labels.labels]
-    key = entry_key("temperature", model.facts.fingerprint, model.facts.precision, texts)
+    key = hash_of("temperature", model.facts.fingerprint, model.facts.precision, texts)
     if examples is None or by_name is None:
         kept = cache.fact(key)
         if kept is None:

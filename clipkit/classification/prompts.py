@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from clipkit.classification.labels import LabelSet, as_label_set
 from clipkit.core import ClipkitError, did_you_mean
-from clipkit.storage import Cache, entry_key
+from clipkit.storage import Cache, hash_of
 
 __all__ = ["PROMPTS", "cached_prompts", "class_vectors", "prompt_set"]
 
@@ -71,7 +71,7 @@ def cached_prompts(name: str, cache: Cache) -> list[str]:
     kept."""
     if name != "openai80":
         return prompt_set(name)
-    key = entry_key(name, version("open_clip_torch"))
+    key = hash_of(name, version("open_clip_torch"))
     found = cache.fact(key)
     if found is None:
         found = prompt_set(name)

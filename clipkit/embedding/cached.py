@@ -16,7 +16,7 @@ from clipkit.embedding.options import EncodeOptions
 from clipkit.embedding.store import Embedded
 from clipkit.embedding.update import KnownSample
 from clipkit.models import LazyModel
-from clipkit.storage import Cache, Entry, entry_key
+from clipkit.storage import Cache, Entry, hash_of
 
 __all__ = ["cached_images", "cached_texts"]
 
@@ -63,7 +63,7 @@ def cached_texts(texts: Sequence[str], model: LazyModel, cache: Cache, batch_siz
     """Embed texts, or take them from the cache; float32 ``[n, dim]``, unit norm. Each is encoded once."""
     facts = model.facts
     of_model = ("text", __version__, facts.fingerprint, facts.precision)
-    keys = [entry_key(*of_model, text) for text in texts]
+    keys = [hash_of(*of_model, text) for text in texts]
     vectors = {key: entry.vector for key, entry in cache.entries(list(dict.fromkeys(keys))).items()}
     missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in vectors}
     if missing:
@@ -99,7 +99,7 @@ def _keys(source: Source, rows: range, model: LazyModel, options: EncodeOptions)
     # Another version may decode otherwise. Entries under "image" hold faults of words, too, and are of no use.
     of_model = ("image alone", __version__, facts.fingerprint, facts.precision, options.decoding, where)
     stamps = {row: source.stamp(row).image for row in rows}
-    return {row: entry_key(*of_model, stamp) for row, stamp in stamps.items() if stamp is not None}
+    return {row: hash_of(*of_model, stamp) for row, stamp in stamps.items() if stamp is not None}
 
 
 def _embed_missing(

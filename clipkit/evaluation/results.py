@@ -11,7 +11,7 @@ from clipkit.core import ClipkitError, read_json
 from clipkit.evaluation.embedder import SharedWork
 from clipkit.evaluation.measuring import Evaluation
 from clipkit.metrics import Interval
-from clipkit.storage import entry_key
+from clipkit.storage import hash_of
 
 __all__ = ["Differences", "Result", "as_clip_benchmark", "code_version", "from_clip_benchmark", "known_or_new"]
 
@@ -77,7 +77,7 @@ def known_or_new(
         ranks: of which the first knows, from its cache.
         lasts: whether a new one would come out again; one that might not is not kept.
     """
-    key = entry_key("result", code_version(), *about)
+    key = hash_of("result", code_version(), *about)
     known = ranks.by_the_first(lambda: ranks.cache.fact(key))
     if known is not None:
         return Evaluation(**known)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from clipkit.core import ClipkitError, __version__
 from clipkit.models.model_spec import model_folder
-from clipkit.storage import Cache, entry_key
+from clipkit.storage import Cache, hash_of
 
 if TYPE_CHECKING:
     from clipkit.models.dual_encoder import DualEncoder
@@ -54,7 +54,7 @@ class LazyModel:
         folder = model_folder(spec)
         # What `auto` means is a matter of the machine, and home folders are shared between machines.
         where = (platform.node(), __version__, device, precision)
-        self._key = None if folder is None else entry_key("model", *where, str(folder.resolve()), _stamps(folder))
+        self._key = None if folder is None else hash_of("model", *where, str(folder.resolve()), _stamps(folder))
 
     @classmethod
     def of(cls, towers: "DualEncoder") -> "LazyModel":

@@ -8,7 +8,6 @@ from .folder_swap import one_at_a_time as one_at_a_time
 from .folder_swap import remove_folder as remove_folder
 from .hashing import content_hash as content_hash
 from .hashing import digest as digest
-from .hashing import entry_key as entry_key
 from .hashing import hash_of as hash_of
 from .manifest import MODEL_FOLDER as MODEL_FOLDER
 from .manifest import VERSION as VERSION

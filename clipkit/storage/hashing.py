@@ -4,7 +4,7 @@ import hashlib
 import json
 from typing import Any
 
-__all__ = ["content_hash", "digest", "entry_key", "hash_of"]
+__all__ = ["content_hash", "digest", "hash_of"]
 
 
 def digest(value: Any) -> str:
@@ -13,13 +13,11 @@ def digest(value: Any) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def entry_key(*facts: object) -> bytes:
-    """16 bytes for what an entry was made of: model, precision, text, an image's path, size and time."""
-    return hashlib.blake2b(repr(facts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
 def hash_of(*facts: object) -> bytes:
-    """16 bytes that tell these facts (texts, numbers, lists of them) from others, the same on every machine."""
+    """16 bytes that tell these facts (texts, numbers, lists of them) from others, the same on every machine.
+
+    Keys of the user's `Cache` are such hashes, of what an entry was made of: model, precision, text, an image's stamp.
+    """
     return hashlib.blake2b(repr(facts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from clipkit.core import cache_folder
-from clipkit.storage import Cache, Entry, entry_key
+from clipkit.storage import Cache, Entry, hash_of
 from clipkit.storage import cache as room
 from tests.kills import FORK
 
@@ -19,31 +19,31 @@ def vector(seed, dim=8):
 
 
 def fill(cache, numbers, dim=8):
-    cache.keep((entry_key(number), Entry(vector(number, dim))) for number in numbers)
+    cache.keep((hash_of(number), Entry(vector(number, dim))) for number in numbers)
 
 
 def held(cache, numbers):
-    found = cache.entries([entry_key(number) for number in numbers])
-    return [number for number in numbers if entry_key(number) in found]
+    found = cache.entries([hash_of(number) for number in numbers])
+    return [number for number in numbers if hash_of(number) in found]
 
 
 def test_what_was_kept_comes_back_bit_by_bit(tmp_path):
     fill(Cache(tmp_path / "c"), range(1200))
-    Cache(tmp_path / "c").keep([(entry_key("bad"), Entry(None, "broken header"))])
-    found = Cache(tmp_path / "c").entries([entry_key(n) for n in [*range(1300), "bad"]])
+    Cache(tmp_path / "c").keep([(hash_of("bad"), Entry(None, "broken header"))])
+    found = Cache(tmp_path / "c").entries([hash_of(n) for n in [*range(1300), "bad"]])
     assert len(found) == 1201
-    assert all(np.array_equal(found[entry_key(n)].vector, vector(n)) for n in range(1200))
-    assert found[entry_key("bad")] == Entry(None, "broken header")
-    assert Cache(tmp_path / "c").fact(entry_key("x")) is None
-    Cache(tmp_path / "c").keep_fact(entry_key("x"), {"dim": 3})
-    assert Cache(tmp_path / "c").fact(entry_key("x")) == {"dim": 3}
+    assert all(np.array_equal(found[hash_of(n)].vector, vector(n)) for n in range(1200))
+    assert found[hash_of("bad")] == Entry(None, "broken header")
+    assert Cache(tmp_path / "c").fact(hash_of("x")) is None
+    Cache(tmp_path / "c").keep_fact(hash_of("x"), {"dim": 3})
+    assert Cache(tmp_path / "c").fact(hash_of("x")) == {"dim": 3}
 
 
 def test_none_keeps_nothing():
     cache = Cache(None)
     fill(cache, range(3))
-    cache.keep_fact(entry_key("x"), 1)
-    assert (cache.entries([entry_key(0)]), cache.fact(entry_key("x"))) == ({}, None)
+    cache.keep_fact(hash_of("x"), 1)
+    assert (cache.entries([hash_of(0)]), cache.fact(hash_of("x"))) == ({}, None)
 
 
 def test_it_stays_within_its_limit_and_loses_what_was_not_used_for_longest(tmp_path, monkeypatch):

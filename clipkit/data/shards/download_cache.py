@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 
-from clipkit.core import ClipkitError, note, cache_folder
+from clipkit.core import ClipkitError, cache_folder, note
 from clipkit.data.shards.tar_index import SIDECAR_SUFFIX, TarIndex, fits, load_index, parse_index, write_index
 from clipkit.storage import describe, digest, fetch, read_bytes
 

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipkit.core import ClipkitError, atomic_write, note, cache_folder, write_json
+from clipkit.core import ClipkitError, atomic_write, cache_folder, note, write_json
 from clipkit.images import IMAGE_SUFFIXES
 
 __all__ = [

@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from clipkit.core import ClipkitError, __version__, did_you_mean
+from clipkit.core import PREEMPTED, ClipkitError, __version__, did_you_mean
 
 __all__ = ["Job", "find_recipe", "jobs", "main", "recipes", "run_job"]
 
@@ -152,7 +152,7 @@ def _overview() -> str:
     ]
     lines += [
         "",
-        "exit status: 0 done, 1 done with failures that are listed, 2 could not be done, 75 to be resumed",
+        f"exit status: 0 done, 1 done with failures that are listed, 2 could not be done, {PREEMPTED} to be resumed",
     ]
     return "\n".join(lines)
 

@@ -14,7 +14,7 @@ __all__ = ["Gather", "gather_objects", "gathering", "on_each", "process_group", 
 Value = TypeVar("Value")
 Gather = Callable[[Any], list[Any]]
 """Called on every rank with a value of its own, gives all ranks' values in rank order."""
-PATIENCE = timedelta(days=7)  # a rank may wait for what the first does alone; one that dies is told by torchrun
+GROUP_TIMEOUT = timedelta(days=7)  # a rank may wait for what the first does alone; one that dies is told by torchrun
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -71,7 +71,7 @@ def process_group() -> Iterator[tuple[int, int]]:
         return
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", timeout=PATIENCE)  # half an hour when nothing is said
+    dist.init_process_group("gloo", timeout=GROUP_TIMEOUT)  # half an hour when nothing is said
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:

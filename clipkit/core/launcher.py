@@ -21,7 +21,11 @@ from clipkit.core.process import end_with_parent
 
 __all__ = ["PREEMPTED", "SIGNALS", "StopRequest", "launch"]
 
-PATIENCE = 30.0  # seconds that the others have to end by themselves when one process has failed
+PREEMPTED = 75
+"""Exit status of a run that was asked to stop and has saved itself: EX_TEMPFAIL of sysexits.h, "temporary failure, try
+again". A queue that starts a job again on this status, and only then, takes up a run exactly where it stood."""
+
+GRACE = 30.0  # seconds that the others have to end by themselves when one process has failed
 
 
 def launch(program: str, args: Sequence[str], processes: int, *, gpus: bool) -> int:
@@ -84,10 +88,10 @@ def launch(program: str, args: Sequence[str], processes: int, *, gpus: bool) -> 
 def _watch(started: list[subprocess.Popen[bytes]]) -> int:
     deadline, failed = None, None
     while any(process.poll() is None for process in started):
-        # 1 is a run that is done, 75 one that stops in good order: both end by themselves.
-        broken = [process.returncode for process in started if process.poll() not in (None, 0, 1, 75)]
+        # 1 is a run that is done, with failures that were listed.
+        broken = [process.returncode for process in started if process.poll() not in (None, 0, 1, PREEMPTED)]
         if deadline is None and broken:
-            deadline, failed = time.monotonic() + PATIENCE, broken[0]
+            deadline, failed = time.monotonic() + GRACE, broken[0]
             for process in started:
                 if process.poll() is None:
                     process.terminate()
@@ -101,10 +105,6 @@ def _watch(started: list[subprocess.Popen[bytes]]) -> int:
     worst = max(statuses, key=abs) if failed is None else failed
     return 128 - worst if worst < 0 else worst
 
-
-PREEMPTED = 75
-"""Exit status of a run that was asked to stop and has saved itself: EX_TEMPFAIL of sysexits.h, "temporary failure, try
-again". A queue that starts a job again on this status, and only then, takes up a run exactly where it stood."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Of preemption and `kill`, of Ctrl-C, and of Slurm's ``--signal=USR1@120``."""

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from clipkit.core import ClipkitError, Side, atomic_write
 from clipkit.data.sources import Sample
 from clipkit.embedding.tables import as_column, joined_tables, write_parquet
-from clipkit.storage import Checksum, Hashed, flaw, kind_of, read_manifest, size_flaw
+from clipkit.storage import Checksum, Hashed, file_flaw, kind_of, read_manifest, size_flaw
 
 __all__ = [
     "Embedded",
@@ -153,7 +153,7 @@ class Embeddings:
             raise ClipkitError(
                 f"{self.folder} has no checksums: an older clipkit wrote it; embed it again to have them"
             )
-        self._check(flaw)
+        self._check(file_flaw)
 
     def refuse_changed(self) -> None:
         """To be asked when all has been read, as an update may have exchanged the folder meanwhile.

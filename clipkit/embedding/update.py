@@ -23,7 +23,7 @@ from clipkit.core import SIDES, ClipkitError, atomic_write, read_json, warn
 from clipkit.data.sources import Stamp
 from clipkit.embedding.store import Embedded, part_table_path, part_vectors_path
 from clipkit.embedding.tables import write_parquet
-from clipkit.storage import WORK, Checksum, flaw, size_flaw, state_of
+from clipkit.storage import WORK, Checksum, file_flaw, size_flaw, state_of
 
 __all__ = ["EarlierEmbeddings", "KnownSample", "part_files", "refuse_unlike", "stamps_path", "write_stamps"]
 
@@ -234,7 +234,7 @@ class EarlierEmbeddings:
     def _is_flawed(self, number: int) -> bool:
         # All of a part is read, once: what is damaged would get a checksum of its own in the new artifact.
         if number not in self._flawed:
-            found = next(filter(None, (flaw(*each) for each in self._files(number))), None)
+            found = next(filter(None, (file_flaw(*each) for each in self._files(number))), None)
             self._flawed[number] = found is not None
             if found is not None:
                 warn(f"{found}; its part is embedded anew")

@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 from typing import IO, Any, TypedDict
 
-__all__ = ["Checksum", "Hashed", "flaw", "size_flaw"]
+__all__ = ["Checksum", "Hashed", "file_flaw", "size_flaw"]
 
 
 class Checksum(TypedDict):
@@ -52,7 +52,7 @@ def size_flaw(path: Path, written: Checksum) -> str | None:
     return None
 
 
-def flaw(path: Path, written: Checksum) -> str | None:
+def file_flaw(path: Path, written: Checksum) -> str | None:
     """As `size_flaw`, and all of the file is read."""
     found = size_flaw(path, written)
     if found is None:

@@ -14,8 +14,8 @@ from clipkit.core import ClipkitError, atomic_write, read_json
 from clipkit.storage.folder_swap import PLAN
 
 __all__ = [
+    "LAYOUT_VERSION",
     "MODEL_FOLDER",
-    "VERSION",
     "WORK",
     "kind_of",
     "read_manifest",
@@ -24,7 +24,7 @@ __all__ = [
     "write_ledger",
 ]
 
-VERSION = 1  # of the layout of every kind; a reader refuses what is newer than itself
+LAYOUT_VERSION = 1  # of the layout of every kind; a reader refuses what is newer than itself
 MANIFEST = "manifest.json"
 MODEL_FOLDER = "model"  # of a run and of a checkpoint: the weights with all that is needed to use them
 WORK = str(PLAN.parent)
@@ -57,9 +57,10 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     manifest = read_json(folder / MANIFEST)
     if manifest.get("kind") != kind:
         raise ClipkitError(f"{folder} holds {manifest.get('kind')}, but {kind} is needed here")
-    if manifest.get("version", 0) > VERSION:
+    if manifest.get("version", 0) > LAYOUT_VERSION:
         raise ClipkitError(
-            f"{folder} was written by a newer clipkit (layout {manifest['version']}, this one reads {VERSION}); update"
+            f"{folder} was written by a newer clipkit (layout {manifest['version']}, this one reads {LAYOUT_VERSION}); "
+            "update"
         )
     return manifest
 

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from clipkit.core import ClipkitError, atomic_write
 
-__all__ = ["describe", "fetch", "is_pipe", "is_remote", "list_files", "open_stream", "read_bytes", "size_of", "stamp"]
+__all__ = ["fetch", "is_pipe", "is_remote", "list_files", "open_stream", "read_bytes", "sizes_and_stamps", "stamp"]
 
 TIMEOUT = 60.0  # seconds without a byte
 RETRIES = 3  # after the first attempt
@@ -99,18 +99,6 @@ def read_bytes(
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-def size_of(url: str, *, timeout: float = TIMEOUT, retries: int = RETRIES) -> int:
-    """Bytes of a file, without reading it.
-
-    Raises:
-        ClipkitError: where it is missing or cannot be reached, or the server does not tell.
-    """
-    size = _info(url, timeout, retries).get("size")
-    if size is None:
-        raise ClipkitError(f"{url}: the server does not tell its size")
-    return int(size)
-
-
 def stamp(url: str, *, timeout: float = TIMEOUT, retries: int = RETRIES) -> str:
     """What tells one content of a file from another without reading it: its size with its etag or time.
 
@@ -120,7 +108,9 @@ def stamp(url: str, *, timeout: float = TIMEOUT, retries: int = RETRIES) -> str:
     return _stamp(_info(url, timeout, retries))
 
 
-def describe(urls: Sequence[str], *, timeout: float = TIMEOUT, retries: int = RETRIES) -> list[tuple[int, str] | None]:
+def sizes_and_stamps(
+    urls: Sequence[str], *, timeout: float = TIMEOUT, retries: int = RETRIES
+) -> list[tuple[int, str] | None]:
     """Size (0 where the server does not tell) and `stamp` of many files at once; None where one cannot be had.
 
     The stamp is empty where the server tells nothing that it could be made of.

@@ -32,7 +32,7 @@ from clipkit.storage.folder_swap import (
     tidy,
 )
 from clipkit.storage.hashing import digest
-from clipkit.storage.manifest import MANIFEST, VERSION, WORK, state_of
+from clipkit.storage.manifest import LAYOUT_VERSION, MANIFEST, WORK, state_of
 
 __all__ = ["Stage", "hold", "refuse_own_input"]
 
@@ -95,7 +95,7 @@ class Stage:
         self.place = self.folder = folder
         self.kind = kind
         self.made_from = made_from
-        identity = digest({"kind": kind, "version": VERSION, "made_from": made_from})
+        identity = digest({"kind": kind, "version": LAYOUT_VERSION, "made_from": made_from})
         self.identity = identity
         self.done = False
         self._committing: FileLock | None = None
@@ -111,7 +111,7 @@ class Stage:
                     (self.work / "parts").mkdir(parents=True, exist_ok=True)
                 except OSError as error:
                     raise ClipkitError(f"cannot make {self.folder}: {error.strerror or error}") from error
-                plan = {"kind": kind, "version": VERSION, "identity": identity, "made_from": made_from}
+                plan = {"kind": kind, "version": LAYOUT_VERSION, "identity": identity, "made_from": made_from}
                 if not (self.folder / PLAN).is_file():
                     write_json(self.folder / PLAN, plan)
                 weakref.finalize(self, os.close, share(self.folder))
@@ -250,7 +250,7 @@ class Stage:
 
     def commit(self, **facts: Any) -> dict[str, Any]:
         """Write the manifest: from here on the artifact is whole. Returns it."""
-        manifest = {"kind": self.kind, "version": VERSION, **facts, "made_from": self.made_from}
+        manifest = {"kind": self.kind, "version": LAYOUT_VERSION, **facts, "made_from": self.made_from}
         manifest["identity"] = self.identity
         for scratch in self.folder.rglob(".*.tmp"):  # what a kill in the middle of a write left behind
             scratch.unlink()

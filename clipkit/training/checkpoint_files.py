@@ -16,7 +16,7 @@ from clipkit.core import ClipkitError, read_json, sync_folder, warn, write_json
 from clipkit.models import STATE, best_checkpoint, checkpoint_name, checkpoints, step_of
 from clipkit.storage import digest, remove_folder
 
-__all__ = ["clear_scratch", "flaw", "newest_usable", "prune", "publish", "scratch_folder", "seal"]
+__all__ = ["checkpoint_flaw", "clear_scratch", "newest_usable", "prune", "publish", "scratch_folder", "seal"]
 
 
 def scratch_folder(run: Path, step: int) -> Path:
@@ -80,7 +80,7 @@ def prune(run: Path, keep: int, newest: int) -> None:
             remove_folder(folder)
 
 
-def flaw(folder: Path) -> str | None:
+def checkpoint_flaw(folder: Path) -> str | None:
     """What is wrong with a checkpoint, beginning with the file's path; None where it is whole.
 
     Reads all of it: a second per gigabyte.
@@ -116,7 +116,7 @@ def newest_usable(run: Path) -> Path | None:
     found = checkpoints(run)
     while found:
         folder = found.pop()
-        problem = flaw(folder)
+        problem = checkpoint_flaw(folder)
         if problem is None:
             return folder
         warn(f"{problem}; {f'trying {found[-1].name} instead' if found else f'{run} has no other checkpoint'}")

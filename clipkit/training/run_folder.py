@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from clipkit.core import ClipkitError, atomic_write, read_json, write_json
 from clipkit.models import DualEncoder
 from clipkit.storage import (
+    LAYOUT_VERSION,
     MODEL_FOLDER,
-    VERSION,
     WORK,
     digest,
     hold,
@@ -207,7 +207,7 @@ class Run:
         settings = self.config.model_dump(mode="json")
         manifest = {
             "kind": "run",
-            "version": VERSION,
+            "version": LAYOUT_VERSION,
             "model": {
                 "fingerprint": read_json(self.folder / MODEL_FOLDER / "clipkit.json")["fingerprint"],
                 "path": MODEL_FOLDER,

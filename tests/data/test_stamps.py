@@ -120,6 +120,8 @@ def test_a_list_of_whose_state_a_server_says_nothing_is_known_by_its_rows(monkey
         rows = [{"path": "https://a.org/x.png", "caption": name}]
         monkeypatch.setattr("clipkit.data.sources.list_file.read_rows", lambda spec, rows=rows: rows)
         monkeypatch.setattr("clipkit.data.sources.list_file.stamp", lambda spec: "24")
-        monkeypatch.setattr("clipkit.data.sources.files.describe", lambda urls, **how: [(9, "9 mark")] * len(urls))
+        monkeypatch.setattr(
+            "clipkit.data.sources.files.sizes_and_stamps", lambda urls, **how: [(9, "9 mark")] * len(urls)
+        )
         found.add(ListSource("https://a.org/l.tsv", None, None, None, True).identity())
     assert len(found) == 2

@@ -12,8 +12,17 @@ import fsspec
 import pytest
 
 from clipkit.core import ClipkitError
-from clipkit.storage import describe, fetch, is_pipe, is_remote, list_files, open_stream, read_bytes, remote, stamp
-from clipkit.storage.remote import size_of
+from clipkit.storage import (
+    fetch,
+    is_pipe,
+    is_remote,
+    list_files,
+    open_stream,
+    read_bytes,
+    remote,
+    sizes_and_stamps,
+    stamp,
+)
 from tests.paths import ROOT
 
 DATA = bytes(range(256)) * 1000
@@ -102,7 +111,7 @@ def test_reading_whole_and_in_part(url, tmp_path, monkeypatch):
     assert read_bytes(url, 255_990) == DATA[255_990:]
     for start, size in [(0, 10), (7, 1000), (999, 2503), (255_990, 10), (5, 0)]:
         assert read_bytes(url, start, size) == DATA[start : start + size]
-    assert size_of(url) == len(DATA)
+    assert sizes_and_stamps([url])[0][0] == len(DATA)
     fetch(url, tmp_path / "deep" / "copy")
     assert (tmp_path / "deep" / "copy").read_bytes() == DATA
     with open_stream(url) as stream:
@@ -124,8 +133,11 @@ def test_a_stamp_follows_the_content(tmp_path, web):
     os.utime(tmp_path / "a", (1, 1))
     assert stamp(f"file://{tmp_path}/a") != before
     assert stamp(f"{web}/data") == '256000 "one"'
-    assert describe([f"{web}/data", f"{web}/none", f"file://{tmp_path}/a"])[:2] == [(256_000, '256000 "one"'), None]
-    assert describe([]) == []
+    assert sizes_and_stamps([f"{web}/data", f"{web}/none", f"file://{tmp_path}/a"])[:2] == [
+        (256_000, '256000 "one"'),
+        None,
+    ]
+    assert sizes_and_stamps([]) == []
 
 
 def test_listing(tmp_path):
@@ -147,7 +159,7 @@ def test_what_passes_is_tried_again(web, read):
 
 
 def test_what_lasts_is_not(web, tmp_path):
-    for call in (read_bytes, size_of, stamp, lambda url: fetch(url, tmp_path / "x"), lambda url: read_bytes(url, 3, 4)):
+    for call in (read_bytes, stamp, lambda url: fetch(url, tmp_path / "x"), lambda url: read_bytes(url, 3, 4)):
         web.asked.clear()
         with pytest.raises(ClipkitError, match=r"^http.*/none: there is no such file$"):
             call(f"{web}/none")
@@ -183,7 +195,7 @@ def test_a_filesystem_that_is_silent_by_itself(monkeypatch, tmp_path):
     # No filesystem's own timeout helps here: the call just does not come back.
     monkeypatch.setattr(remote, "_filesystem", lambda *_: time.sleep(3))
     with pytest.raises(ClipkitError, match=r"^s3://a/b has not answered for 0\.1 s$"):
-        size_of("s3://a/b", timeout=0.1, retries=0)
+        stamp("s3://a/b", timeout=0.1, retries=0)
 
 
 def test_a_silent_read_does_not_keep_the_interpreter(web):

@@ -17,7 +17,7 @@ import torch
 from clipkit.core import ClipkitError
 from clipkit.models import checkpoints
 from clipkit.training import Saver, checkpoint, newest_usable
-from clipkit.training.checkpoint_files import flaw
+from clipkit.training.checkpoint_files import checkpoint_flaw
 from tests.kills import apart
 from tests.training.test_checkpoint import Training, names, save
 
@@ -142,4 +142,4 @@ def test_killed_at_any_time_it_leaves_whole_checkpoints_only(tmp_path):
     assert apart(_killed_at_any_time, tmp_path) == 0
     assert checkpoints(tmp_path)
     for folder in checkpoints(tmp_path):
-        assert flaw(folder) is None
+        assert checkpoint_flaw(folder) is None

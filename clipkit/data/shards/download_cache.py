@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from clipkit.core import ClipkitError, cache_folder, note
 from clipkit.data.shards.tar_index import SIDECAR_SUFFIX, TarIndex, fits, load_index, parse_index, write_index
-from clipkit.storage import describe, digest, fetch, read_bytes
+from clipkit.storage import digest, fetch, read_bytes, sizes_and_stamps
 
 __all__ = ["Spool"]
 
@@ -37,7 +37,7 @@ class Spool:
         self.limit = limit or 64 << 30
         self.urls = list(urls)
         self._about = []
-        for url, about in zip(self.urls, describe(self.urls), strict=True):
+        for url, about in zip(self.urls, sizes_and_stamps(self.urls), strict=True):
             if about is None:
                 raise ClipkitError(f"{url}: there is no such shard, or it cannot be reached")
             self._about.append(about)

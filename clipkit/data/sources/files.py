@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from clipkit.core import note
-from clipkit.storage import describe, is_remote
+from clipkit.storage import is_remote, sizes_and_stamps
 
 __all__ = ["Files", "extension_of"]
 
@@ -76,6 +76,6 @@ class Files:
         if self._remote is None:
             places = {i: place for i in range(len(self.names)) if isinstance(place := self.at(i), str)}
             note(f"asking for the size and state of {len(places):,} remote files")
-            found = describe(list(places.values()), timeout=IMAGE_TIMEOUT, retries=2)
+            found = sizes_and_stamps(list(places.values()), timeout=IMAGE_TIMEOUT, retries=2)
             self._remote = dict(zip(places, found, strict=True))
         return self._remote

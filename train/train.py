@@ -76,12 +76,12 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
     from clipkit.models import create_model, load_model
     from clipkit.storage import MODEL_FOLDER
     from clipkit.training import (
+        Distributed,
         Guard,
         Learner,
         MetricsLog,
         Pace,
         Phases,
-        Ranks,
         Run,
         Saver,
         learning_rate,
@@ -97,13 +97,14 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
     )
     from clipkit.training.batches import Batches, describe, open_train_data, train_batches
 
-    ranks = Ranks(config, out)
+    distributed = Distributed(config, out)
+    device = distributed.device
 
     # Everything that can be wrong with the input is found before the run folder is touched.
-    run = Run(out, config, is_main=ranks.is_main)
+    run = Run(out, config, is_main=distributed.is_main)
     run.check(resume=resume, overwrite=overwrite)
     excluded = run.excluded if resume else None
-    data = open_train_data(config.data, config.seed, excluded=excluded, is_main=ranks.is_main)
+    data = open_train_data(config.data, config.seed, excluded=excluded, is_main=distributed.is_main)
     steps = config.total_steps(data.size)
     validation = open_validation(config.validation)
     if resume and run.finished_steps >= steps:
@@ -112,15 +113,15 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
 
     # Where the weights come from: 1. the last checkpoint of this run, 2. a model named by `model`, 3. random.
     set_seed(config.seed)
-    last = ranks.from_main(lambda: newest_usable(out)) if resume else None
+    last = distributed.from_main(lambda: newest_usable(out)) if resume else None
     model = load_model(last / MODEL_FOLDER) if last else create_model(config.model, config.preprocess, config.towers)
     prepare_towers(model, config.towers)
     phases = Phases(config, steps, model)
-    objective_of = make_objective(config, data, ranks.device, has_bias=model.logit_bias is not None)
-    learner = Learner(model, config, ranks)
+    objective_of = make_objective(config, data, device, has_bias=model.logit_bias is not None)
+    learner = Learner(model, config, distributed)
     fresh = {"step": 0, "samples": 0, "jumped": 0, "data": data.identity(), "best": None, "skipped": 0, "rollbacks": 0}
-    if ranks.world_size > 1:
-        set_seed(config.seed + ranks.rank)  # dropout differs between ranks; the weights are made already
+    if distributed.world_size > 1:
+        set_seed(config.seed + distributed.rank)  # dropout differs between ranks; the weights are made already
     state = learner.restore(last) if last else fresh
     run.check_data(state["data"], fresh["data"])
     size, first = config.batch_size, state["step"]
@@ -129,51 +130,51 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
         """Makes batches, and the batches, of steps from the first to the end."""
         nonlocal data
         if data.size is None and first_step != first:  # a stream is not read backwards
-            data = open_train_data(config.data, config.seed, is_main=ranks.is_main)
+            data = open_train_data(config.data, config.seed, is_main=distributed.is_main)
         jumped = state["jumped"]
         before = phases.preprocessing(jumped, size)
         maker = Batches(data, model.preprocess, model.tokenizer, config.data, config.seed, before)
         window = {"first_step": first_step + jumped, "steps": end + jumped, "batch_size": size}
-        return maker, train_batches(maker, **window, **ranks.share(), pin_memory=ranks.device.type == "cuda")
+        return maker, train_batches(maker, **window, **distributed.share(), pin_memory=device.type == "cuda")
 
     def gradient_of(maker: Batches, batch: Any, step: int) -> Any:
         phases.enter(step)
-        pixels = maker.on_device(batch, ranks.device)  # which may replace a sample, so it comes first
-        tokens = phases.tokens(batch["tokens"], step).to(ranks.device, non_blocking=True)
+        pixels = maker.on_device(batch, device)  # which may replace a sample, so it comes first
+        tokens = phases.tokens(batch["tokens"], step).to(device, non_blocking=True)
         return learner.gradient(pixels, tokens, objective_of(batch))
 
     if plan:
         figures = plan_run(learner, phases.stretches(first, steps), start, gradient_of, out)
-        if ranks.is_main:
+        if distributed.is_main:
             emit(figures, fmt, f"{steps - first:,} steps of {size}: {describe(data, steps * size)}")
-        ranks.end()
+        distributed.end()
         return 1 if figures["problems"] else 0
 
     maker, batches = start(first, steps)  # nothing is read yet
-    ranks.wait()  # every rank has looked at the folder before one changes it
-    if ranks.is_main:
+    distributed.wait()  # every rank has looked at the folder before one changes it
+    if distributed.is_main:
         run.begin(resume=resume)
         if excluded is None:
             run.pin_plan(data.excluded, data.left_out)
         run.rewind(state["step"], (state["step"] + state["jumped"]) * size)
-    ranks.wait()
+    distributed.wait()
     guard = Guard(config.guard, state["skipped"], state["rollbacks"])
     saver = Saver(out, learner.shape, keep=config.checkpoint.keep)  # used on the main rank
-    log, pace = MetricsLog(run, ranks), Pace()
-    ranks.track(config)
+    log, pace = MetricsLog(run, distributed), Pace()
+    distributed.track(config)
     parameters = sum(p.numel() for p in learner.shape.parameters())
-    note(f"{parameters / 1e6:.1f} M parameters, {ranks.precision} on {ranks.world_size} x {ranks.device.type}")
+    note(f"{parameters / 1e6:.1f} M parameters, {distributed.precision} on {distributed.world_size} x {device.type}")
     note(f"steps {first:,} to {steps:,} of {size}: {describe(data, steps * size)}")
 
     def go_back(to_step: int) -> dict[str, Any]:
         """Where the last checkpoint stands, and on with the samples after those of `to_step`."""
-        folder = ranks.from_main(lambda: saver.wait() or newest_usable(out))
+        folder = distributed.from_main(lambda: saver.wait() or newest_usable(out))
         if folder is None:
             raise ClipkitError(f"not finite at step {to_step}, and no checkpoint to go back to; lower optim.lr")
         found = learner.restore(folder)
         found |= {"jumped": to_step + state["jumped"] - found["step"]}
         warn(f"not finite at step {to_step}: back to {folder.name}, and on with other samples")
-        if ranks.is_main:
+        if distributed.is_main:
             run.rewind(found["step"], (found["step"] + found["jumped"]) * size)
         return found | {"skipped": guard.skipped, "rollbacks": guard.rollbacks}
 
@@ -187,10 +188,10 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
             # The one message and the one wait for the device of a step: what is so on one rank holds for all.
             broken = not (math.isfinite(norm.item()) and math.isfinite(gradient.loss.item()))
             late = time.monotonic() - saved_at > 60 * (config.checkpoint.every_minutes or math.inf)
-            broken, stopping, due = ranks.any([broken, stop.requested, ranks.is_main and late])
+            broken, stopping, due = distributed.any([broken, stop.requested, distributed.is_main and late])
             if broken:
                 named = [data.name(batch["references"][row]) for row in learner.bad_rows(gradient)]
-                run.add_nonfinite(named, step=step + 1, position=position, rank=ranks.rank)
+                run.add_nonfinite(named, step=step + 1, position=position, rank=distributed.rank)
             verdict = guard.judge(finite=not broken, step=step + 1)
             rate = learning_rate(step, steps=steps, **config.optim.schedule)
             learner.step(rate, step + 1) if verdict == "step" else learner.skip()
@@ -212,19 +213,19 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
             saves = last_step or stopping or (verdict == "step" and (due or (every and done % every == 0)))
             reports = done % config.log.every_steps == 0 or last_step
             if saves or reports:
-                loss, bad_of_rank = ranks.mean([gradient.loss.item(), bad])
+                loss, bad_of_rank = distributed.mean([gradient.loss.item(), bad])
                 bad_share = config.data.max_bad_share
-                refuse_too_many(bad_of_rank * ranks.world_size, (done - first) * size, bad_share, out)
+                refuse_too_many(bad_of_rank * distributed.world_size, (done - first) * size, bad_share, out)
             if reports:
                 seen = {"loss": loss, "grad_norm": norm.item()} if verdict == "step" else {}
-                seen |= {"lr": rate, "logit_scale": learner.scale(), "memory_gib": memory_gib(ranks.device)}
+                seen |= {"lr": rate, "logit_scale": learner.scale(), "memory_gib": memory_gib(device)}
                 seen |= {"left_out": run.left_out, "skipped": guard.skipped}
                 log.write(step=done, samples=state["samples"], **seen, **pace.take())
             best, score = False, None
             validates = last_step or (not stopping and done % (config.validation.every_steps or steps) == 0)
             if validation is not None and validates:
                 before = time.perf_counter()
-                found = validate(validation, learner.final_model(), ranks.share())
+                found = validate(validation, learner.final_model(), distributed.share())
                 named = {f"val_{name}": value for name, value in found.items()}
                 log.write(step=done, samples=state["samples"], **named)
                 score = found.get(config.validation.best)
@@ -239,9 +240,9 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
         # Nobody leaves before the main rank has written: who starts several processes ends all when one has ended.
         finished = state["step"] == steps
         tensors = dict(learner.final_tensors()) if finished else {}
-        ranks.from_main(lambda: saver.wait(final=True))
-        manifest = ranks.from_main(lambda: run.finish(learner.shape, state, tensors)) if finished else {}
-    ranks.end()
+        distributed.from_main(lambda: saver.wait(final=True))
+        manifest = distributed.from_main(lambda: run.finish(learner.shape, state, tensors)) if finished else {}
+    distributed.end()
     if not finished:
         note(f"told to stop: saved at step {state['step']:,} of {steps:,}; the same command with --resume goes on")
         return PREEMPTED

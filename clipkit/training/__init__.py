@@ -1,6 +1,6 @@
 """The parts that `train/train.py` puts together.
 
-Settings and recipes (`load_config`), the `Learner` with its optimizer and weights, `Ranks` for several processes,
+Settings and recipes (`load_config`), the `Learner` with its optimizer and weights, `Distributed` for several processes,
 checkpoints, validation, and what is written of a run. The order of samples and the losses have sub-packages:
 `batches` and `loss`. The training loop itself is the job, a program that reads top to bottom.
 

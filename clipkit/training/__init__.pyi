@@ -1,6 +1,6 @@
 from .checkpoint import Saver as Saver
 from .checkpoint_files import newest_usable as newest_usable
-from .distributed import Ranks as Ranks
+from .distributed import Distributed as Distributed
 from .distributed import set_seed as set_seed
 from .estimate import plan_run as plan_run
 from .metrics_log import MetricsLog as MetricsLog

@@ -6,7 +6,8 @@ cannot be tested on one.
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,13 +28,32 @@ from clipkit.models import DualEncoder
 from clipkit.training.recipe import flat
 from clipkit.training.settings import TrainConfig
 
-__all__ = ["Ranks", "set_seed", "whole"]
+__all__ = ["Distributed", "full_tensor", "set_seed"]
 
 
 Value = TypeVar("Value")
 
 
-class Ranks:
+@contextmanager
+def _own_gpu_counted_as_first() -> Iterator[None]:
+    """Where each process was given a GPU of its own to see, let accelerate, which counts them all, take that one.
+
+    It reads LOCAL_RANK from the environment while it joins the processes; afterwards the variable is what it was.
+    """
+    before = os.environ.get("LOCAL_RANK")
+    one_each = launched() and torch.cuda.device_count() == 1
+    if one_each:
+        os.environ["LOCAL_RANK"] = "0"
+    try:
+        yield
+    finally:
+        if one_each and before is None:
+            del os.environ["LOCAL_RANK"]
+        elif one_each and before is not None:
+            os.environ["LOCAL_RANK"] = before
+
+
+class Distributed:
     """This process among all that train together; with one process everything here is the identity.
 
     Args:
@@ -45,27 +65,26 @@ class Ranks:
     """
 
     def __init__(self, config: TrainConfig, folder: Path):
-        if launched() and torch.cuda.device_count() == 1:
-            os.environ["LOCAL_RANK"] = "0"  # each process was given a GPU of its own to see; accelerate counts them all
-        # accelerate joins the ranks of a CPU launch only when it is told that the CPU is meant.
-        cpu = os.environ.get("ACCELERATE_USE_CPU") == "1" or pick_device().type == "cpu"
-        # Ranks wait for what one does alone: a checkpoint on its way to a slow disk, a shard that does not come.
-        state = PartialState(cpu=cpu, timeout=timedelta(seconds=max(3600, 4 * config.data.timeout)))
-        if state.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
-            raise ClipkitError(f"accelerate joined {state.num_processes} of {os.environ['WORLD_SIZE']} processes")
-        self.device = torch.device(state.device or "cpu")
-        self.rank, self.world_size = state.process_index, state.num_processes
-        self.is_main = self.rank == 0
-        chosen = config.precision
-        self.precision = ("bf16" if fast_bf16(self.device) else "fp32") if chosen == "auto" else chosen
-        self.sharded = config.sharding == "full" and self.world_size > 1
-        AcceleratorState._reset_state()  # a notebook may train twice, with another precision
-        mixed = "bf16" if self.precision == "amp_bf16" else "no"
         trackers: list[Any] = [*config.log.trackers]
         missing = [name for name in trackers if find_spec(name) is None]
         if missing:
             raise ClipkitError(f"log.trackers: not installed; pip install {' '.join(missing)}")
-        self._accelerator = Accelerator(mixed_precision=mixed, log_with=trackers or None, project_dir=str(folder))
+        # accelerate joins the ranks of a CPU launch only when it is told that the CPU is meant.
+        cpu = os.environ.get("ACCELERATE_USE_CPU") == "1" or pick_device().type == "cpu"
+        with _own_gpu_counted_as_first():
+            # Ranks wait for what one does alone: a checkpoint on its way to a slow disk, a shard that does not come.
+            state = PartialState(cpu=cpu, timeout=timedelta(seconds=max(3600, 4 * config.data.timeout)))
+            if state.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
+                raise ClipkitError(f"accelerate joined {state.num_processes} of {os.environ['WORLD_SIZE']} processes")
+            self.device = torch.device(state.device or "cpu")
+            chosen = config.precision
+            self.precision = ("bf16" if fast_bf16(self.device) else "fp32") if chosen == "auto" else chosen
+            AcceleratorState._reset_state()  # a notebook may train twice, with another precision
+            mixed = "bf16" if self.precision == "amp_bf16" else "no"
+            self._accelerator = Accelerator(mixed_precision=mixed, log_with=trackers or None, project_dir=str(folder))
+        self.rank, self.world_size = state.process_index, state.num_processes
+        self.is_main = self.rank == 0
+        self.sharded = config.sharding == "full" and self.world_size > 1
 
     def shard(self, model: DualEncoder) -> None:
         """Divide the model among the ranks, where `sharding` says so; in place, before anything keeps its tensors."""
@@ -167,7 +186,7 @@ def _average_in_fp32(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Te
     return work.get_future().then(lambda done: low.copy_(done.value()[0]))
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor that may be divided among the ranks, detached; every rank must ask for it."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

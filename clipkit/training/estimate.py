@@ -40,14 +40,14 @@ def plan_run(
         Plain figures: parameters, bytes and GiB of this rank, seconds, and under ``problems`` a line for each thing
         that would not fit.
     """
-    model, device = learner.shape, learner.ranks.device
+    model, device = learner.shape, learner.distributed.device
     trained = sum(t.numel() for _, t in learner.weights.named_parameters())
     figures: dict[str, Any] = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": trained,
-        "ranks": learner.ranks.world_size,
+        "ranks": learner.distributed.world_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "precision": learner.ranks.precision,
+        "precision": learner.distributed.precision,
     }
     problems: list[str] = []
     seconds = 0.0

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from clipkit.training.distributed import Ranks
+from clipkit.training.distributed import Distributed
 from clipkit.training.run_folder import Run
 
 __all__ = ["MetricsLog", "Pace", "memory_gib"]
@@ -64,13 +64,13 @@ def memory_gib(device: torch.device) -> float:
 class MetricsLog:
     """``metrics.jsonl``: one line of plain numbers per report; the trackers are told the same."""
 
-    def __init__(self, run: Run, ranks: Ranks):
+    def __init__(self, run: Run, distributed: Distributed):
         self.run = run
-        self.ranks = ranks
+        self.distributed = distributed
 
     def write(self, *, step: int, **figures: float | None) -> None:
         """Append a line; flushed, so that a plot can follow the run."""
-        if self.ranks.is_main:
+        if self.distributed.is_main:
             with self.run.metrics_path.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps({"step": step, **figures}) + "\n")
-        self.ranks.log({name: value for name, value in figures.items() if value is not None}, step)
+        self.distributed.log({name: value for name, value in figures.items() if value is not None}, step)

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from clipkit.core import keep_freed_memory
 from clipkit.models import DualEncoder, TowersConfig
 from clipkit.training.checkpoint import Snapshot, load_checkpoint, take_snapshot
-from clipkit.training.distributed import Ranks, whole
+from clipkit.training.distributed import Distributed, full_tensor
 from clipkit.training.gradient import Gradient, Objective, clip_gradients, compute_gradient
 from clipkit.training.master_weights import Weights
 from clipkit.training.optim import make_optimizers, set_rate
@@ -43,28 +43,28 @@ class Learner:
     Args:
         model: fp32, on the CPU, prepared (`prepare_towers`); changed in place.
         config: of the run.
-        ranks: that train it together.
+        distributed: the processes that train it together.
     """
 
-    def __init__(self, model: DualEncoder, config: TrainConfig, ranks: Ranks):
-        self.config, self.ranks = config, ranks
-        if ranks.device.type == "cpu":
+    def __init__(self, model: DualEncoder, config: TrainConfig, distributed: Distributed):
+        self.config, self.distributed = config, distributed
+        if distributed.device.type == "cpu":
             keep_freed_memory()
         self.shape = copy.deepcopy(model).eval()  # whole, fp32, on the CPU: what is evaluated and saved looks like it
-        self.model = model.to(ranks.device).train()
-        ranks.shard(model)
-        bf16 = ranks.precision == "bf16" and not ranks.sharded  # FSDP2 casts by itself
+        self.model = model.to(distributed.device).train()
+        distributed.shard(model)
+        bf16 = distributed.precision == "bf16" and not distributed.sharded  # FSDP2 casts by itself
         self.weights = Weights(model, bf16=bf16, ema=config.optim.ema)
         if config.compile:
             if config.micro_batch is not None:
                 # The two passes over a micro-batch are compiled apart, and must drop out the same all the same.
                 torch._inductor.config.fallback_random = True
             model.compile()
-        self._forward = ranks.wrap(model)
+        self._forward = distributed.wrap(model)
         self._parameters = dict(self.weights.named_parameters())
         decay = {"image": config.towers.image.layer_decay, "text": config.towers.text.layer_decay}
         self.optimizers = make_optimizers(
-            self._parameters.items(), config.optim, model.layer_depths(), decay, ranks.device
+            self._parameters.items(), config.optim, model.layer_depths(), decay, distributed.device
         )
         self._statistics = [b for m in model.modules() if isinstance(m, _BatchNorm) for b in m.buffers()]
         self._statistics_before: list[Tensor] = []
@@ -82,7 +82,7 @@ class Learner:
             micro_batch=self.config.micro_batch,
             collect=self.weights.collect_gradients,
         )
-        self.ranks.average_gradients(self.ranks.unsharded(self.model))
+        self.distributed.average_gradients(self.distributed.unsharded(self.model))
         return found, clip_gradients(self._parameters.values(), self.config.optim.clip_grad_norm)
 
     @torch.no_grad()
@@ -112,7 +112,7 @@ class Learner:
         Where all embeddings of all ranks are finite, nobody knows better than that it was this batch: all of them.
         """
         rows = gradient.bad_rows()
-        return rows if self.ranks.any([bool(rows)])[0] else list(range(len(gradient.image)))
+        return rows if self.distributed.any([bool(rows)])[0] else list(range(len(gradient.image)))
 
     def scale(self) -> float:
         """The factor on the similarities. The device is waited for."""
@@ -132,7 +132,7 @@ class Learner:
             self._names,
             state,
             average=self.weights.named_average(),
-            is_main=self.ranks.is_main,
+            is_main=self.distributed.is_main,
             spare=spare,
         )
 
@@ -147,7 +147,7 @@ class Learner:
             self.weights.named_tensors(),
             self.optimizers,
             self._names,
-            self.ranks.rank,
+            self.distributed.rank,
             average=self.weights.named_average(),
         )
         self.weights.publish()
@@ -157,13 +157,13 @@ class Learner:
         """What the run publishes: the average where one is kept, else the weights; whole, every rank must ask."""
         buffers = dict(self.model.named_buffers())
         for name, tensor in self.weights.named_average() or self.weights.named_tensors():
-            value = whole(tensor)
+            value = full_tensor(tensor)
             if name in buffers:
-                value = self.ranks.of_main(value)  # running statistics are each rank's own
+                value = self.distributed.of_main(value)  # running statistics are each rank's own
             yield name, value
 
     def final_model(self) -> DualEncoder:
         """A model of its own with the `final_tensors`, fp32, on the device."""
         model = copy.deepcopy(self.shape)
         model.load_state_dict(dict(self.final_tensors()))
-        return model.to(self.ranks.device)
+        return model.to(self.distributed.device)

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from clipkit.training import Learner
@@ -49,15 +50,23 @@ def assert_same_training(a, b):
 @pytest.mark.parametrize("rank", [None, "1"])
 def test_a_single_gpu_is_the_own_one_of_each_that_was_launched(recipe, monkeypatch, tmp_path, rank):
     """A process that nobody launched must not look as if somebody had: accelerate would wait for the others."""
-    from clipkit.training import Ranks, load_config
+    from clipkit.training import distributed, load_config
 
     for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", None)):
         monkeypatch.setenv(name, value or "")
         if value is None:
             monkeypatch.delenv(name)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    Ranks(load_config(recipe, ["data.train=x"]), tmp_path)
-    assert os.environ.get("LOCAL_RANK") == (None if rank is None else "0")
+    joined_as = []
+
+    def joining(*args, **kwargs):
+        joined_as.append(os.environ.get("LOCAL_RANK"))
+        return Accelerator(*args, **kwargs)
+
+    monkeypatch.setattr(distributed, "Accelerator", joining)
+    distributed.Distributed(load_config(recipe, ["data.train=x"]), tmp_path)
+    assert joined_as == [None if rank is None else "0"]
+    assert os.environ.get("LOCAL_RANK") == rank  # as it was
 
 
 @pytest.mark.parametrize(

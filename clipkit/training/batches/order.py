@@ -180,10 +180,10 @@ class Mixture:
         which, local = np.empty_like(at), np.empty_like(at)
         blocks, within = np.divmod(at, BLOCK)
         for block in np.unique(blocks):
-            owners, ranks = _block(self._upper, self.seed, int(block))
+            owners, earlier = _block(self._upper, self.seed, int(block))
             chosen = blocks == block
             which[chosen] = owners[within[chosen]]
-            local[chosen] = _before(self._upper, int(block))[which[chosen]] + ranks[within[chosen]]
+            local[chosen] = _before(self._upper, int(block))[which[chosen]] + earlier[within[chosen]]
         return which, local
 
 
@@ -197,8 +197,8 @@ def _block(upper: tuple[Fraction, ...], seed: int, block: int) -> tuple[np.ndarr
     """For each position of a block, its sequence and how many of that sequence stand before it in the block."""
     owners = np.repeat(np.arange(len(upper)), _before(upper, block + 1) - _before(upper, block))
     owners = owners[permuted(np.arange(BLOCK), BLOCK, [seed, block, 0, 0, 0])]
-    ranks = np.empty(BLOCK, np.int64)
+    earlier = np.empty(BLOCK, np.int64)
     for number in range(len(upper)):
         mine = owners == number
-        ranks[mine] = np.arange(mine.sum())
-    return owners, ranks
+        earlier[mine] = np.arange(mine.sum())
+    return owners, earlier

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
 
-__all__ = ["Visit", "all_rows", "gather_rows", "gather_sweep", "ranks", "ring_sweep"]
+__all__ = ["Visit", "all_rows", "gather_rows", "gather_sweep", "rank_and_size", "ring_sweep"]
 
 Visit = Callable[..., Tensor | None]
 """``visit(offset, *chunk)``: what this rank has to say about each row of a chunk of the joint batch whose first row is
@@ -17,7 +17,7 @@ row `offset`, a tensor of as many rows; or None where there is nothing to hand b
 Merge = Callable[[Tensor, Tensor], Tensor]
 
 
-def ranks() -> tuple[int, int]:
+def rank_and_size() -> tuple[int, int]:
     """This process's rank and the number of ranks; (0, 1) where no process group is."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
@@ -26,7 +26,7 @@ def ranks() -> tuple[int, int]:
 
 def all_rows(rows: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "world_n ..."]:
     """All ranks' rows in rank order, without gradients. Every rank has as many rows."""
-    world = ranks()[1]
+    world = rank_and_size()[1]
     if world == 1:
         return rows
     rows = rows.detach().contiguous()
@@ -38,7 +38,7 @@ def all_rows(rows: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "world_n ..."]:
 
 def _summed_to_owners(joint: Tensor) -> Tensor:
     """The sum over ranks of one's own rows' part of `joint`, which is used up."""
-    rank, world = ranks()
+    rank, world = rank_and_size()
     joint = joint.contiguous()
     if joint.is_cuda and dist.get_backend() != "gloo":
         mine = joint.new_empty(len(joint) // world, *joint.shape[1:])
@@ -62,7 +62,7 @@ class _AllGather(torch.autograd.Function):
 
 def gather_rows(rows: Shaped[Tensor, "n ..."]) -> tuple[Shaped[Tensor, "world_n ..."], int]:
     """All ranks' rows in rank order, with gradients, and where one's own begin. Every rank has as many rows."""
-    rank, world = ranks()
+    rank, world = rank_and_size()
     if world == 1:
         return rows, 0
     return _AllGather.apply(rows), rank * len(rows)  # type: ignore[return-value]
@@ -79,7 +79,7 @@ def gather_sweep(parts: Sequence[Tensor], visit: Visit, merge: Merge) -> Tensor 
     Returns:
         What all ranks together have to say about this rank's rows.
     """
-    world = ranks()[1]
+    world = rank_and_size()[1]
     found = visit(0, *map(all_rows, parts))
     if found is None or world == 1:
         return found
@@ -105,7 +105,7 @@ class _Transfer(NamedTuple):
 
 def _pass_on(tensors: Sequence[Tensor]) -> _Transfer:
     """Start to send to the rank before this one what the rank after this one sends here too."""
-    rank, world = ranks()
+    rank, world = rank_and_size()
     sent = [tensor.contiguous() for tensor in tensors]
     received = [torch.empty_like(tensor) for tensor in sent]
     before, after = (rank - 1) % world, (rank + 1) % world
@@ -119,7 +119,7 @@ def ring_sweep(parts: Sequence[Tensor], visit: Visit, merge: Merge) -> Tensor | 
 
     The next chunk, and what is known so far about it, travel while the present one is visited.
     """
-    rank, world = ranks()
+    rank, world = rank_and_size()
     if world == 1:
         return visit(0, *parts)
     chunk, findings = list(parts), None

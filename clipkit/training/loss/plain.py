@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from clipkit.training.loss.exchange import all_rows, gather_rows, ranks
+from clipkit.training.loss.exchange import all_rows, gather_rows, rank_and_size
 
 __all__ = ["at_least_fp32", "distillation_loss", "info_nce", "same_pairs", "sigmoid_loss"]
 
@@ -47,7 +47,7 @@ def same_pairs(
 
 def _left_out(image_ids: Ids | None, text_ids: Ids | None) -> Bool[Tensor, "n world_n"] | None:
     ids = [given for given in (image_ids, text_ids) if given is not None]
-    return same_pairs(ids, [all_rows(given) for given in ids], ranks()[0] * len(ids[0])) if ids else None
+    return same_pairs(ids, [all_rows(given) for given in ids], rank_and_size()[0] * len(ids[0])) if ids else None
 
 
 def _both_ways(
@@ -55,7 +55,7 @@ def _both_ways(
 ) -> tuple[Float[Tensor, "n world_n"], Float[Tensor, "n world_n"]]:
     """Scaled similarities of this rank's images with all texts, and of its texts with all images."""
     by_image = scale * image @ gather_rows(text)[0].T
-    if ranks()[1] == 1:
+    if rank_and_size()[1] == 1:
         return by_image, by_image.T
     return by_image, scale * text @ gather_rows(image)[0].T
 
@@ -89,7 +89,7 @@ def info_nce(
     with torch.autocast(image.device.type, enabled=False):
         image, text = at_least_fp32(image, text)
         left_out = _left_out(image_ids, text_ids)
-        target = torch.arange(len(image), device=image.device) + ranks()[0] * len(image)
+        target = torch.arange(len(image), device=image.device) + rank_and_size()[0] * len(image)
         loss = image.new_zeros(())
         for logits in _both_ways(image, text, scale):
             if left_out is None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from clipkit.training.loss.exchange import gather_sweep, ranks, ring_sweep
+from clipkit.training.loss.exchange import gather_sweep, rank_and_size, ring_sweep
 from clipkit.training.loss.plain import Features, Ids, Scalar, at_least_fp32, same_pairs
 from clipkit.training.loss.tiles import tiles
 
@@ -41,7 +41,7 @@ class _Pairwise(torch.autograd.Function):
             x, _ = at_least_fp32(image, text)
             factor, shift = scale.to(x.dtype), bias.to(x.dtype)
             scaled = x * factor
-            first, count = ranks()[0] * len(x), len(x)
+            first, count = rank_and_size()[0] * len(x), len(x)
             by_image = torch.zeros_like(x) if of_image or (of_scale and not of_text) else None
             by_scale = x.new_zeros(())
             losses, by_bias = [], []

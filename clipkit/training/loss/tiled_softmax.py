@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from clipkit.training.loss.exchange import gather_sweep, ranks, ring_sweep
+from clipkit.training.loss.exchange import gather_sweep, rank_and_size, ring_sweep
 from clipkit.training.loss.plain import Features, Ids, Scalar, TeacherFeatures, at_least_fp32
 from clipkit.training.loss.targets import OwnPair, Teacher
 from clipkit.training.loss.tiles import tiles
@@ -30,7 +30,7 @@ class _BothWays(torch.autograd.Function):
         with torch.autocast(image.device.type, enabled=False):
             x, _ = at_least_fp32(image, text)
             scaled = x * scale.to(x.dtype)
-            first, count = ranks()[0] * len(x), len(x)
+            first, count = rank_and_size()[0] * len(x), len(x)
             rows = target.start(count, x)
 
             def visit(offset: int, y: Tensor, *visitors: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class _BothWays(torch.autograd.Function):
             x, _ = at_least_fp32(image, text)
             factor = scale.to(x.dtype)
             scaled = x * factor
-            first, count = ranks()[0] * len(x), len(x)
+            first, count = rank_and_size()[0] * len(x), len(x)
             # The scale's gradient comes with either side's; alone it costs as much as the images'.
             by_image = torch.zeros_like(x) if of_image or not of_text else None
             by_scale = x.new_zeros(())

@@ -105,6 +105,7 @@ def main(source: str | None, labels: str | None, models: tuple[str, ...], fmt: s
     command goes on, and --undo DIR (which needs nothing else) restores what was there before.
     """
     from clipkit.classification import (
+        ImageOptions,
         Rule,
         ablate_prompts,
         accuracy,
@@ -123,10 +124,8 @@ def main(source: str | None, labels: str | None, models: tuple[str, ...], fmt: s
     )
     from clipkit.classification.sort import Sorter, undo_sort
     from clipkit.core import ClipkitError, cache_folder, emit, note, warn
-    from clipkit.data.sources import Globs, open_source
-    from clipkit.embedding import stored_kind
-    from clipkit.models import LazyModel, spec_of
-    from clipkit.storage import Cache, read_manifest
+    from clipkit.data.sources import Globs
+    from clipkit.storage import Cache
 
     if asked["undo"] is not None:
         if source or labels or asked["sort_into"]:
@@ -154,32 +153,25 @@ def main(source: str | None, labels: str | None, models: tuple[str, ...], fmt: s
         raise ClipkitError("--precision-wanted sets the threshold; leave out --threshold")
     rule = Rule(threshold, asked["min_margin"], known.background, several, list(known.groups.values()))
     sorter = Sorter(into, asked["how"] or "copy", yes=asked["yes"], several=several) if into else None
-    kind = stored_kind(source)
-    if not models and kind:
-        models = (spec_of(read_manifest(Path(source), kind), Path(source)),)
-    if not models:
-        raise ClipkitError("name the model to classify with: --model RUN (or open_clip:NAME/TAG, or hf:ORG/NAME)")
-    lazy = [LazyModel(spec, cache, device=asked["device"], precision=asked["precision"]) for spec in models]
     columns = {name: asked[name] for name in ("image_column", "caption_column", "image_root")}
-    opened: Any = source
-    if kind is None:
-        opened = (sorter.open if sorter else open_source)(source, **columns, globs=globs)
-        if opened is None:
-            note(f"all that {source} had is sorted into {into}; nothing was left to do")
-            return 0
-    elif sorter:
-        sorter.refuse_without_files(source, asked["image_root"])
+    towers = {name: asked[name] for name in ("batch_size", "device", "precision")}
+    options = ImageOptions(asked["where"], globs, **columns, **towers, show="classify")
+    opened = (sorter.open if sorter else open_images)(source, models, cache, options)
+    if opened is None:
+        note(f"all that {source} had is sorted into {into}; nothing was left to do")
+        return 0
+    lazy = opened.models
     examples = None
     if asked["examples"] is not None:
-        examples = open_examples(asked["examples"], known, lazy, cache, batch_size=asked["batch_size"], show="examples")
+        own = ImageOptions(batch_size=asked["batch_size"], show="examples")
+        examples = open_examples(asked["examples"], known, lazy, cache, own)
     learning = {name: asked[name] for name in ("method", "calibrate", "temperature")}
     fit = fit_classifiers(known, templates, lazy, cache, examples=examples, several=several, **learning)
     wanted = None
     if asked["precision_wanted"] is not None:
         wanted = wanted_threshold(fit, known.background, asked["precision_wanted"])
         rule = replace(rule, threshold=wanted.probability)
-    how = {"where": asked["where"], "globs": globs, "batch_size": asked["batch_size"], "show": "classify"}
-    images = open_images(opened, lazy, cache, **how)
+    images = opened.embed()
     if not len(images) and not (sorter and sorter.before):
         first = {"key": source, "reason": "no image passes", **(images.unreadable[0] if images.unreadable else {})}
         raise ClipkitError(f"nothing in {source} can be used; the first: {first['key']}: {first['reason']}")
@@ -189,20 +181,19 @@ def main(source: str | None, labels: str | None, models: tuple[str, ...], fmt: s
         return int(bool(images.unreadable))
     decisions = classify_images(images, fit.classifiers, rule, top=asked["top"])
     truth = truth_of(images.paths, known)
-    root = Path(asked["image_root"] or "")
     marks = None
     if examples is not None:
-        marks = examples.among(images, opened, root)
+        marks = examples.among(images)
         truth = None if truth is None else examples.unseen(truth, marks)
         truth = None if truth is None or (truth < 0).all() else truth
     if asked["report"] is not None:
-        more = {"picture": pictures(images, opened, root), "fit": fit, "threshold": wanted}
-        about = f"{source}, by {', '.join(models)}"
+        more = {"picture": pictures(images), "fit": fit, "threshold": wanted}
+        about = f"{source}, by {', '.join(model.spec for model in lazy)}"
         write_report(asked["report"], images, known, decisions, about=about, truth=truth, **more)
         note(f"{asked['report']}: contact sheets, least certain first")
     rows = rows_of(images, known, decisions, marks)
     if sorter:  # after the page, as pictures may be moved, and before the rows, whose reader may leave
-        rows = sorter.rows(rows, sorter.sort(images, opened, asked["image_root"], known, decisions))
+        rows = sorter.rows(rows, sorter.sort(images, known, decisions))
     if fmt != "human":
         emit(rows, fmt)
     elif len(images) > READABLE:

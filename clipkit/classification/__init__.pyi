@@ -9,6 +9,7 @@ from .fit import wanted_threshold as wanted_threshold
 from .folder_classes import class_folders as class_folders
 from .folder_classes import classes_of as classes_of
 from .folder_classes import truth_of as truth_of
+from .images import ImageOptions as ImageOptions
 from .images import open_images as open_images
 from .labels import parse_labels as parse_labels
 from .logistic import STRENGTHS as STRENGTHS

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clipkit.classification.decisions import CHUNK, OK, STATUSES, Decisions, Rule, decide, joined
-from clipkit.classification.images import Images, open_images
+from clipkit.classification.images import ImageOptions, Images, open_images
 from clipkit.classification.labels import LabelSet, as_label_set
 from clipkit.classification.prompts import PROMPTS, class_vectors
 from clipkit.core import ClipkitError
@@ -184,7 +184,7 @@ def classify(
     known = as_label_set(labels)
     rule = replace(rule or Rule(), background=known.background, groups=list(known.groups.values()))
     classifier = zero_shot(known, prompts, lazy, cache, several=rule.several)
-    images = open_images(source, [lazy], cache, batch_size=batch_size, show=show)
+    images = open_images(source, [lazy], cache, ImageOptions(batch_size=batch_size, show=show)).embed()
     return list(rows_of(images, known, classify_images(images, [classifier], rule, top=top)))
 
 

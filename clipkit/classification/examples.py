@@ -3,18 +3,15 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from clipkit.classification.decisions import CHUNK
 from clipkit.classification.folder_classes import plain_name, truth_of
-from clipkit.classification.images import Images, open_images
+from clipkit.classification.images import ImageOptions, Images, open_images
 from clipkit.classification.labels import LabelSet
 from clipkit.core import BadSample, ClipkitError, did_you_mean, note
-from clipkit.data.sources import open_source
-from clipkit.embedding import stored_kind
 from clipkit.metrics import inner_products
 from clipkit.models import LazyModel
 from clipkit.storage import Cache, content_hash
@@ -54,7 +51,7 @@ class Examples:
         """The truth of images, without those that are examples: how they are classified says nothing of others."""
         return np.where(among, -1, truth)
 
-    def among(self, images: Images, opened: Any, root: Path = Path()) -> np.ndarray:
+    def among(self, images: Images) -> np.ndarray:
         """Which of the images are examples too, whatever they are called and wherever they lie.
 
         The same are files of the same bytes; only those of an example's size are read. An image of embeddings or an
@@ -62,8 +59,6 @@ class Examples:
 
         Args:
             images: that are asked for.
-            opened: the source that they come from.
-            root: where the paths of embeddings and an index start.
 
         Returns:
             bool ``[images]``.
@@ -71,11 +66,11 @@ class Examples:
         found = np.zeros(len(images), bool)
         unknown = np.zeros(len(images), bool)
         for at in range(len(images)):
-            size = _size(images, opened, root, at)
+            size = images.size(at)
             if size is None or not self._known:
                 unknown[at] = True
             elif size in self._known:
-                content = _content(images, opened, root, at)
+                content = _content(images, at)
                 found[at] = content is not None and content_hash(content) in self._known[size]
         own = self.vectors(0) if unknown.any() else None
         for start in range(0, len(images) if own is not None else 0, CHUNK):
@@ -90,9 +85,7 @@ def open_examples(
     labels: LabelSet,
     models: Sequence[LazyModel],
     cache: Cache,
-    *,
-    batch_size: int = 64,
-    show: str | None = None,
+    options: ImageOptions | None = None,
 ) -> Examples:
     """Open labelled images and embed them, or take their embeddings from the cache.
 
@@ -102,7 +95,7 @@ def open_examples(
         labels: the classes.
         models: that embed them.
         cache: of what was embedded before.
-        batch_size, show: see `clipkit.embedding.cached_images`.
+        options: how they are opened and embedded.
 
     Returns:
         Copies of one image under one class share a group; under several classes none of them is used.
@@ -110,9 +103,7 @@ def open_examples(
     Raises:
         ClipkitError: where it cannot be opened, or no image in it is of a class.
     """
-    made = stored_kind(spec) is not None
-    opened: Any = spec if made else open_source(spec)
-    images = open_images(opened, models, cache, batch_size=batch_size, show=show)
+    images = open_images(spec, models, cache, options).embed()
     truth = truth_of(images.paths, labels)
     if truth is None:
         above = next((path.rpartition("/")[0] for path in images.paths if "/" in path), "")
@@ -127,7 +118,7 @@ def open_examples(
     known: dict[int, set[bytes]] = defaultdict(set)
     by_content: dict[bytes, list[int]] = defaultdict(list)
     for at in np.flatnonzero(truth >= 0).tolist():
-        content = None if made else _content(images, opened, Path(), at)
+        content = None if images.source is None else _content(images, at)
         if content is None:
             by_content[b"%d" % at].append(at)
             continue
@@ -151,17 +142,8 @@ def open_examples(
     return Examples(spec, images, used, truth[used], np.array(groups, np.int64)[order], left_out, dict(known))
 
 
-def _size(images: Images, opened: Any, root: Path, at: int) -> int | None:
-    if images.rows is not None:
-        return opened.size(images.rows[at]) or None  # a server may not tell
+def _content(images: Images, at: int) -> bytes | None:
     try:
-        return (root / images.paths[at]).stat().st_size
-    except OSError:
-        return None
-
-
-def _content(images: Images, opened: Any, root: Path, at: int) -> bytes | None:
-    try:
-        return images.read(at, opened, root)
+        return images.read(at)
     except BadSample:
         return None

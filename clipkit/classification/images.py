@@ -1,24 +1,50 @@
-"""Images to be classified, from wherever their embeddings come."""
+"""Images to be classified: one door to whatever holds them, be it files, embeddings or an index."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from clipkit.core import ClipkitError
 from clipkit.data.sources import Globs, Sample, Source, open_source
 from clipkit.embedding import Embeddings, EncodeOptions, cached_images, stored_kind
-from clipkit.models import LazyModel, refuse_another
+from clipkit.models import LazyModel, refuse_another, spec_of
 from clipkit.storage import Cache
 
-__all__ = ["Images", "open_images"]
+if TYPE_CHECKING:
+    from clipkit.search import Index
+
+__all__ = ["ImageOptions", "Images", "OpenedImages", "open_images"]
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """Which images of a source, and how they are read and embedded."""
+
+    where: str | None = None
+    """A condition on an index's metadata, as in search."""
+    globs: Globs = field(default_factory=Globs)
+    """Which images, by path; a source that is given opened has its own."""
+    image_column: str | None = None
+    """Of a list, see `clipkit.data.sources.open_source`."""
+    caption_column: str | None = None
+    """Likewise."""
+    image_root: str | None = None
+    """Where the relative paths of a list start, and those of embeddings and an index."""
+    batch_size: int = 64
+    """Images at a time."""
+    device: str | None = None
+    """For models that are given by name, as is `precision`; see `LazyModel`."""
+    precision: str = "auto"
+    show: str | None = None
+    """Title of a progress bar."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """Embeddings of images by one or several models, and how each image is called."""
+    """Embeddings of images by one or several models, how each image is called, and the way to its bytes."""
 
     paths: Sequence[str]
     """Of the images, relative to the source."""
@@ -28,107 +54,156 @@ class Images:
     """Ledger lines of what has no embedding: ``row``, ``key``, ``reason``."""
     rows: Sequence[int] | None = None
     """The source's row of each image; None where they stand in the order of their paths."""
+    source: Source | None = None
+    """That has these rows; None for images of embeddings and an index."""
+    root: Path = Path()
+    """Where the paths of the latter start."""
 
-    @classmethod
-    def of_source(
-        cls, source: Source, models: Sequence[LazyModel], cache: Cache, *, batch_size: int = 64, show: str | None = None
-    ) -> "Images":
-        """Embed the images of a source with each model, or take what the cache holds."""
-        options = EncodeOptions(("image",), batch_size, "fast")
-        found = [cached_images(source, model, cache, options, show=show) for model in models]
-        first = found[0]
-        for other in found[1:]:
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, at: int) -> bytes:
+        """The bytes of image number `at`.
+
+        Raises:
+            BadSample: where it cannot be read.
+        """
+        if self.source is None or self.rows is None:
+            return Sample("", self.root / self.paths[at], "").read()
+        return self.source[self.rows[at]].read()
+
+    def place(self, at: int) -> Path | str | None:
+        """The file or URL of image number `at`; None where it has none of its own."""
+        if self.source is None or self.rows is None:
+            return self.root / self.paths[at]
+        return self.source.place(self.rows[at])
+
+    def size(self, at: int) -> int | None:
+        """Bytes of image number `at`; None where they are not known, as of a file that is not at hand."""
+        if self.source is not None and self.rows is not None:
+            return self.source.size(self.rows[at]) or None  # a server may not tell
+        try:
+            return (self.root / self.paths[at]).stat().st_size
+        except OSError:
+            return None
+
+
+@dataclass(frozen=True)
+class OpenedImages:
+    """A source of images and the models that see them; nothing is embedded yet."""
+
+    models: list[LazyModel]
+    cache: Cache
+    options: ImageOptions
+    data: "Source | Embeddings | Index"
+    """Of embeddings and an index the vectors are there, made by the one model."""
+
+    @property
+    def files(self) -> Source | None:
+        """Images that are to be embedded; None where they were."""
+        return self.data if isinstance(self.data, Source) else None
+
+    def embed(self) -> Images:
+        """Embed the images by each model, or take what the cache or the artifact holds.
+
+        Raises:
+            ClipkitError: where the vectors are of another model, or the source was changed meanwhile.
+        """
+        data, model = self.data, self.models[0]
+        if isinstance(data, Source):
+            return self._of_files(data)
+        refuse_another(data.manifest, data.folder, model.spec, model.facts.fingerprint)
+        return self._of_embeddings(data) if isinstance(data, Embeddings) else self._of_index(data)
+
+    def _of_files(self, source: Source) -> Images:
+        encoding, show = EncodeOptions(("image",), self.options.batch_size, "fast"), self.options.show
+        embedded = [cached_images(source, model, self.cache, encoding, show=show) for model in self.models]
+        first = embedded[0]
+        for other in embedded[1:]:
             if other.rows != first.rows:
                 raise ClipkitError(f"{source.spec} was changed while it was read; run this again")
         unreadable = [*source.problems, *first.left_out]
-        vectors = [each.image for each in found]
-        return cls([_path(s) for s in first.samples], lambda number, at: vectors[number][at], unreadable, first.rows)
+        vectors = [each.image for each in embedded]
+        paths = [str(sample.columns.get("path", sample.key)) for sample in first.samples]
+        return Images(paths, lambda number, at: vectors[number][at], unreadable, first.rows, source)
 
-    @classmethod
-    def of_embeddings(cls, embeddings: Embeddings, model: LazyModel, globs: Globs | None = None) -> "Images":
-        """Embeddings as they are on the disk, those of images whose path passes."""
-        refuse_another(embeddings.manifest, embeddings.folder, model.spec, model.facts.fingerprint)
+    def _of_embeddings(self, embeddings: Embeddings) -> Images:
         if "image" not in embeddings.sides:
             raise ClipkitError(f"{embeddings.folder} has no image embeddings; it has {' and '.join(embeddings.sides)}")
         paths = [path for table in embeddings.tables() for path in table["image_path"].to_pylist()]
         vectors = np.concatenate(list(embeddings.blocks("image")))
         embeddings.refuse_changed()
         ledger = embeddings.ledger()
-        if globs:
+        if globs := self.options.globs:
             kept = [at for at, path in enumerate(paths) if globs.passes(path)]
             paths, vectors = [paths[at] for at in kept], vectors[kept]
             ledger = [line for line in ledger if globs.passes(line["key"])]
-        return cls(paths, lambda _, at: vectors[at], ledger)
+        return Images(paths, lambda _, at: vectors[at], ledger, root=self._root)
 
-    @classmethod
-    def of_index(
-        cls, folder: str | Path, model: LazyModel, where: str | None = None, globs: Globs | None = None
-    ) -> "Images":
-        """The images that an index holds, or those of them that a condition holds for and whose path passes."""
-        from clipkit.search import Index
-
-        index = Index.open(folder)
-        refuse_another(index.manifest, index.folder, model.spec, model.facts.fingerprint)
-        positions = index.positions("image", where)
+    def _of_index(self, index: "Index") -> Images:
+        positions = index.positions("image", self.options.where)
         paths = [str(path) for path in index.column("image_path", positions)]
-        if globs:
+        if globs := self.options.globs:
             kept = [at for at, path in enumerate(paths) if globs.passes(path)]
             positions, paths = positions[kept], [paths[at] for at in kept]
-        return cls(paths, lambda _, at: index.vectors(positions[at]))
+        return Images(paths, lambda _, at: index.vectors(positions[at]), root=self._root)
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def read(self, at: int, source: Any, root: Path) -> bytes:
-        """The bytes of an image.
-
-        Args:
-            at: its number.
-            source: that they come from, opened; of embeddings and an index it is not asked.
-            root: where the paths of those start.
-
-        Raises:
-            BadSample: where it cannot be read.
-        """
-        return (Sample("", root / self.paths[at], "") if self.rows is None else source[self.rows[at]]).read()
+    @property
+    def _root(self) -> Path:
+        return Path(self.options.image_root or "")
 
 
 def open_images(
     source: str | Path | Source | Embeddings,
-    models: Sequence[LazyModel],
+    models: Sequence[str | Path | LazyModel],
     cache: Cache,
+    options: ImageOptions | None = None,
     *,
-    where: str | None = None,
-    globs: Globs | None = None,
-    batch_size: int = 64,
-    show: str | None = None,
-) -> Images:
+    open_files: Callable[..., Source] = open_source,
+) -> OpenedImages:
     """Open whatever it is: a folder, a list, shards, embeddings or an index.
 
     Args:
         source: by name, or opened.
-        models: that embed it; embeddings and an index have been embedded by one, which is refused unless it is that.
+        models: that see the images, by name or lazy. Embeddings and an index have been embedded by one, which is taken
+            where none is given, and refused unless it is that.
         cache: of what was embedded before.
-        where: a condition on an index's metadata.
-        globs: which images, by path; an opened source has its own.
-        batch_size, show: see `cached_images`.
+        options: which images, and how.
+        open_files: opens what is neither embeddings nor an index; takes what `clipkit.data.sources.open_source` does.
 
     Raises:
-        ClipkitError: where it cannot be opened, or was made with another model.
+        ClipkitError: where it cannot be opened, or no model is given for images that are to be embedded.
     """
-    kind = stored_kind(source) if isinstance(source, str | Path) else None
-    if where is not None and kind != "index":
+    options = options or ImageOptions()
+    vectors = source if isinstance(source, Embeddings) else _open_vectors(source)
+    if not models and vectors is not None:
+        models = [spec_of(vectors.manifest, vectors.folder)]
+    if not models:
+        raise ClipkitError("name the model to classify with: --model RUN (or open_clip:NAME/TAG, or hf:ORG/NAME)")
+    lazy = [
+        model
+        if isinstance(model, LazyModel)
+        else LazyModel(model, cache, device=options.device, precision=options.precision)
+        for model in models
+    ]
+    if options.where is not None and (vectors is None or isinstance(vectors, Embeddings)):
         raise ClipkitError(f"--where is a condition on what an index says of its images; {source} is none")
-    if kind is not None or isinstance(source, Embeddings):
-        if len(models) > 1:
-            raise ClipkitError(f"{source} was embedded by one model; several need the images themselves")
-        if kind == "index":
-            return Images.of_index(source, models[0], where, globs)  # type: ignore[arg-type]
-        opened = source if isinstance(source, Embeddings) else Embeddings.open(source)  # type: ignore[arg-type]
-        return Images.of_embeddings(opened, models[0], globs)
-    files = open_source(source, globs=globs) if isinstance(source, str | Path) else source
-    return Images.of_source(files, models, cache, batch_size=batch_size, show=show)  # type: ignore[arg-type]
+    if vectors is not None and len(lazy) > 1:
+        raise ClipkitError(f"{source} was embedded by one model; several need the images themselves")
+    if vectors is not None:
+        return OpenedImages(lazy, cache, options, vectors)
+    if isinstance(source, str | Path):
+        columns = {name: getattr(options, name) for name in ("image_column", "caption_column", "image_root")}
+        source = open_files(source, **columns, globs=options.globs)
+    return OpenedImages(lazy, cache, options, source)
 
 
-def _path(sample: Sample) -> str:
-    return str(sample.columns.get("path", sample.key))
+def _open_vectors(source: str | Path | Source) -> "Embeddings | Index | None":
+    kind = stored_kind(source) if isinstance(source, str | Path) else None
+    if kind == "embeddings":
+        return Embeddings.open(source)  # type: ignore[arg-type]
+    if kind == "index":
+        from clipkit.search import Index
+
+        return Index.open(source)  # type: ignore[arg-type]
+    return None

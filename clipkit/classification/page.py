@@ -38,18 +38,12 @@ def accuracy(truth: np.ndarray, decisions: Decisions, *, sure: bool = False) -> 
     return wilson_interval(right, count), count
 
 
-def pictures(images: Images, source: Any, root: Path) -> Callable[[int], Image.Image | None]:
-    """Gives an image by its number, or None where it is not at hand.
-
-    Args:
-        images: that are asked for.
-        source: that they come from, opened; its own pictures are shown where it has any.
-        root: where the paths of others start.
-    """
+def pictures(images: Images) -> Callable[[int], Image.Image | None]:
+    """Gives an image by its number, or None where it is not at hand."""
 
     def show(at: int) -> Image.Image | None:
         try:
-            return decode(images.read(at, source, root))
+            return decode(images.read(at))
         except BadSample:
             return None
 

@@ -11,7 +11,15 @@ import pytest
 from PIL import Image
 
 import clipkit
-from clipkit.classification import Rule, cached_prompts, classify_images, open_images, prompt_set, write_report
+from clipkit.classification import (
+    ImageOptions,
+    Rule,
+    cached_prompts,
+    classify_images,
+    open_images,
+    prompt_set,
+    write_report,
+)
 from clipkit.classification.classifier import zero_shot
 from clipkit.classification.decisions import decide
 from clipkit.classification.images import Images
@@ -19,7 +27,7 @@ from clipkit.classification.labels import as_label_set
 from clipkit.classification.prompt_ablation import ablate
 from clipkit.core import ClipkitError
 from clipkit.data.sources import open_source
-from clipkit.embedding import EncodeOptions, cached_images, cached_texts
+from clipkit.embedding import Embeddings, EncodeOptions, cached_images, cached_texts
 from clipkit.models import DualEncoder, LazyModel
 from clipkit.storage import Cache
 from tests.conftest import tiny_model
@@ -161,6 +169,24 @@ def test_files_embeddings_and_an_index_are_classified_alike(run, pictures, embed
     assert [row["path"] for row in rows] == [row["path"] for row in by_index[:7]]
 
 
+def test_one_door_opens_files_and_vectors_and_names_their_model(pictures, embeddings, model_dir):
+    cache = Cache(None)
+    vectors = open_images(embeddings, [], cache)
+    assert [model.facts.fingerprint for model in vectors.models] == [Embeddings.open(embeddings).fingerprint]
+    assert vectors.files is None
+    images = vectors.embed()
+    with pytest.raises(ClipkitError, match="name the model to classify with"):
+        open_images(pictures, [], cache)
+    files = open_images(pictures, vectors.models, cache)
+    assert files.files is not None
+    others = files.embed()
+    assert np.allclose(images.block(0, slice(0, 3)), others.block(0, slice(0, 3)), atol=1e-2)
+    there = open_images(embeddings, [model_dir], cache, ImageOptions(image_root=str(pictures.parent))).embed()
+    assert (images.size(2), there.size(2)) == (None, others.size(2))
+    assert there.read(2) == others.read(2)
+    assert there.place(2) == others.place(2)
+
+
 def test_wrong_ways_to_ask(refused, folder, embeddings, model_dir, tmp_path):
     call = ["--labels", "a,b", "--model", model_dir]
     assert "--where is a condition on what an index says" in refused("classify", folder, *call, "--where", "x > 1")
@@ -196,7 +222,7 @@ def test_two_models_together(run, folder, model_dir, tmp_path):
 
 def test_a_prompt_is_judged_alone_and_by_its_absence(model, pictures):
     cache, lazy = Cache(None), LazyModel.of(model)
-    images = open_images(pictures, [lazy], cache)
+    images = open_images(pictures, [lazy], cache).embed()
     vectors = images.block(0, slice(0, len(images)))
     truth = np.random.default_rng(0).integers(3, size=len(images))
     prompts = ["{}", "a {}.", "the {} there"]

@@ -236,9 +236,9 @@ def test_what_was_taken_back_meanwhile_is_not_said_to_be_moved(photos, tmp_path)
     sorter = Sorter(out, "move", yes=True)
     assert sorter.before == 1
     undo(out)
-    images = Images(["0.png"], lambda *_: np.zeros((1, 2)), rows=[0])
+    images = Images(["0.png"], lambda *_: np.zeros((1, 2)), rows=[0], source=open_source(photos))
     decisions = decide(np.array([[0.1, 0.9]]), None, Rule())
-    (found,) = sorter.sort(images, open_source(photos), None, as_label_set(["cat", "dog"]), decisions)
+    (found,) = sorter.sort(images, as_label_set(["cat", "dog"]), decisions)
     assert found.to == ["dog/0.png"]
     assert files(out) == ["dog/0.png"]
 

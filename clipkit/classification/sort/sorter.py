@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipkit.classification.decisions import STATUSES, Decisions
-from clipkit.classification.images import Images
+from clipkit.classification.images import ImageOptions, Images, OpenedImages, open_images
 from clipkit.classification.labels import LabelSet
 from clipkit.classification.sort.journal import Journal, is_begun
 from clipkit.classification.sort.plan import BACKGROUND, UNSURE, How, Item, Step, folders_of, plan
 from clipkit.classification.sort.transfer import Refused, carry_out, settle, undo
 from clipkit.core import ClipkitError, meter, note, warn
 from clipkit.data.sources import Globs, Selected, Source, open_source, utf8_name
-from clipkit.storage import is_remote
+from clipkit.models import LazyModel
+from clipkit.storage import Cache, is_remote
 
 __all__ = ["Sorted", "Sorter", "undo_sort"]
 
@@ -31,6 +32,10 @@ class Sorted(NamedTuple):
     """Its names in the sorted folder; none where it could not be put there."""
     reason: str | None = None
     """Why it could not."""
+
+
+class _NothingLeft(Exception):
+    """All images of a source are sorted."""
 
 
 class Sorter:
@@ -80,21 +85,33 @@ class Sorter:
         """What could not be sorted, once that was tried."""
         return self._refused
 
-    def open(self, spec: str, **about: Any) -> Source | None:
-        """Open a source of files without what was sorted before; None where nothing is left.
+    def open(
+        self, spec: str, models: Sequence[str | LazyModel], cache: Cache, options: ImageOptions
+    ) -> OpenedImages | None:
+        """Open images without what was sorted before; None where nothing is left.
 
         Args:
-            spec, about: see `clipkit.data.sources.open_source`.
+            spec, models, cache, options: see `clipkit.classification.open_images`.
 
         Raises:
             ClipkitError: where its images are no files of their own.
         """
         try:
-            source = open_source(spec, **about)
-        except ClipkitError:
-            if not self._has_moved(Path(spec).resolve(), about.get("globs") or Globs()):
-                raise
+            opened = open_images(spec, models, cache, options, open_files=self._unsorted)
+        except _NothingLeft:
             return None
+        if opened.files is None:
+            _refuse_without_files(spec, options.image_root)
+        return opened
+
+    def _unsorted(self, spec: str | Path, **options: Any) -> Source:
+        """As `open_source`, without what was sorted before."""
+        try:
+            source = open_source(spec, **options)
+        except ClipkitError as error:
+            if not self._has_moved(Path(spec).resolve(), options.get("globs") or Globs()):
+                raise
+            raise _NothingLeft from error
         apart = {str(self.into / target) for target in self._done.values()} | self._moved.keys()
         rows = []
         for row in range(len(source)):
@@ -104,35 +121,27 @@ class Sorter:
                 raise ClipkitError(f"the images of {spec} are {what}, and only files on the disk can be sorted")
             if self._real(place) not in apart:
                 rows.append(row)
-        return source if len(rows) == len(source) else Selected(source, rows) if rows else None
+        if not rows:
+            raise _NothingLeft
+        return source if len(rows) == len(source) else Selected(source, rows)
 
     def _has_moved(self, folder: Path, globs: Globs) -> bool:
         """Whether files were moved out of a folder that would be looked at."""
         inside = (Path(path).relative_to(folder) for path in self._moved if Path(path).is_relative_to(folder))
         return folder.is_dir() and any(globs.passes(path.as_posix()) for path in inside)
 
-    def refuse_without_files(self, spec: str, root: str | None) -> None:
-        """Refuse vectors of which it is not said where the images are."""
-        if root is None or is_remote(root):
-            told = "say where the files are: --image-root DIR" if root is None else f"{root} is a URL"
-            raise ClipkitError(f"{spec} holds vectors and no images, and only files on the disk can be sorted; {told}")
-
-    def sort(
-        self, images: Images, source: Any, root: str | None, labels: LabelSet, decisions: Decisions
-    ) -> list[Sorted]:
+    def sort(self, images: Images, labels: LabelSet, decisions: Decisions) -> list[Sorted]:
         """Do it, or say what would be done.
 
         Args:
             images: that were classified.
-            source: that they are of, as `open` gave it; of vectors it is not asked.
-            root: where the paths of vectors start.
             labels: the classes.
             decisions: on the images.
 
         Raises:
             ClipkitError: where the disk is full, or another process sorts into the folder.
         """
-        places = [self._real(_place(images, at, source, root)) for at in range(len(images))]
+        places = [self._real(Path(images.place(at) or "")) for at in range(len(images))]
         if self.yes:
             with Journal.open(self.into, create=True) as journal:
                 self._look(journal)
@@ -252,5 +261,8 @@ def _own(decisions: Decisions, at: int, names: Sequence[str], folders: dict[str,
     return (folders[names[int(decisions.classes[at, 0])]],)
 
 
-def _place(images: Images, at: int, source: Any, root: str | None) -> Path:
-    return Path(root or "", images.paths[at]) if images.rows is None else Path(source.place(images.rows[at]))
+def _refuse_without_files(spec: str, root: str | None) -> None:
+    """Refuse vectors of which it is not said where the images are."""
+    if root is None or is_remote(root):
+        told = "say where the files are: --image-root DIR" if root is None else f"{root} is a URL"
+        raise ClipkitError(f"{spec} holds vectors and no images, and only files on the disk can be sorted; {told}")

@@ -1,4 +1,10 @@
-"""Which class an image is of by the folder that it stands in."""
+"""Which class an image is of by the folders that it stands in: one rule, for classification and for evaluation.
+
+A folder names the class that is called exactly as it, else one that is in another case or by an alias; spaces and
+underscores are the same. Of several folders above an image the nearest that names a class counts. Evaluation takes a
+source for what it is laid out as, a folder for each class: there the first folders are the classes, and only they name
+any, so that what is called alike further down changes nothing.
+"""
 
 from collections.abc import Sequence
 
@@ -9,6 +15,42 @@ from clipkit.core import ClipkitError, did_you_mean
 from clipkit.data.sources import Source
 
 __all__ = ["class_folders", "classes_of", "plain_name", "truth_of"]
+
+
+def plain_name(folder: str) -> str:
+    """A folder's name as a class is called: spaces for underscores, none twice."""
+    return " ".join(folder.replace("_", " ").split())
+
+
+def truth_of(paths: Sequence[str], labels: LabelSet) -> np.ndarray | None:
+    """Which class each image is of, where a folder above it names one.
+
+    Args:
+        paths: of the images, relative to the source.
+        labels: the classes.
+
+    Returns:
+        int64 ``[n]`` of places in the labels, -1 where no folder names one; None where none does for any image.
+    """
+    truth = _named(paths, [(label.name, label.aliases) for label in labels.labels])
+    return truth if (truth >= 0).any() else None
+
+
+def _named(paths: Sequence[str], classes: Sequence[tuple[str, Sequence[str]]]) -> np.ndarray:
+    """The rule: int64 ``[n]``, places in the classes, of which there are the name and the aliases; -1 for none."""
+    backwards = [(at, *classes[at]) for at in reversed(range(len(classes)))]  # the first of equal ones counts
+    exact = {plain_name(own): at for at, own, _ in backwards}
+    in_any_case = {plain_name(name).casefold(): at for at, own, aliases in backwards for name in (*aliases, own)}
+    truth = np.full(len(paths), -1, np.int64)
+    known: dict[str, int] = {}
+    for at, path in enumerate(paths):
+        above = path.rpartition("/")[0]
+        if above not in known:
+            folders = [plain_name(folder) for folder in reversed(above.split("/")) if folder]  # the nearest first
+            places = (exact.get(folder, in_any_case.get(folder.casefold(), -1)) for folder in folders)
+            known[above] = next((place for place in places if place >= 0), -1)
+        truth[at] = known[above]
+    return truth
 
 
 def class_folders(source: Source, classes: Sequence[str] | None = None) -> tuple[list[str], np.ndarray]:
@@ -50,36 +92,4 @@ def classes_of(spec: str, keys: Sequence[str], classes: Sequence[str] | None = N
     if len(names) < 2:
         held = f"one sub-folder of images, {names[0]!r}" if names else "no sub-folders of images"
         raise ClipkitError(f"{spec} has {held}; name the folder that holds one per class, and two or more")
-    place = {name: at for at, name in enumerate(names)}
-    return names, np.array([place[name_of[folder]] if folder else -1 for folder in folders], np.int64)
-
-
-def plain_name(folder: str) -> str:
-    """A folder's name as a class is called: spaces for underscores, none twice."""
-    return " ".join(folder.replace("_", " ").split())
-
-
-def truth_of(paths: Sequence[str], labels: LabelSet) -> np.ndarray | None:
-    """Which class each image is of, where the folder that it stands in, or one above, is called as a class or an alias.
-
-    Args:
-        paths: of the images, relative to the source.
-        labels: the classes; case and underscores in names do not count.
-
-    Returns:
-        int64 ``[n]`` of places in the labels, -1 where no folder names one; None where none does for any image.
-    """
-    place = {
-        plain_name(name).casefold(): at
-        for at, label in reversed(list(enumerate(labels.labels)))
-        for name in (*label.aliases, label.name)
-    }
-    found = np.full(len(paths), -1, np.int64)
-    known: dict[str, int] = {}
-    for at, path in enumerate(paths):
-        above = path.rpartition("/")[0]
-        if above not in known:
-            folders = reversed(above.split("/"))  # the nearest first
-            known[above] = next((place[n] for f in folders if (n := plain_name(f).casefold()) in place), -1)
-        found[at] = known[above]
-    return found if (found >= 0).any() else None
+    return names, _named([f"{folder}/" for folder in folders], [(name, ()) for name in names])

@@ -20,6 +20,7 @@ __all__ = [
     "out_options",
     "probe_options",
     "sort_options",
+    "task_options",
 ]
 
 
@@ -123,6 +124,28 @@ memory_option = click.option(
 )
 
 
+task_options = _together(
+    click.option("--split", help="Of a dataset in CLIP_benchmark's layout [default: test]."),
+    click.option(
+        "-k",
+        "ks",
+        multiple=True,
+        type=click.IntRange(1),
+        help="List length; may be given several times [default: 1 5 10 for retrieval, 1 5 for zeroshot].",
+    ),
+    click.option(
+        "--templates",
+        help="Of zeroshot: plain, photo, openai80, or your own: 'a drawing of a {}.|a {}.' [default: the dataset's, "
+        "else plain, a bare name].",
+    ),
+    click.option("--through-index", is_flag=True, help="Of retrieval on an index: also what its own answers find."),
+    click.option(
+        "--compat",
+        type=click.Choice(["clip_benchmark"]),
+        help="Also give the figures of CLIP_benchmark's definitions, in which ties come in the order of the items, and "
+        "put those into --out's metrics.",
+    ),
+)
 probe_options = _together(
     click.option("--train", metavar="SOURCE", help="Of probe: what to train on [default: a part of the source]."),
     click.option("--train-split", help="Of probe on a dataset in CLIP_benchmark's layout [default: train]."),

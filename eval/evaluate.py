@@ -3,13 +3,19 @@
 `retrieval`, `zeroshot`, `choice` and `probe` measure one kind of thing each; a `suite` many models on many data.
 """
 
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from clipkit.cli import Job
-from clipkit.options import cache_options, format_option, list_options, probe_options
+from clipkit.options import cache_options, format_option, list_options, probe_options, task_options
+
+if TYPE_CHECKING:
+    from clipkit.evaluation import Change, Measure, Result, SharedWork, SuiteConfig, Task, TaskOptions
 
 
 @click.command(cls=Job)
@@ -24,26 +30,7 @@ from clipkit.options import cache_options, format_option, list_options, probe_op
     "the difference of each from the first [default of embeddings and an index: the one that made them].",
 )
 @list_options
-@click.option("--split", help="Of a dataset in CLIP_benchmark's layout [default: test].")
-@click.option(
-    "-k",
-    "ks",
-    multiple=True,
-    type=click.IntRange(1),
-    help="List length; may be given several times [default: 1 5 10 for retrieval, 1 5 for zeroshot].",
-)
-@click.option(
-    "--templates",
-    help="Of zeroshot: plain, photo, openai80, or your own: 'a drawing of a {}.|a {}.' [default: the dataset's, else "
-    "plain, a bare name].",
-)
-@click.option("--through-index", is_flag=True, help="Of retrieval on an index: also what its own answers find.")
-@click.option(
-    "--compat",
-    type=click.Choice(["clip_benchmark"]),
-    help="Also give the figures of CLIP_benchmark's definitions, in which ties come in the order of the items, and put "
-    "those into --out's metrics.",
-)
+@task_options
 @click.option(
     "--baseline",
     metavar="FILE|MODEL",
@@ -76,7 +63,7 @@ from clipkit.options import cache_options, format_option, list_options, probe_op
 @probe_options
 @cache_options
 @format_option
-def main(task: str, source: str, models: tuple[str, ...], fmt: str, **asked: Any) -> int:
+def main(task: str, source: str, models: tuple[str, ...], **asked: Any) -> int:
     """Run TASK on SOURCE and print the figures: fractions, not per cent, with 95 % intervals (…_low, …_high).
 
     retrieval, on a list, shards, a folder with captions, a dataset in CLIP_benchmark's layout, embeddings with both
@@ -113,107 +100,140 @@ def main(task: str, source: str, models: tuple[str, ...], fmt: str, **asked: Any
     Embeddings are kept, so that it goes on where it was interrupted; a result is taken from the last time where
     model, data, prompts and code are the same. Under torchrun the processes divide the work; the figures are the same.
     """
-    from clipkit.core import ClipkitError, cache_folder, emit, note, process_group, warn
-    from clipkit.embedding import stored_kind
+    from clipkit.core import note, process_group
     from clipkit.evaluation import (
-        PROBE,
-        Result,
-        beside,
+        Task,
+        TaskOptions,
         changes_of_all,
-        check_name,
         differences_from_first,
-        from_clip_benchmark,
+        emit_results,
+        evaluate_model,
         matches,
-        measure,
-        open_task,
-        readable,
-        side_by_side,
         write_results,
     )
-    from clipkit.evaluation.probe import probe_rows, readable_rows
-    from clipkit.storage import Cache
 
-    out, baseline = asked["out"], asked["baseline"]
-    if out is not None:
-        check_name(out)
-    if asked["tolerance"] and baseline is None:
-        raise ClipkitError("--tolerance says how much worse than a baseline is no matter; name one with --baseline")
-    given = ("split", "templates", "image_column", "caption_column", "image_root", *PROBE)
-    told = {name: asked[name] for name in given if asked[name] is not None}
-    if asked["through_index"]:
-        told["through_index"] = True
-    cache = Cache(None if asked["no_cache"] else asked["cache"] or cache_folder(), asked["cache_size"])
-    earlier = from_clip_benchmark(Path(baseline)) if baseline is not None and Path(baseline).is_file() else None
-    how = {name: asked[name] for name in ("device", "precision", "batch_size", "threads")}
-    compat = asked["compat"] is not None
-    suite = opened = run_suite = None
-    if task == "suite":
-        from clipkit.evaluation import load_suite, run_suite
-
-        if told or asked["ks"]:
-            flags = [*(f"--{name.replace('_', '-')}" for name in told), *(["-k"] if asked["ks"] else [])]
-            raise ClipkitError(f"{', '.join(flags)}: a suite says so for each of its datasets; write it into {source}")
-        suite = load_suite(Path(source), models)
-    else:
-        if not models and stored_kind(source) is None:
-            raise ClipkitError("name the model to evaluate: --model RUN (or open_clip:NAME/TAG, or hf:ORG/NAME)")
-        if task == "probe" and compat:
-            raise ClipkitError("--compat: a linear probe is the same in CLIP_benchmark; leave it out")
-        opened = open_task(task, source, asked["ks"], compat=compat, **told)
-    sets = [(task, source)] if suite is None else [(each.task, each.name or each.source) for each in suite.datasets]
-    held = matches(sets, earlier) if earlier is not None else {}  # what is wrong there is said before measuring
+    report, compute = taken(Reporting, asked), taken(Computing, asked)
+    options = TaskOptions.of(**{**asked, "compat": asked["compat"] is not None})
+    data = open_data(task, source, models, options)
+    names = [(task, source)] if isinstance(data, Task) else data.names()
+    baseline = report.earlier_results()
+    matched = {} if baseline is None else matches(names, baseline)  # what is wrong there is said before measuring
     with process_group() as (rank, world_size):
-        among = {"rank": rank, "world_size": world_size, "show": f"evaluate {task}"}
-
-        def results_of(specs: Any) -> tuple[list[Result], list[str]]:
-            if suite is not None and run_suite is not None:
-                chosen = suite.model_copy(update={"models": list(specs)})
-                return run_suite(chosen, lambda each, spec: measure(each, spec, cache, **how, **among), compat=compat)
-            found = []
-            for number, spec in enumerate(specs or [None]):
-                called, fingerprint, result = measure(opened, spec, cache, **how, **among)  # type: ignore[arg-type]
-                # The same model twice is a comparison too, if an odd one.
-                twice = list(specs[:number]).count(spec) if spec is not None else 0
-                name = f"{called} ({twice + 1})" if twice else called
-                found.append(Result(source, task, name, fingerprint, result))
-            return found, []
-
-        results, failures = results_of(suite.models if suite is not None else models)
-        if baseline is not None and earlier is None:
-            earlier, missed = results_of([baseline])
-            held = matches(sets, earlier)
-            failures += [line for line in missed if line not in failures]
-    apart = differences_from_first(results) if rank == 0 else {}
-    changed = changes_of_all(results, held, asked["tolerance"]) if rank == 0 else []
-    worse = [change for change in changed if change.worse]
+        work = compute.work(f"evaluate {task}", rank, world_size)
+        measure = functools.partial(evaluate_model, work=work, device=compute.device, precision=compute.precision)
+        results, failures = results_of(data, source, models, measure, options.compat)
+        if report.baseline is not None and baseline is None:
+            baseline, failed = results_of(data, source, [report.baseline], measure, options.compat)
+            matched = matches(names, baseline)
+            failures += [line for line in failed if line not in failures]
+    changes: list[Change] = []
     if rank == 0:
-        several = suite is not None or len(results) > 1
-        first = results[0].found
-        if fmt == "human":
-            title = ", ".join(f"{count:,} {what}" for what, count in first.counts.items()) if not several else ""
-            emit(readable_rows(first) if task == "probe" and not several else readable(results, apart), fmt, title)
-            if changed:
-                emit([change.row() for change in changed], fmt, f"beside {baseline}")
-        elif task == "probe" and not several and fmt != "json":
-            emit(probe_rows(first), fmt)
-        elif several:
-            emit(beside(side_by_side(results, apart), changed), fmt)
-        else:
-            more = {name: value for change in changed for name, value in change.flat().items()}
-            about = {"model": results[0].fingerprint} | ({"regressions": [c.figure for c in worse]} if changed else {})
-            emit({**first.flat(), **more, **about}, fmt)
-        if out is not None:
-            write_results(out, results, apart, changes=changed, failures=failures)
-            note(f"wrote {out}")
+        differences = differences_from_first(results)
+        changes = changes_of_all(results, matched, report.tolerance)
+        alone = isinstance(data, Task) and len(results) == 1
+        emit_results(results, differences, changes, report.fmt, baseline=report.baseline, alone=alone)
+        if report.out is not None:
+            write_results(report.out, results, differences, changes=changes, failures=failures)
+            note(f"wrote {report.out}")
+    return exit_status(task, results, failures, changes)
+
+
+@dataclass(frozen=True)
+class Reporting:
+    """How results are shown, and what they are held against."""
+
+    fmt: str
+    out: Path | None
+    baseline: str | None
+    tolerance: float
+
+    def __post_init__(self) -> None:
+        from clipkit.core import ClipkitError
+        from clipkit.evaluation import check_name
+
+        if self.out is not None:
+            check_name(self.out)
+        if self.tolerance and self.baseline is None:
+            raise ClipkitError("--tolerance says how much worse than a baseline is no matter; name one with --baseline")
+
+    def earlier_results(self) -> "list[Result] | None":
+        """Those of the baseline's file; None where it is a model, or there is none."""
+        from clipkit.evaluation import from_clip_benchmark
+
+        if self.baseline is None or not Path(self.baseline).is_file():
+            return None
+        return from_clip_benchmark(Path(self.baseline))
+
+
+@dataclass(frozen=True)
+class Computing:
+    """What embeds, and where embeddings and results are kept."""
+
+    device: str | None
+    precision: str
+    batch_size: int
+    threads: int | None
+    cache: Path | None
+    no_cache: bool
+    cache_size: int
+
+    def work(self, show: str, rank: int, world_size: int) -> "SharedWork":
+        """The part of one of the processes, without a model."""
+        from clipkit.core import cache_folder
+        from clipkit.evaluation import SharedWork
+        from clipkit.storage import Cache
+
+        cache = Cache(None if self.no_cache else self.cache or cache_folder(), self.cache_size)
+        return SharedWork(None, self.batch_size, self.threads, show, cache, rank, world_size)
+
+
+def taken(kind: type, asked: dict[str, Any]) -> Any:
+    """The options of one kind, taken out of all that are asked."""
+    return kind(**{field.name: asked.pop(field.name) for field in fields(kind)})
+
+
+def open_data(task: str, source: str, models: Sequence[str], options: "TaskOptions") -> "Task | SuiteConfig":
+    """What is to be measured on: a task's data, or a suite."""
+    from clipkit.core import ClipkitError
+    from clipkit.embedding import stored_kind
+    from clipkit.evaluation import load_suite, open_task
+
+    if task == "suite":
+        if given := options.given():
+            raise ClipkitError(f"{', '.join(given)}: a suite says so for each of its datasets; write it into {source}")
+        return load_suite(Path(source), models)
+    if not models and stored_kind(source) is None:
+        raise ClipkitError("name the model to evaluate: --model RUN (or open_clip:NAME/TAG, or hf:ORG/NAME)")
+    if task == "probe" and options.compat:
+        raise ClipkitError("--compat: a linear probe is the same in CLIP_benchmark; leave it out")
+    return open_task(task, source, options)
+
+
+def results_of(
+    data: "Task | SuiteConfig", source: str, models: Sequence[str], measure: "Measure", compat: bool
+) -> "tuple[list[Result], list[str]]":
+    """Those of all models, or those that a suite names where none are given, and a line for each that failed."""
+    from clipkit.evaluation import Task, run_suite, run_task
+
+    if isinstance(data, Task):
+        return run_task(data, source, models, measure), []
+    return run_suite(data, measure, models, compat=compat)
+
+
+def exit_status(task: str, results: "Sequence[Result]", failures: Sequence[str], changes: "Sequence[Change]") -> int:
+    """Say what failed, became worse or could not be used: then it is 1."""
+    from clipkit.core import warn
+
     for line in failures:
         warn(f"not measured: {line}")
+    worse = [change for change in changes if change.worse]
     for change in worse:
         warn(f"regression: {change.line()}")
     left_out = {result.name: result.found.left_out for result in results if result.found.left_out}
     for name, lines in left_out.items():
-        where = f"{name}: " if suite is not None else ""
+        where = f"{name}: " if task == "suite" else ""
         warn(f"{where}{len(lines)} could not be used; the first: {lines[0]['key']}: {lines[0]['reason']}")
-    return int(bool(failures or left_out or worse))
+    return int(bool(failures or worse or left_out))
 
 
 if __name__ == "__main__":

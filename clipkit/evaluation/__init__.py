@@ -1,8 +1,9 @@
 """Tasks, models and data become results: figures with chance levels, intervals and what they depend on.
 
-`open_task` and `measure` are what the command runs; `evaluate_retrieval` and `evaluate_zeroshot` are what training
-validates with, so that both say the same. `SharedWork` divides embedding among ranks, `Result` is compared with a
-baseline, put side by side and shown on a page. The sub-package `probe` trains probes on embeddings.
+`open_task` and `evaluate_model` are what the command runs; `evaluate_retrieval` and `evaluate_zeroshot` are what
+training validates with, so that both say the same. `TaskOptions` gathers what is asked, `SharedWork` divides embedding
+among ranks, `Result` is compared with a baseline, put side by side and shown on a page. The sub-package `probe` trains
+probes on embeddings.
 
 Read `tasks.py` first, then `retrieval.py` and `embedder.py`.
 """

@@ -158,7 +158,7 @@ def _of_shards(folder: Path, split: str) -> Instances:
 
 
 def evaluate_choice(
-    ranks: SharedWork,
+    work: SharedWork,
     instances: Instances,
     *,
     intervals: bool = False,
@@ -167,14 +167,14 @@ def evaluate_choice(
     """Whether a model tells a true caption from a false one (`clipkit.metrics.choice`).
 
     Args:
-        ranks: see `evaluate_retrieval`.
+        work: see `evaluate_retrieval`.
         instances: images with captions to choose among; one whose image cannot be used is left out.
         intervals, compat: see `evaluate_retrieval`.
 
     Raises:
         ClipkitError: where no instance can be used, on all ranks also where one fails.
     """
-    images = ranks.images(instances.source)
+    images = work.images(instances.source)
     place = np.full(len(instances.source), -1)
     place[images.rows] = np.arange(len(images.rows))
     at = place[instances.images]
@@ -184,8 +184,8 @@ def evaluate_choice(
     if not usable.any():
         raise nothing_usable(instances.source, left_out, "no instance has its images")
     captions = [instances.captions[row] for row in np.flatnonzero(usable)]
-    text = ranks.texts([caption for of_instance in captions for caption in of_instance])
+    text = work.texts([caption for of_instance in captions for caption in of_instance])
     of = samples_hash(instances.source, images, captions, at[usable]) if intervals else None
     both = images.vectors[at[usable]], text.reshape(len(captions), -1, text.shape[1])
-    found = ranks.by_the_first(lambda: measure_choice(*both, Further(of, compat)))
+    found = work.by_the_first(lambda: measure_choice(*both, Further(of, compat)))
     return replace(found, left_out=left_out)

@@ -3,8 +3,9 @@
 What is embedded together does not depend on how many ranks there are, so neither does what comes of it.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -55,39 +56,31 @@ def _towers_of(model: Any, cache: Cache, threads: int | None) -> _Towers:
     return _Towers(images, texts)
 
 
+@dataclass(frozen=True)
 class SharedWork:
-    """A model at work for an evaluation: how it embeds, which rank does what, and the exchange of what was done.
+    """A model at work for an evaluation: how it embeds, which rank does what, and the exchange of what was done."""
 
-    Args:
-        model: a `DualEncoder`, which is used as it is, or a `LazyModel`; in the precision that is wanted, the same on
-            all ranks. None where nothing is to be embedded.
-        batch_size: images at a time; texts go four times as many at a time.
-        threads: that decode images, see `clipkit.embedding.embed_source`.
-        show: title of a progress bar.
-        cache: of results, and for a `LazyModel` of what was embedded before. Where ranks do not share it, it must hold
-            the same for each.
-        rank, world_size: whose part of the work to do.
-        gather: brings the ranks' parts together; `gather_objects` where not given and there are several.
-    """
+    model: Any
+    """A `DualEncoder`, which is used as it is, or a `LazyModel`; in the precision that is wanted, the same on all
+    ranks. None where nothing is to be embedded."""
+    batch_size: int = 64
+    """Images at a time; texts go four times as many at a time."""
+    threads: int | None = None
+    """That decode images, see `clipkit.embedding.embed_source`."""
+    show: str | None = None
+    """Title of a progress bar."""
+    cache: Cache = field(default_factory=lambda: Cache(None))
+    """Of results, and for a `LazyModel` of what was embedded before. Where ranks do not share it, it must hold the same
+    for each."""
+    rank: int = 0
+    """Whose part of the work to do."""
+    world_size: int = 1
+    gather: Gather | None = None
+    """Brings the ranks' parts together; `gather_objects` where not given and there are several."""
 
-    def __init__(
-        self,
-        model: Any,
-        *,
-        batch_size: int = 64,
-        threads: int | None = None,
-        show: str | None = None,
-        cache: Cache | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-        gather: Gather | None = None,
-    ):
-        self.model, self.batch_size, self.show = model, batch_size, show
-        self.cache = cache or Cache(None)
-        self.rank, self.world_size = rank, world_size
-        self.gather = gathering(world_size, gather)
-        # What is no `LazyModel` imports torch.
-        self._towers: Any = None if model is None else _towers_of(model, self.cache, threads)
+    @functools.cached_property
+    def _towers(self) -> _Towers:
+        return _towers_of(self.model, self.cache, self.threads)
 
     def own(self, count: int, block: int) -> range:
         """This rank's part of so many items, in whole blocks; the ranks' parts follow each other."""
@@ -97,7 +90,7 @@ class SharedWork:
 
     def together(self, work: Callable[[], Value]) -> list[Value]:
         """See the function of this name."""
-        return together(work, self.gather)
+        return together(work, gathering(self.world_size, self.gather))
 
     def by_the_first(self, work: Callable[[], Value]) -> Value:
         """What the work gives on rank 0: processors that differ might differ in a last digit."""

@@ -65,26 +65,26 @@ def code_version() -> str:
 
 def known_or_new(
     about: Sequence[object],
-    work: Callable[[], Evaluation],
-    ranks: SharedWork,
+    compute: Callable[[], Evaluation],
+    work: SharedWork,
     lasts: Callable[[Evaluation], bool] = lambda _: True,
 ) -> Evaluation:
     """A result that was computed before from the same things by the same code, or a new one.
 
     Args:
         about: all that it depends on: fingerprint and precision of the model, the data's identity, prompts, lengths.
-        work: computes it, on all ranks.
-        ranks: of which the first knows, from its cache.
+        compute: gives a new one, on all ranks.
+        work: of whose ranks the first knows, from its cache.
         lasts: whether a new one would come out again; one that might not is not kept.
     """
     key = hash_of("result", code_version(), *about)
-    known = ranks.by_the_first(lambda: ranks.cache.fact(key))
+    known = work.by_the_first(lambda: work.cache.fact(key))
     if known is not None:
         return Evaluation(**known)
-    found = work()
-    if ranks.rank == 0 and lasts(found):
-        ranks.cache.keep_fact(key, asdict(found))
-    return found
+    result = compute()
+    if work.rank == 0 and lasts(result):
+        work.cache.keep_fact(key, asdict(result))
+    return result
 
 
 def as_clip_benchmark(result: Result) -> dict[str, Any]:

@@ -18,7 +18,7 @@ RETRIEVAL_KS = (1, 5, 10)
 
 
 def evaluate_retrieval(
-    ranks: SharedWork,
+    work: SharedWork,
     source: Source,
     ks: Sequence[int] = RETRIEVAL_KS,
     *,
@@ -28,7 +28,7 @@ def evaluate_retrieval(
     """Recall, reciprocal and median ranks both ways between images and captions (`clipkit.metrics.retrieval_figures`).
 
     Args:
-        ranks: the model at work, alone or shared; scores are float32 whatever it embeds in.
+        work: the model at work, alone or shared; scores are float32 whatever it embeds in.
         source: with captions.
         ks: list lengths.
         intervals: also say how far each figure may be off, and keep what pairs this model with another.
@@ -37,19 +37,19 @@ def evaluate_retrieval(
     Raises:
         ClipkitError: where no sample can be used, on all ranks also where one of them fails.
     """
-    images = ranks.images(source)
+    images = work.images(source)
     captions = [caption for of_image in images.captions for caption in of_image]
     if not captions:
         raise nothing_usable(source, images.left_out, "no sample has a caption")
-    text = ranks.texts(captions)
+    text = work.texts(captions)
     image_of_text = np.repeat(np.arange(len(images.rows)), [len(of_image) for of_image in images.captions])
     further = Further(samples_hash(source, images, captions, image_of_text) if intervals else None, compat)
-    found = ranks.by_the_first(lambda: measure_retrieval(images.vectors, text, image_of_text, ks, further))
+    found = work.by_the_first(lambda: measure_retrieval(images.vectors, text, image_of_text, ks, further))
     return replace(found, left_out=images.left_out)
 
 
 def evaluate_stored_retrieval(
-    ranks: SharedWork,
+    work: SharedWork,
     stored: Stored,
     ks: Sequence[int] = RETRIEVAL_KS,
     *,
@@ -59,20 +59,20 @@ def evaluate_stored_retrieval(
     """As `evaluate_retrieval`, of embeddings on the disk, which are read in blocks: memory does not grow with them.
 
     Args:
-        ranks: of which the first does it; no model is needed.
+        work: of which the first does it; no model is needed.
         stored: with both sides.
         ks: list lengths.
         through_index: of an index; also what it answers, see `clipkit.evaluation.index_recall`.
         compat: see `evaluate_retrieval`.
     """
 
-    def work() -> Evaluation:
+    def measured() -> Evaluation:
         served = served_hits(stored.both(), ks) if through_index else None
         both, further = stored.both(), Further(stored.of(), compat)
-        with meter(ranks.show or "", len(stored.image_of_text), "captions") as advance:
-            told = advance if ranks.show else None
+        with meter(work.show or "", len(stored.image_of_text), "captions") as advance:
+            progress = advance if work.show else None
             return measure_retrieval(
-                both.image, both.text, both.image_of_text, ks, further, served=served, advance=told
+                both.image, both.text, both.image_of_text, ks, further, served=served, advance=progress
             )
 
-    return replace(ranks.by_the_first(work), left_out=stored.left_out)
+    return replace(work.by_the_first(measured), left_out=stored.left_out)

@@ -13,7 +13,6 @@ Paths start at the folder in which the command runs. What fails is told at the e
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -29,10 +28,15 @@ from clipkit.core import (
 )
 from clipkit.embedding import stored_kind
 from clipkit.evaluation.measuring import Evaluation
+from clipkit.evaluation.options import TaskOptions
 from clipkit.evaluation.results import Result
 from clipkit.evaluation.tasks import OPENERS, Task, open_task
 
-__all__ = ["DatasetConfig", "SuiteConfig", "load_suite", "run_suite"]
+__all__ = ["DatasetConfig", "Measure", "SuiteConfig", "load_suite", "run_suite", "run_task"]
+
+Measure = Callable[[Task, str | None], tuple[str, str, Evaluation]]
+"""A model, by name, or the one that embeddings were made with (None), in a task: gives what it is called, its
+fingerprint, and the result; of the last time where nothing changed."""
 
 
 class DatasetConfig(BaseModel):
@@ -88,6 +92,10 @@ class SuiteConfig(BaseModel):
     """As ``--model`` takes them."""
     datasets: list[DatasetConfig] = Field(min_length=1)
 
+    def names(self) -> list[tuple[str, str]]:
+        """The task of each dataset, and what results call the dataset."""
+        return [(dataset.task, dataset.name or dataset.source) for dataset in self.datasets]
+
 
 def load_suite(path: Path, models: Sequence[str] = ()) -> SuiteConfig:
     """Read a suite.
@@ -115,16 +123,35 @@ def load_suite(path: Path, models: Sequence[str] = ()) -> SuiteConfig:
     suite.models = list(models) or suite.models
     if not suite.models and not all(stored_kind(each.source) for each in suite.datasets):
         raise ClipkitError(f"{path} names no models; add models: [RUN], or say --model")
-    named = [(each.name or each.source, each.task) for each in suite.datasets]
-    for each in named:
-        if named.count(each) > 1:
-            raise ClipkitError(f"{path}: two datasets of {each[1]} are called {each[0]!r}; give them a name each")
+    for task, name in (names := suite.names()):
+        if names.count((task, name)) > 1:
+            raise ClipkitError(f"{path}: two datasets of {task} are called {name!r}; give them a name each")
     return suite
+
+
+def run_task(task: Task, source: str, models: Sequence[str], measure: Measure) -> list[Result]:
+    """Measure all models in one task.
+
+    Args:
+        task: opened.
+        source: what results call the data.
+        models: by name, or none for the one that embeddings were made with; one that stands twice is compared with
+            itself.
+        measure: a model in the task.
+    """
+    results = []
+    for number, model in enumerate(models or [None]):
+        called, fingerprint, evaluation = measure(task, model)
+        before = list(models[:number]).count(model) if model is not None else 0
+        name = f"{called} ({before + 1})" if before else called
+        results.append(Result(source, task.name, name, fingerprint, evaluation))
+    return results
 
 
 def run_suite(
     suite: SuiteConfig,
-    measure: Callable[[Task, str | None], tuple[str, str, Evaluation]],
+    measure: Measure,
+    models: Sequence[str] = (),
     *,
     compat: bool = False,
     gather: Gather = gather_objects,
@@ -133,9 +160,8 @@ def run_suite(
 
     Args:
         suite: what on what.
-        measure: a model, by name, or the one that embeddings were made with (None), in a task: gives what it is called,
-            its fingerprint, and the result; of the last time where nothing changed. Where it fails on one rank, it does
-            on all.
+        measure: a model in a task. Where it fails on one rank, it does on all.
+        models: in place of the suite's.
         compat: also the figures of CLIP_benchmark's definitions, where the task has any.
         gather: brings the ranks' parts together: data that one of them cannot open, none of them measures.
 
@@ -149,20 +175,20 @@ def run_suite(
     for number, dataset in enumerate(suite.datasets, 1):
         name = dataset.name or dataset.source
         note(f"{number}/{len(suite.datasets)} {dataset.task}: {name}")
-        asked: dict[str, Any] = dataset.model_dump(exclude={"task", "source", "name", "ks"}, exclude_none=True)
-        opening = functools.partial(open_task, dataset.task, dataset.source, dataset.ks, compat=compat, **asked)
+        options = TaskOptions.of(compat=compat, **dataset.model_dump(exclude={"task", "source", "name"}))
+        opening = functools.partial(open_task, dataset.task, dataset.source, options)
         try:
             task = on_each(opening, gather)
         except ClipkitError as error:
             failures.append(f"{dataset.task} on {name}: {error}")
             continue
-        for model in suite.models if task.stored is None else [None]:
+        for model in (models or suite.models) if task.stored is None else [None]:
             try:
-                called, fingerprint, found = measure(task, model)
+                called, fingerprint, evaluation = measure(task, model)
             except ClipkitError as error:
                 failures.append(f"{dataset.task} on {name}, {model or 'its own model'}: {error}")
                 continue
-            results.append(Result(name, dataset.task, called, fingerprint, found))
+            results.append(Result(name, dataset.task, called, fingerprint, evaluation))
     if not results:
         raise ClipkitError(f"nothing of the suite could be measured; the first: {failures[0]}")
     return results, failures

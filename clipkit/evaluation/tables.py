@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+from clipkit.core import emit
+from clipkit.evaluation.baseline import Change, beside
 from clipkit.evaluation.measuring import COMPAT
+from clipkit.evaluation.probe import probe_rows, readable_rows
 from clipkit.evaluation.results import THEIR_FIGURES, Differences, Result
 from clipkit.metrics import Interval, differences, unpacked
 
-__all__ = ["differences_from_first", "markdown", "readable", "side_by_side"]
+__all__ = ["differences_from_first", "emit_results", "markdown", "readable", "side_by_side"]
 
 
 def differences_from_first(results: Sequence[Result]) -> Differences:
@@ -103,3 +106,39 @@ def markdown(results: Sequence[Result], apart: Differences | None = None) -> str
 
 def _escaped(cell: str) -> str:
     return cell.replace("|", "\\|")
+
+
+def emit_results(
+    results: Sequence[Result],
+    apart: Differences,
+    changes: Sequence[Change],
+    fmt: str,
+    *,
+    baseline: str | None = None,
+    alone: bool = False,
+) -> None:
+    """Print results: a table of several, or of one that stands alone every number under a name of its own.
+
+    Args:
+        results: of any models on any datasets.
+        apart: see `differences_from_first`.
+        changes: beside a baseline.
+        fmt: see `clipkit.core.emit`.
+        baseline: what it is called.
+        alone: whether the only result is meant by itself.
+    """
+    first = results[0].found
+    probe = alone and results[0].task == "probe"
+    if fmt == "human":
+        title = ", ".join(f"{count:,} {what}" for what, count in first.counts.items()) if alone else ""
+        emit(readable_rows(first) if probe else readable(results, apart), fmt, title)
+        if changes:
+            emit([change.row() for change in changes], fmt, f"beside {baseline}")
+    elif probe and fmt != "json":
+        emit(probe_rows(first), fmt)
+    elif not alone:
+        emit(beside(side_by_side(results, apart), changes), fmt)
+    else:
+        row = first.flat() | {name: value for change in changes for name, value in change.flat().items()}
+        regressions = {"regressions": [change.figure for change in changes if change.worse]} if changes else {}
+        emit(row | {"model": results[0].fingerprint} | regressions, fmt)

@@ -1,7 +1,7 @@
 """Zero-shot classification evaluated: one function for training, the command and notebooks, so that figures agree."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,106 +18,156 @@ from clipkit.evaluation.measuring import (
 from clipkit.evaluation.stored import Stored
 from clipkit.storage import digest
 
-__all__ = ["ZEROSHOT_KS", "evaluate_stored_classes", "evaluate_zeroshot", "open_classes", "tell_clamped"]
+__all__ = [
+    "ZEROSHOT_KS",
+    "ClassLabels",
+    "LabelledEmbeddings",
+    "LabelledImages",
+    "evaluate_stored_zeroshot",
+    "evaluate_zeroshot",
+    "open_classes",
+    "tell_clamped",
+]
 ZEROSHOT_KS = (1, 5)
 
 
+@dataclass(frozen=True)
+class ClassLabels:
+    """Classes, and which of them each image shows."""
+
+    names: list[str]
+    labels: np.ndarray
+    """int64 ``[rows]``, places in the names, -1 where it is not known. Or ``[rows, classes]``: 1 for each class that an
+    image is of, 0 for the others, -1 where it is not known."""
+    by_folder: bool = True
+    """Whether the folder that an image stands in says it, or something else; for what is said of images without one."""
+
+    @property
+    def known(self) -> np.ndarray:
+        """Whether the class of each image is known, bool ``[rows]``."""
+        known = self.labels >= 0
+        return known if known.ndim == 1 else np.all(known, axis=1)
+
+    @property
+    def missing(self) -> str:
+        """What is wrong with an image whose class is not known."""
+        return "stands in no class's folder" if self.by_folder else "its class is not told"
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images of known classes."""
+
+    source: Source
+    classes: ClassLabels
+
+    @classmethod
+    def in_folders(cls, source: Source, names: Sequence[str] | None = None) -> "LabelledImages":
+        """Images whose classes their folders name, see `clipkit.classification.class_folders`.
+
+        Raises:
+            ClipkitError: where there are no two classes.
+        """
+        return cls(source, ClassLabels(*class_folders(source, names)))
+
+
 def evaluate_zeroshot(
-    ranks: SharedWork,
-    source: Source,
-    classes: Sequence[str] | None = None,
+    work: SharedWork,
+    images: LabelledImages,
     templates: str | Sequence[str] = "plain",
     ks: Sequence[int] = ZEROSHOT_KS,
     *,
-    truth: np.ndarray | None = None,
     intervals: bool = False,
     compat: bool = False,
 ) -> Evaluation:
-    """Zero-shot accuracy on images whose classes are known (`clipkit.metrics.accuracy.zeroshot_accuracy`).
+    """Zero-shot accuracy on images whose classes are known (`clipkit.metrics.zeroshot_figures`).
 
     Of images that may be of several classes each it is the mean average precision
     (`clipkit.metrics.mean_average_precision`).
 
     Args:
-        ranks: see `evaluate_retrieval`.
-        source: see `open_classes`; any other where the truth is given.
-        classes: the names to choose among; those of the sub-folders when not given.
+        work: see `evaluate_retrieval`.
+        images: with their classes, see `open_classes`.
         templates: with ``{}``, or the name of a set (see `clipkit.classification.prompt_set`); used as in
             `class_vectors`.
         ks: list lengths; of no use for several classes.
-        truth: int64 ``[rows]``, places in `classes`, -1 where it is not known; by the sub-folders when not given. Or
-            ``[rows, classes]``: 1 for each class that an image is of, 0 for the others, -1 where it is not known.
         intervals, compat: see `evaluate_retrieval`.
 
     Raises:
-        ClipkitError: where there are no two classes, or no image can be used, on all ranks also where one fails.
+        ClipkitError: where no image can be used, on all ranks also where one fails.
     """
+    source, names = images.source, images.classes.names
     prompts = prompt_set(templates) if isinstance(templates, str) else templates
-    names, labels = class_folders(source, classes) if truth is None or classes is None else (list(classes), truth)
-    vectors = class_vectors(names, prompts, ranks.texts)
-    images = ranks.images(source)
-    label = labels[images.rows]
-    known = label >= 0 if label.ndim == 1 else (label >= 0).all(axis=1)
-    reason = "stands in no class's folder" if truth is None else "its class is not told"
-    left_out = images.left_out + [
-        {"row": row, "key": source.key(row), "reason": reason} for row in np.array(images.rows)[~known].tolist()
+    vectors = class_vectors(names, prompts, work.texts)
+    embedded = work.images(source)
+    labels, known = images.classes.labels[embedded.rows], images.classes.known[embedded.rows]
+    left_out = embedded.left_out + [
+        {"row": row, "key": source.key(row), "reason": images.classes.missing}
+        for row in np.array(embedded.rows)[~known].tolist()
     ]
     if not known.any():
-        raise nothing_usable(
-            source, left_out, f"no image {'stands in a class folder' if truth is None else 'has a class'}"
-        )
-    further = Further(samples_hash(source, images, names, label) if intervals else None, compat)
-    if label.ndim == 2:
-        several = label[known] == 1
+        reason = "no image stands in a class folder" if images.classes.by_folder else "no image has a class"
+        raise nothing_usable(source, left_out, reason)
+    further = Further(samples_hash(source, embedded, names, labels) if intervals else None, compat)
+    if labels.ndim == 2:
+        several = labels[known] == 1
         if not several.any():
             raise ClipkitError(f"no image of {source.spec} is of any class, so there is no precision to be measured")
-        found = ranks.by_the_first(lambda: measure_labels(images.vectors[known], vectors, several, further))
+        result = work.by_the_first(lambda: measure_labels(embedded.vectors[known], vectors, several, further))
     else:
-        of = images.vectors[known], vectors, label[known], ks, names, further
-        found = ranks.by_the_first(lambda: measure_classes(*of))
-    return replace(found, left_out=left_out)
+        labelled = embedded.vectors[known], vectors, labels[known], ks, names, further
+        result = work.by_the_first(lambda: measure_classes(*labelled))
+    return replace(result, left_out=left_out)
 
 
-def evaluate_stored_classes(
-    ranks: SharedWork,
-    stored: Stored,
-    classes: Sequence[str],
-    labels: np.ndarray,
+@dataclass(frozen=True)
+class LabelledEmbeddings:
+    """As `LabelledImages`, of embeddings on the disk."""
+
+    stored: Stored
+    """With images."""
+    classes: ClassLabels
+
+
+def evaluate_stored_zeroshot(
+    work: SharedWork,
+    images: LabelledEmbeddings,
     prompts: Sequence[str],
     ks: Sequence[int],
-    compat: bool,
+    *,
+    compat: bool = False,
 ) -> Evaluation:
     """As `evaluate_zeroshot`, of embeddings on the disk.
 
     Args:
-        ranks: that embed the prompts; the first does the rest.
-        stored: with images.
-        classes, labels: see `classes_of`; an image of none is left out.
+        work: whose ranks embed the prompts; the first does the rest.
+        images: an image of no class is left out.
         prompts: with ``{}``, see `class_vectors`.
         ks: list lengths.
         compat: see `evaluate_retrieval`.
     """
-    vectors = class_vectors(classes, prompts, ranks.texts)
-    known = labels >= 0
+    stored, names, labels = images.stored, images.classes.names, images.classes.labels
+    vectors = class_vectors(names, prompts, work.texts)
+    known = images.classes.known
 
-    def work() -> Evaluation:
-        images = stored.image
+    def measured() -> Evaluation:
+        blocks = stored.image
         if not known.all():
-            ends = np.cumsum([len(part) for part in images])[:-1]
-            images = [part[own] for part, own in zip(images, np.split(known, ends), strict=True) if own.any()]
-        further = Further(digest([stored.of(), list(classes), labels.tolist()]), compat)
-        return measure_classes(images, vectors, labels[known], ks, classes, further)
+            ends = np.cumsum([len(block) for block in blocks])[:-1]
+            blocks = [block[own] for block, own in zip(blocks, np.split(known, ends), strict=True) if own.any()]
+        further = Further(digest([stored.of(), names, labels.tolist()]), compat)
+        return measure_classes(blocks, vectors, labels[known], ks, names, further)
 
-    found = ranks.by_the_first(work)
-    strays = [{"key": key, "reason": "stands in no class's folder"} for key in _keys(stored, ~known)]
-    return replace(found, left_out=[*(line for line in stored.left_out if "row" in line), *strays])
+    result = work.by_the_first(measured)
+    strays = [{"key": key, "reason": images.classes.missing} for key in _keys(stored, ~known)]
+    return replace(result, left_out=[*(line for line in stored.left_out if "row" in line), *strays])
 
 
 def _keys(stored: Stored, wanted: np.ndarray) -> list[str]:
     return [path for path, own in zip(stored.paths(), wanted, strict=True) if own] if wanted.any() else []
 
 
-def open_classes(folder: str, ks: Sequence[int] = ZEROSHOT_KS) -> Source:
+def open_classes(folder: str, ks: Sequence[int] = ZEROSHOT_KS) -> LabelledImages:
     """Open a folder with a sub-folder of images per class, and say so where there are fewer classes than `ks` ask for.
 
     Raises:
@@ -126,9 +176,9 @@ def open_classes(folder: str, ks: Sequence[int] = ZEROSHOT_KS) -> Source:
     source = open_source(folder)
     if not isinstance(source, FolderSource):
         raise ClipkitError(f"{folder} is no folder of images; zero-shot needs one with a sub-folder per class")
-    names, _ = class_folders(source)
-    tell_clamped(folder, len(names), ks)
-    return source
+    images = LabelledImages.in_folders(source)
+    tell_clamped(folder, len(images.classes.names), ks)
+    return images
 
 
 def tell_clamped(where: str, classes: int, ks: Sequence[int]) -> None:

@@ -15,6 +15,7 @@ from clipkit.evaluation import (
     RETRIEVAL_KS,
     ZEROSHOT_KS,
     Evaluation,
+    LabelledImages,
     SharedWork,
     evaluate_retrieval,
     evaluate_zeroshot,
@@ -45,7 +46,7 @@ class Validation:
 
     config: ValidationConfig
     retrieval: Source | None
-    zeroshot: Source | None
+    zeroshot: LabelledImages | None
 
     def run(
         self, model: DualEncoder, *, rank: int = 0, world_size: int = 1, gather: Gather | None = None

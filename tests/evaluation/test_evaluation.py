@@ -18,7 +18,7 @@ from clipkit.classification import class_folders
 from clipkit.core import ClipkitError, gather_objects, process_group
 from clipkit.data.sources import open_source
 from clipkit.embedding import EncodeOptions, embed_source
-from clipkit.evaluation import SharedWork, evaluate_retrieval, evaluate_zeroshot, open_classes
+from clipkit.evaluation import LabelledImages, SharedWork, evaluate_retrieval, evaluate_zeroshot, open_classes
 from clipkit.metrics import retrieval_figures, retrieval_ranks
 from clipkit.models import cast_for_inference, evaluating, load_model
 from clipkit.training import open_validation
@@ -137,10 +137,10 @@ def test_an_unusable_image_shifts_no_other_into_another_batch(holed, model, monk
 
 @pytest.mark.parametrize("templates", ["plain", "openai80"])
 def test_zeroshot_is_the_same_on_any_number_of_ranks(classes, model, templates):
-    source = open_classes(str(classes))
+    images = open_classes(str(classes))
 
     def evaluate(**among):
-        return evaluate_zeroshot(SharedWork(model, batch_size=3, **among), source, templates=templates)
+        return evaluate_zeroshot(SharedWork(model, batch_size=3, **among), images, templates=templates)
 
     alone = evaluate()
     assert alone.counts == {"images": 17, "classes": 4}
@@ -158,7 +158,7 @@ def test_zeroshot_counts_what_classify_says(classes, model):
     rows = [row for row in clipkit.classify(classes, LABELS, model, prompts=["{}"]) if row["status"] == "ok"]
     rows = [row for row in rows if "/" in row["path"]]
     right = [row["label"] == row["path"].partition("/")[0].replace("_", " ") for row in rows]
-    found = evaluate_zeroshot(SharedWork(model), open_source(classes), ks=[1])
+    found = evaluate_zeroshot(SharedWork(model), open_classes(str(classes)), ks=[1])
     assert found.figures["zeroshot_acc@1"] == pytest.approx(np.mean(right))
 
 
@@ -171,14 +171,14 @@ def test_a_collapsed_model_scores_chance(classes, captioned, monkeypatch):
     monkeypatch.setattr(model, "encode_image", lambda pixels: one.repeat(len(pixels), 1))
     monkeypatch.setattr(model, "encode_text", lambda tokens: one.repeat(len(tokens), 1))
     for found in (
-        evaluate_zeroshot(SharedWork(model), open_source(classes), templates="openai80", ks=(1, 2, 3)),
+        evaluate_zeroshot(SharedWork(model), open_classes(str(classes)), templates="openai80", ks=(1, 2, 3)),
         evaluate_retrieval(SharedWork(model), open_source(captioned)),
     ):
         assert found.figures == pytest.approx(found.chance)
 
 
 def test_folders_become_classes(tmp_path, classes, capsys):
-    source = open_classes(str(classes))
+    source = open_classes(str(classes)).source
     assert "has 4 classes; zeroshot_acc@5 counts all of them" in capsys.readouterr().err
     names, labels = class_folders(source)
     assert names == LABELS
@@ -235,7 +235,8 @@ def test_nothing_usable_is_said_on_all_ranks(tmp_path, model):
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.png").write_bytes(b"")
-    found = on_ranks(2, lambda **among: evaluate_zeroshot(SharedWork(model, **among), open_source(tmp_path)))
+    images = open_classes(str(tmp_path))
+    found = on_ranks(2, lambda **among: evaluate_zeroshot(SharedWork(model, **among), images))
     assert all("can be evaluated; the first: a/x.png" in str(error) for error in found)
 
 
@@ -250,8 +251,8 @@ def on_two(rank, world_size, holed, classes, model_dir):
     assert validation is not None
     figures, left_out = validation.run(load_model(model_dir), rank=rank, world_size=world_size)
     two, _ = class_folders(open_source(classes))
-    ranks = SharedWork(load_model(model_dir), rank=rank, world_size=world_size)
-    few = evaluate_zeroshot(ranks, open_source(classes), two)
+    work = SharedWork(load_model(model_dir), rank=rank, world_size=world_size)
+    few = evaluate_zeroshot(work, LabelledImages.in_folders(open_source(classes), two))
     return json.dumps([figures, left_out, few.figures])
 
 

@@ -11,6 +11,7 @@ from clipkit.classification import choose_strength, fit_linear
 from clipkit.core import ClipkitError
 from clipkit.data.sources import Selected, Source, open_source, sample_id
 from clipkit.evaluation import SharedWork
+from clipkit.evaluation.options import ListColumns, ProbeOptions
 from clipkit.evaluation.probe import evaluate_probe, open_probe, probe_rows
 from clipkit.evaluation.probe.data import is_of_test
 from clipkit.evaluation.probe.fusion import fit_head
@@ -45,6 +46,11 @@ def make_kinds(folder: Path, things: int = 40, seed: int = 0) -> Path:
             lines.append(f"{name}\ta drawing\t{colour} {shape}\t{words}\tthing {thing}")
     (folder / "kinds.tsv").write_text("\n".join(lines) + "\n")
     return folder / "kinds.tsv"
+
+
+def beside(listed: Path) -> ListColumns:
+    """A list elsewhere of the same pictures."""
+    return ListColumns(image_root=str(listed.parent))
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +102,7 @@ def test_the_command_finds_that_only_both_know_all(run, kinds, model_dir, tmp_pa
 
 
 def test_a_linear_probe_is_the_fit_on_the_embeddings(kinds, model):
-    task = open_probe(str(kinds), label_column="kind", group_column="thing")
+    task = open_probe(str(kinds), ProbeOptions(label_column="kind", group_column="thing"))
     lazy = LazyModel.of(model)
     found = evaluate_probe(SharedWork(lazy), task, (1, 2))
     train, test = (SharedWork(lazy).images(part.source).vectors for part in task)
@@ -117,7 +123,7 @@ def test_a_linear_probe_is_the_fit_on_the_embeddings(kinds, model):
 
 
 def test_the_same_on_any_number_of_ranks(kinds, model):
-    task = open_probe(str(kinds), **ASKED)
+    task = open_probe(str(kinds), ProbeOptions(**ASKED))
 
     def evaluate(**among):
         return evaluate_probe(SharedWork(LazyModel.of(model), batch_size=7, **among), task, intervals=True)
@@ -127,7 +133,7 @@ def test_the_same_on_any_number_of_ranks(kinds, model):
 
 
 def test_one_source_is_divided_by_group_and_stays_divided(kinds, tmp_path):
-    task = open_probe(str(kinds), **ASKED, test_share=0.4)
+    task = open_probe(str(kinds), ProbeOptions(**ASKED, test_share=0.4))
     train, test = ({part.source.key(i)[7:10] for i in range(len(part.labels))} for part in task)
     assert not train & test
     assert len(train | test) == 40
@@ -138,10 +144,10 @@ def test_one_source_is_divided_by_group_and_stays_divided(kinds, tmp_path):
     assert not set(task.train.groups) & set(task.test.groups)
     half = tmp_path / "half.tsv"
     half.write_text("\n".join(kinds.read_text().splitlines()[:41]) + "\n")
-    fewer = open_probe(str(half), **ASKED, test_share=0.4, image_root=kinds.parent)
+    fewer = open_probe(str(half), ProbeOptions(**ASKED, test_share=0.4), columns=beside(kinds))
     left = {part.source.key(i)[7:10] for part in [fewer.test] for i in range(len(part.labels))}
     assert left == {name for name in test if int(name) < 20}, "whatever else the list holds"
-    single = open_probe(str(kinds), label_column="kind")
+    single = open_probe(str(kinds), ProbeOptions(label_column="kind"))
     assert {part.source.key(i) for part in [single.test] for i in range(len(part.labels))} == {
         name for name in open_source(kinds)._names if is_of_test(name, 0.25)
     }
@@ -152,33 +158,33 @@ def test_training_samples_that_the_test_has_are_left_out(tmp_path, capsys):
     for number, name in enumerate(("red_heart", "blue_star")):
         (test / name).mkdir(parents=True)
         photo(100 + number).save(test / name / "own.png")
-    task = open_probe(str(test), train=str(train))
+    task = open_probe(str(test), ProbeOptions(train=str(train)))
     assert (len(task.train.labels), len(task.test.labels), task.shared) == (20, 2, 0)
     assert task.classes == ["blue star", "green ring", "grey square", "red heart"]
     assert capsys.readouterr().err == ""
     twin = next((train / "red_heart").iterdir())
     (test / "red_heart" / "renamed.png").write_bytes(twin.read_bytes())
-    task = open_probe(str(test), train=str(train))
+    task = open_probe(str(test), ProbeOptions(train=str(train)))
     assert (len(task.train.labels), task.shared) == (19, 1)
     assert f"red_heart/{twin.name}" not in [task.train.source.key(i) for i in range(19)]
     assert "1 training samples are left out: the test has their image" in capsys.readouterr().err
     with pytest.raises(ClipkitError, match="has no class at all"):
-        open_probe(str(train), train=str(train))
+        open_probe(str(train), ProbeOptions(train=str(train)))
 
 
 def test_groups_of_the_test_are_left_out_of_another_source_too(kinds, tmp_path):
     few = tmp_path / "few.tsv"
     lines = kinds.read_text().splitlines()
     few.write_text("\n".join([lines[0], *lines[1:20:2]]) + "\n")  # one drawing each of the first ten things
-    task = open_probe(str(few), train=str(kinds), **ASKED, image_root=kinds.parent)
+    task = open_probe(str(few), ProbeOptions(train=str(kinds), **ASKED), columns=beside(kinds))
     assert (len(task.test.labels), len(task.train.labels), task.shared) == (10, 60, 20)
-    alone = open_probe(str(few), train=str(kinds), label_column="kind", image_root=kinds.parent)
+    alone = open_probe(str(few), ProbeOptions(train=str(kinds), label_column="kind"), columns=beside(kinds))
     assert (len(alone.train.labels), alone.shared) == (70, 10), "by the bytes alone"
 
 
 def test_few_shots_by_seed(kinds, capsys):
     def keys(**asked):
-        task = open_probe(str(kinds), **ASKED, **asked)
+        task = open_probe(str(kinds), ProbeOptions(**ASKED, **asked))
         return task, [task.train.source.key(i) for i in range(len(task.train.labels))]
 
     task, first = keys(shots=3)
@@ -216,7 +222,7 @@ def test_datasets_in_clip_benchmarks_layout(run, refused, tmp_path, model_dir):
     found = json.loads(run("evaluate", "probe", folder, "--model", model_dir, "--format", "json").out)
     assert (found["classes"], found["training_images"], found["images"]) == (3, 9, 6)
     assert open_probe(str(folder)).classes == ["zebra", "ape", "cat"], "in their own order"
-    divided = open_probe(str(folder), split="train", test_share=0.5)
+    divided = open_probe(str(folder), ProbeOptions(test_share=0.5), split="train")
     assert len(divided.train.labels) + len(divided.test.labels) == 9
     assert "has no split 'val'" in refused("evaluate", "probe", folder, "--model", model_dir, "--train-split", "val")
     (folder / "dataset_type.txt").write_text("retrieval\n")
@@ -237,16 +243,17 @@ def test_what_cannot_be_probed_is_told_in_a_line(refused, kinds, model_dir, tmp_
         "evaluate", "probe", one, "--model", model_dir, "--label-column", "kind", "--image-root", kinds.parent
     )
     with pytest.raises(ClipkitError, match="leaves nothing to train on"):
-        open_probe(str(kinds), label_column="kind", test_share=1.0)
+        open_probe(str(kinds), ProbeOptions(label_column="kind", test_share=1.0))
 
 
 def test_columns_under_names_that_clipkit_uses_itself(kinds, tmp_path):
     """With the captions elsewhere, `caption` is a column as any other; usual names of captions are the captions."""
-    text = open_probe(str(kinds), label_column="kind", text_column="caption")
+    captions_elsewhere = ListColumns(caption_column="words")
+    text = open_probe(str(kinds), ProbeOptions(label_column="kind", text_column="caption"))
     assert set(text.train.texts) == {("a drawing",)}
-    other = open_probe(str(kinds), label_column="kind", text_column="caption", caption_column="words")
+    other = open_probe(str(kinds), ProbeOptions(label_column="kind", text_column="caption"), columns=captions_elsewhere)
     assert set(other.train.texts) == {("a drawing",)}
-    words = open_probe(str(kinds), label_column="kind", text_column="words", caption_column="words")
+    words = open_probe(str(kinds), ProbeOptions(label_column="kind", text_column="words"), columns=captions_elsewhere)
     assert set(words.train.texts) == {("heart",), ("zebra crossing",), ()}
 
 

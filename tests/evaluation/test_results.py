@@ -9,10 +9,10 @@ from PIL import Image
 from clipkit.core import UnreadSample
 from clipkit.data.sources import FolderSource, Sample
 from clipkit.data.sources.files import Files
-from clipkit.evaluation import Evaluation, Result, SharedWork, open_task, side_by_side
+from clipkit.evaluation import Evaluation, Result, SharedWork, TaskOptions, open_task
 from clipkit.evaluation import results as room
 from clipkit.evaluation.results import as_clip_benchmark
-from clipkit.evaluation.tables import markdown
+from clipkit.evaluation.tables import markdown, side_by_side
 from clipkit.evaluation.tasks import evaluate
 from clipkit.models import DualEncoder, LazyModel
 from clipkit.storage import Cache
@@ -177,7 +177,9 @@ def test_a_folder_that_cannot_be_read_is_looked_into_again(classes, model, own_c
         monkeypatch.setattr(FolderSource, "_walk", walk)
         for task in tasks:
             asked = {"test_share": 0.5} if task == "probe" else {}
-            left_out = evaluate(open_task(task, str(classes), **asked), SharedWork(lazy, cache=cache)).left_out
+            left_out = evaluate(
+                open_task(task, str(classes), TaskOptions.of(**asked)), SharedWork(lazy, cache=cache)
+            ).left_out
             assert bool(left_out) == (walk is refused)
         assert cache.results == results
 

@@ -13,7 +13,6 @@ from clipkit.core import ClipkitError
 from clipkit.evaluation import SharedWork, load_suite, run_suite, tasks
 from clipkit.evaluation.results import as_clip_benchmark
 from clipkit.models import LazyModel
-from clipkit.storage import Cache
 from tests.conftest import make_pictures, tiny_model
 from tests.core.test_html_report import assert_refers_to_nothing_outside
 from tests.evaluation.test_benchmark_data import CLASSES, npy, write
@@ -187,7 +186,7 @@ def on_two(suite, model_of):
         how = {"batch_size": 4, "rank": rank, **among}
 
         def measure(task, model):
-            return tasks.measure(task, str(model_of(rank)), Cache(None), **how)
+            return tasks.evaluate_model(task, str(model_of(rank)), SharedWork(None, **how))
 
         results, failures = run_suite(suite, measure, gather=among["gather"])
         return told(results), failures

@@ -235,7 +235,9 @@ def test_baselines(run, refused, captioned, asked, model_dir, tmp_path, monkeypa
     assert "the baseline has no choice on" in refused(*choice, "--baseline", file)
     two = tmp_path / "two.json"
     assert run(*first, "--model", tmp_path / "other", "--out", two).status == 0
-    monkeypatch.setattr("clipkit.evaluation.tasks.measure", None)  # what cannot be compared is not measured first
+    monkeypatch.setattr(
+        "clipkit.evaluation.tasks.evaluate_model", None
+    )  # what cannot be compared is not measured first
     assert "holds several results of retrieval" in refused(*first, "--baseline", two)
     (tmp_path / "no.json").write_text("[1]")
     assert "holds no results" in refused(*first, "--baseline", tmp_path / "no.json")

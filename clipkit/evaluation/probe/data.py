@@ -23,14 +23,15 @@ from clipkit.data.sources import (
     sample_id,
 )
 from clipkit.evaluation.benchmark_data import is_benchmark, open_benchmark
+from clipkit.evaluation.options import ListColumns, ProbeOptions
 from clipkit.storage import content_hash, hash_of
 
-__all__ = ["TEST_SHARE", "Part", "ProbeTask", "is_of_test", "open_probe"]
+__all__ = ["TEST_SHARE", "ProbeSplit", "ProbeTask", "is_of_test", "open_probe"]
 
 TEST_SHARE = 0.25
 
 
-class Part(NamedTuple):
+class ProbeSplit(NamedTuple):
     """The training or the test."""
 
     source: Source
@@ -47,8 +48,8 @@ class ProbeTask:
     """Data for a probe, opened."""
 
     classes: list[str]
-    train: Part
-    test: Part
+    train: ProbeSplit
+    test: ProbeSplit
     fused: bool
     """Whether texts take part."""
     grouped: bool
@@ -63,7 +64,7 @@ class ProbeTask:
         parts = [hash_of(p.source.identity(), p.labels.tolist(), p.texts, p.groups.tolist()).hex() for p in self]
         return [self.classes, self.fused, self.grouped, *parts]
 
-    def __iter__(self) -> Iterator[Part]:
+    def __iter__(self) -> Iterator[ProbeSplit]:
         return iter((self.train, self.test))
 
 
@@ -78,7 +79,7 @@ class _Row(NamedTuple):
 
 
 @dataclass
-class _Opened:
+class _LabelledSource:
     source: Source
     rows: list[_Row]
     classes: list[str]
@@ -96,96 +97,93 @@ def is_of_test(name: str, share: float) -> bool:
 
 def open_probe(
     source: str,
+    options: ProbeOptions = ProbeOptions(),
     *,
-    train: str | None = None,
     split: str = "test",
-    train_split: str = "train",
-    test_share: float | None = None,
-    label_column: str | None = None,
-    text_column: str | None = None,
-    group_column: str | None = None,
-    shots: int | None = None,
-    seed: int = 0,
-    **columns: Any,
+    columns: ListColumns = ListColumns(),
 ) -> ProbeTask:
     """Open labelled data.
 
     Args:
         source: the test, or what is divided: a folder with a sub-folder of images per class, a dataset in
             CLIP_benchmark's layout, or a list or shards with a column of labels.
-        train: the training, likewise; where it is not given, the `train_split` of a dataset, else a part of the source.
-        split, train_split: of datasets in CLIP_benchmark's layout.
-        test_share: of the source, where it is divided (`is_of_test`); 0.25 when not given.
-        label_column: of the classes' names.
-        text_column: of what is fused with the images; none when not given.
-        group_column: of what goes together: into the training or into the test.
-        shots: so many training samples of each class, or all of them.
-        seed: of their choice.
-        columns: of a list, see `open_source`.
+        options: where the training comes from, what labels and texts are, and how many samples are used.
+        split: of a dataset in CLIP_benchmark's layout.
+        columns: of a list.
 
     Raises:
         ClipkitError: where something is missing, or there are no two classes to learn.
     """
-    if train is not None and test_share is not None:
+    share = options.test_share
+    if options.train is not None and share is not None:
         raise ClipkitError("--test-share divides one source; with --train the test is all of the other one")
-    if test_share is not None and not 0 < test_share < 1:
-        raise ClipkitError(f"--test-share {test_share:g} leaves nothing to train on, or to test; 0.25 is usual")
-    names = (label_column, text_column, group_column)
-    test = _open(source, split, names, columns)
-    left_out, told = test.left_out, []
-    if train is None and is_benchmark(Path(source)) and test_share is None:
-        train, split = source, train_split
-    elif train is not None and is_benchmark(Path(train)):
-        split = train_split
-    if train is None:
-        share = TEST_SHARE if test_share is None else test_share
-        of_test = [is_of_test(row.group, share) for row in test.rows]
-        other = _Opened(test.source, [r for r, t in zip(test.rows, of_test, strict=True) if not t], test.classes, [])
-        test.rows = [row for row, tested in zip(test.rows, of_test, strict=True) if tested]
-        by = "group" if group_column else "key"
-        told.append(
-            f"{source}: {len(test.rows):,} samples, by a hash of the {by}, are the test; {len(other.rows):,} train"
-        )
-    else:
-        other = _open(train, split, names, columns)
-        left_out = other.left_out + left_out
-    learned = _apart(other, test, group_column is not None)
-    shared = len(other.rows) - len(learned)
+    if share is not None and not 0 < share < 1:
+        raise ClipkitError(f"--test-share {share:g} leaves nothing to train on, or to test; 0.25 is usual")
+    train, test = _train_and_test(source, options, split, columns)
+    kept = _without_those_of(test, train, options.group_column is not None)
+    shared = len(train.rows) - len(kept)
+    if options.shots is not None:
+        kept = _few(kept, options.shots, options.seed or 0)
+    classes = _classes_of(train, kept, test)
+    by, same = ("group", "image or group") if options.group_column else ("key", "image")
+    if train.source is test.source:
+        note(f"{source}: {len(test.rows):,} samples, by a hash of the {by}, are the test; {len(train.rows):,} train")
     if shared:
-        same = "image or group" if group_column else "image"
-        told.append(f"{shared:,} training samples are left out: the test has their {same}")
-    if shots is not None:
-        learned = _few(learned, shots, seed)
-    met = {row.label for row in learned}
-    if len(met) < 2:
-        held = f"only {min(met)!r}" if met else "no class at all"
-        raise ClipkitError(f"the training on {other.source.spec} has {held}; a probe needs two classes or more")
-    if not test.rows:
-        raise ClipkitError(f"the test on {test.source.spec} has no labelled sample; give another, or --test-share")
-    unmet = {row.label for row in test.rows} - met
-    if unmet:
-        told.append(
-            f"{len(unmet)} classes of the test have no training sample, such as {min(unmet)!r}; they count as wrong"
-        )
-    for line in told:
-        note(line)
-    classes = list(other.classes) or sorted(met | unmet)
-    classes += sorted(unmet - set(classes))
-    number = {group: at for at, group in enumerate(dict.fromkeys(row.group for row in [*learned, *test.rows]))}
+        note(f"{shared:,} training samples are left out: the test has their {same}")
+    if unlearned := {row.label for row in test.rows} - {row.label for row in kept}:
+        first = repr(min(unlearned))
+        note(f"{len(unlearned)} classes of the test have no training sample, such as {first}; they count as wrong")
+    number = {group: at for at, group in enumerate(dict.fromkeys(row.group for row in [*kept, *test.rows]))}
     return ProbeTask(
         classes,
-        _part(other.source, learned, classes, number),
-        _part(test.source, test.rows, classes, number),
-        text_column is not None,
-        group_column is not None,
-        shared,
-        left_out,
+        _as_split(train.source, kept, classes, number),
+        _as_split(test.source, test.rows, classes, number),
+        fused=options.text_column is not None,
+        grouped=options.group_column is not None,
+        shared=shared,
+        left_out=train.left_out + test.left_out,
     )
 
 
-def _part(source: Source, rows: Sequence[_Row], classes: Sequence[str], number: dict[str, int]) -> Part:
+def _train_and_test(
+    source: str, options: ProbeOptions, split: str, columns: ListColumns
+) -> tuple[_LabelledSource, _LabelledSource]:
+    """Both sources, or both parts of the one that is divided."""
+    test = _open_labelled(source, split, options, columns)
+    train, train_split = options.train, options.train_split or "train"
+    if train is None and is_benchmark(Path(source)) and options.test_share is None:
+        train, split = source, train_split
+    elif train is not None and is_benchmark(Path(train)):
+        split = train_split
+    if train is not None:
+        return _open_labelled(train, split, options, columns), test
+    share = TEST_SHARE if options.test_share is None else options.test_share
+    of_test = [is_of_test(row.group, share) for row in test.rows]
+    rest = [row for row, tested in zip(test.rows, of_test, strict=True) if not tested]
+    test.rows = [row for row, tested in zip(test.rows, of_test, strict=True) if tested]
+    return _LabelledSource(test.source, rest, test.classes, []), test
+
+
+def _classes_of(train: _LabelledSource, kept: Sequence[_Row], test: _LabelledSource) -> list[str]:
+    """The classes in the order that the training source has them, else sorted; those of the test alone come last.
+
+    Raises:
+        ClipkitError: where there are no two to learn, or nothing to test.
+    """
+    learned = {row.label for row in kept}
+    if len(learned) < 2:
+        has = f"only {min(learned)!r}" if learned else "no class at all"
+        raise ClipkitError(f"the training on {train.source.spec} has {has}; a probe needs two classes or more")
+    if not test.rows:
+        raise ClipkitError(f"the test on {test.source.spec} has no labelled sample; give another, or --test-share")
+    unlearned = {row.label for row in test.rows} - learned
+    classes = list(train.classes) or sorted(learned | unlearned)
+    return classes + sorted(unlearned - set(classes))
+
+
+def _as_split(source: Source, rows: Sequence[_Row], classes: Sequence[str], number: dict[str, int]) -> ProbeSplit:
     place = {name: at for at, name in enumerate(classes)}
-    return Part(
+    return ProbeSplit(
         Selected(source, [row.row for row in rows], problems=()),  # which are the whole source's
         np.array([place[row.label] for row in rows], np.int64),
         [row.texts for row in rows],
@@ -193,26 +191,13 @@ def _part(source: Source, rows: Sequence[_Row], classes: Sequence[str], number: 
     )
 
 
-def _open(spec: str, split: str, names: tuple[str | None, ...], columns: dict[str, Any]) -> _Opened:
-    label_column, text_column, group_column = names
-    classes: list[str] = []
-    if label_column is None and is_benchmark(Path(spec)):
-        benchmark = open_benchmark(Path(spec), split)
-        if benchmark.kind != "classification":
-            raise ClipkitError(f"{spec} is a dataset for {benchmark.kind}; a probe needs one class per image")
-        source, classes, truth = benchmark.source, benchmark.classes, benchmark.truth()
-    else:
-        source = open_source(spec, **columns)
-        if label_column is not None:
-            truth = None
-        elif isinstance(source, FolderSource):
-            classes, truth = class_folders(source)
-        else:
-            raise ClipkitError(f"{spec} has no folder per class; name the column of its labels: --label-column")
-    wanted = [name for name in names if name is not None]
-    opened = _Opened(source, [], classes, list(source.problems))
-    seen: set[str] = set()
-    met: set[str] = set()
+def _open_labelled(spec: str, split: str, options: ProbeOptions, columns: ListColumns) -> _LabelledSource:
+    """A source's samples that have a label, and ledger lines of the others."""
+    source, classes, truth = _open_source(spec, split, options, columns)
+    wanted = [name for name in (options.label_column, options.text_column, options.group_column) if name is not None]
+    opened = _LabelledSource(source, [], classes, list(source.problems))
+    existing: set[str] = set()
+    used: set[str] = set()
     for row in range(len(source)):
         key = source.key(row)
         values: dict[str, list[str]] = {}
@@ -223,48 +208,65 @@ def _open(spec: str, split: str, names: tuple[str | None, ...], columns: dict[st
                 unread = {"unread": True} if isinstance(error, UnreadSample) else {}
                 opened.left_out.append({"row": row, "key": key, "reason": str(error), **unread})
                 continue
-            seen |= set(sample.columns)
+            existing |= set(sample.columns)
             for name in wanted:
-                found = _values(sample, name, columns.get("caption_column"))
-                if found is not None:
-                    met.add(name)
-                    values[name] = found
+                of_column = _values(sample, name, columns.caption_column)
+                if of_column is not None:
+                    used.add(name)
+                    values[name] = of_column
         if truth is not None:
             label = None if truth[row] < 0 else classes[truth[row]]
             reason = "has no class: it stands in no class's folder, or no .cls says it"
         else:
-            said = values.get(label_column or "", [])
-            label = said[0] if len(said) == 1 else None
-            reason = f"has {len(said) or 'no'} label{'s' * (len(said) > 1)} in column {label_column!r}"
+            labels = values.get(options.label_column or "", [])
+            label = labels[0] if len(labels) == 1 else None
+            reason = f"has {len(labels) or 'no'} label{'s' * (len(labels) > 1)} in column {options.label_column!r}"
         if label is None:
             opened.left_out.append({"row": row, "key": key, "reason": reason})
             continue
-        group = " | ".join(values.get(group_column or "", [])) or key
-        opened.rows.append(_Row(row, key, label, tuple(values.get(text_column or "", [])), group))
+        group = " | ".join(values.get(options.group_column or "", [])) or key
+        opened.rows.append(_Row(row, key, label, tuple(values.get(options.text_column or "", [])), group))
     for name in wanted:
-        if name not in met:
-            known = sorted(seen - {"path"})
+        if name not in used:
+            known = sorted(existing - {"path"})
             hint = did_you_mean(name, known)
             raise ClipkitError(f"{spec} says nothing under {name!r}{hint}; beside captions it has {', '.join(known)}")
     return opened
+
+
+def _open_source(
+    spec: str, split: str, options: ProbeOptions, columns: ListColumns
+) -> tuple[Source, list[str], np.ndarray | None]:
+    """A source, its classes in their order and the class of each row; of labels in a column none and None."""
+    if options.label_column is None and is_benchmark(Path(spec)):
+        benchmark = open_benchmark(Path(spec), split)
+        if benchmark.kind != "classification":
+            raise ClipkitError(f"{spec} is a dataset for {benchmark.kind}; a probe needs one class per image")
+        return benchmark.source, benchmark.classes, benchmark.truth()
+    source = open_source(spec, **vars(columns))
+    if options.label_column is not None:
+        return source, [], None
+    if isinstance(source, FolderSource):
+        return source, *class_folders(source)
+    raise ClipkitError(f"{spec} has no folder per class; name the column of its labels: --label-column")
 
 
 def _values(sample: Sample, name: str, caption_column: str | None) -> list[str] | None:
     """What a column says of a sample, without what is empty or said twice; None where there is no such column."""
     columns = sample.columns
     if name in RESERVED_COLUMNS and f"{name}_" in columns:  # see `own_columns`
-        found = columns[f"{name}_"]
+        value = columns[f"{name}_"]
     elif name == caption_column or (name not in columns and name.lower() in CAPTION_COLUMNS):
-        found = list(sample.captions)
+        value = list(sample.captions)
     elif name in columns:
-        found = columns[name]
+        value = columns[name]
     else:
         return None
-    listed = found if isinstance(found, list) else [found]
+    listed = value if isinstance(value, list) else [value]
     return list(dict.fromkeys(text for value in listed if value is not None and (text := str(value).strip())))
 
 
-def _apart(train: _Opened, test: _Opened, grouped: bool) -> list[_Row]:
+def _without_those_of(test: _LabelledSource, train: _LabelledSource, grouped: bool) -> list[_Row]:
     """The training without what the test has too. Only images of a size that both have are read."""
     groups = {row.group for row in test.rows} if grouped else set()
     kept = [row for row in train.rows if row.group not in groups]

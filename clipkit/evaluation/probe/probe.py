@@ -10,7 +10,7 @@ import numpy as np
 from clipkit.core import ClipkitError
 from clipkit.evaluation.embedder import SharedWork
 from clipkit.evaluation.measuring import Evaluation
-from clipkit.evaluation.probe.data import Part, ProbeTask
+from clipkit.evaluation.probe.data import ProbeSplit, ProbeTask
 from clipkit.evaluation.probe.fusion import (
     IMAGE,
     TEXT,
@@ -65,7 +65,7 @@ NAMES = {
 
 
 def evaluate_probe(
-    ranks: SharedWork,
+    work: SharedWork,
     task: ProbeTask,
     ks: Sequence[int] = PROBE_KS,
     *,
@@ -75,7 +75,7 @@ def evaluate_probe(
     """Fit probes to the training and judge them on the test.
 
     Args:
-        ranks: the model at work, see `evaluate_retrieval`.
+        work: the model at work, see `evaluate_retrieval`.
         task: what to learn from what.
         ks: list lengths.
         seed: of the folds and of the attention.
@@ -94,12 +94,12 @@ def evaluate_probe(
         ClipkitError: where nothing is left to train on or to test, on all ranks also where one of them fails.
     """
     lengths = tuple(sorted({1, *ks}))
-    (train, learned, lost), (test, judged, missed) = (_embedded(part, task.fused, ranks) for part in task)
+    (train, learned, lost), (test, judged, missed) = (_embedded(part, task.fused, work) for part in task)
     for what, part in (("training", learned), ("test", judged)):
         if not len(part.labels):
             first = ([*lost, *missed] or [{"key": "", "reason": "no sample"}])[0]
             raise ClipkitError(f"nothing of the {what} can be used; the first: {first['key']}: {first['reason']}")
-    found = ranks.by_the_first(lambda: _judged(task, train, learned, test, judged, lengths, seed, intervals))
+    found = work.by_the_first(lambda: _judged(task, train, learned, test, judged, lengths, seed, intervals))
     counts = {"classes": len(task.classes), "training_images": len(learned.labels), "images": len(judged.labels)}
     if task.fused:
         counts["images_without_text"] = int((~test.there[:, TEXT]).sum())
@@ -107,25 +107,25 @@ def evaluate_probe(
     return replace(found, counts=counts | {"shared": task.shared}, left_out=left_out)
 
 
-def _embedded(part: Part, fused: bool, ranks: SharedWork) -> tuple[Samples, Part, list[dict[str, Any]]]:
+def _embedded(part: ProbeSplit, fused: bool, work: SharedWork) -> tuple[Samples, ProbeSplit, list[dict[str, Any]]]:
     """Embeddings, the part without the images that cannot be used, and ledger lines of these."""
-    images = ranks.images(part.source)
+    images = work.images(part.source)
     kept = images.rows
     texts = [part.texts[row] for row in kept]
     has = np.array([bool(of_image) for of_image in texts], bool)
     if fused:
-        vectors = ranks.texts([text for of_image in texts for text in of_image])
+        vectors = work.texts([text for of_image in texts for text in of_image])
         owner = np.repeat(np.arange(len(kept)), [len(of_image) for of_image in texts])
         side = np.zeros((len(kept), vectors.shape[1]), np.float32)
         np.add.at(side, owner, vectors)  # of several texts the mean, as of a class's prompts
         side /= np.maximum(np.linalg.norm(side, axis=1, keepdims=True), 1e-12)
     else:
         side = np.zeros((len(kept), 0), np.float32)
-    left = Part(part.source, part.labels[kept], texts, part.groups[kept])
+    left = ProbeSplit(part.source, part.labels[kept], texts, part.groups[kept])
     return Samples(images.vectors, side, np.stack([np.ones_like(has), has], axis=1)), left, images.left_out
 
 
-def _answers(task: ProbeTask, train: Samples, learned: Part, test: Samples, seed: int) -> Iterator[Answer]:
+def _answers(task: ProbeTask, train: Samples, learned: ProbeSplit, test: Samples, seed: int) -> Iterator[Answer]:
     classes, groups = len(task.classes), learned.groups if task.grouped else None
     if not task.fused:
         head = fit_head(train.image, learned.labels, classes, groups=groups, seed=seed)
@@ -153,9 +153,9 @@ def _answers(task: ProbeTask, train: Samples, learned: Part, test: Samples, seed
 def _judged(
     task: ProbeTask,
     train: Samples,
-    learned: Part,
+    learned: ProbeSplit,
     test: Samples,
-    judged: Part,
+    judged: ProbeSplit,
     ks: Sequence[int],
     seed: int,
     intervals: bool,

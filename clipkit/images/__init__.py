@@ -4,6 +4,9 @@
 `Augmentation` the random changes of training, `shrink` smaller files for packing. `shown` puts decoding and
 preprocessing together for embedding, and the GPU decodes JPEGs where there is one.
 
+The first image that is opened here switches off, for the process, Pillow's own limit of pixels and its warnings of odd
+metadata, and loads all of its plugins (`decoding.settle_pillow`); importing changes nothing.
+
 Read `decoding.py` first, then `model_input.py`.
 """
 

@@ -5,6 +5,9 @@ transparency, CMYK, 16-bit scans, rotated phone photos. `decode` is the exact wa
 header first and decodes when it is known how many pixels are needed, which makes a large JPEG cheap. HEIC is read with
 pillow-heif, where that is installed (``pip install pillow-heif``). Everything here may be called from several threads
 at once; the decoders release the GIL.
+
+The first image that is opened settles some of Pillow's globals for the process, see `settle_pillow`; importing this
+module changes nothing.
 """
 
 import io
@@ -20,7 +23,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from clipkit.core import BadSample, UnreadSample
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "Decoding", "Encoded", "decode", "identify", "to_rgb"]
+__all__ = ["IMAGE_SUFFIXES", "MAX_PIXELS", "Decoding", "Encoded", "decode", "identify", "settle_pillow", "to_rgb"]
 
 Decoding = Literal["fast", "exact", "gpu"]
 """How much of an image is decoded, and where; as the training setting ``data.decode`` has it."""
@@ -32,16 +35,31 @@ LEAST_SIDE = 32  # pixels below which nothing is reduced: it saves no time, and 
 
 # Major brands of ISO 23008-12 (HEIF), Annex B; Pillow itself reads AVIF, which shares mif1 and msf1 with it.
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
-_heif_lock = threading.Lock()
+_heif_lock, _settings_lock = threading.Lock(), threading.Lock()
+_settings_are_made = False
 
-# Pillow's own bomb check warns at a limit of its own and would hide ours; ours is exact and names the file.
-Image.MAX_IMAGE_PIXELS = None
-# Odd metadata that does not touch the pixels. Once for all: `catch_warnings` around each image is not safe in threads.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-# Pillow loads its rarer plugins on first need, and a second thread that opens an image meanwhile may find none.
-# It costs 50 ms. `preinit` first, so that the common formats are tried first.
-Image.preinit()
-Image.init()
+
+def settle_pillow() -> None:
+    """Make the settings of Pillow that decoding needs, for the whole process, once; whatever opens an image calls it.
+
+    There is no undoing them after an image: they are globals of Pillow's and of Python's, and other threads decode at
+    the same time.
+    """
+    global _settings_are_made
+    if _settings_are_made:
+        return
+    with _settings_lock:
+        if _settings_are_made:
+            return
+        # Pillow's own bomb check warns at a limit of its own and would hide ours; ours is exact and names the file.
+        Image.MAX_IMAGE_PIXELS = None
+        # Odd metadata that does not touch the pixels. `catch_warnings` around each image is not safe in threads.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+        # Pillow loads its rarer plugins on first need, and a second thread that opens an image meanwhile may find none.
+        # It costs 50 ms. `preinit` first, so that the common formats are tried first.
+        Image.preinit()
+        Image.init()
+        _settings_are_made = True
 
 
 class Encoded:
@@ -146,6 +164,7 @@ def _open(data: bytes | Path) -> tuple[bytes, Image.Image]:
 
 
 def _opened(data: bytes) -> Image.Image:
+    settle_pillow()
     try:
         return Image.open(io.BytesIO(data))
     except UnidentifiedImageError:

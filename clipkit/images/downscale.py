@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from PIL import ExifTags, Image, ImageOps
 
 from clipkit.core import BadSample
-from clipkit.images.decoding import to_rgb
+from clipkit.images.decoding import settle_pillow, to_rgb
 
 __all__ = ["Shrunk", "shrink"]
 
@@ -44,6 +44,7 @@ def shrink(data: bytes, max_side: int, quality: int = 95) -> Shrunk:
     Raises:
         BadSample: where it cannot be decoded.
     """
+    settle_pillow()
     try:
         with Image.open(io.BytesIO(data)) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # height and width change places

@@ -1,6 +1,8 @@
 """Decoding to what a person sees, and the fast way to it."""
 
 import io
+import subprocess
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +13,7 @@ from PIL import Image, ImageCms
 from clipkit.core import BadSample
 from clipkit.images import Encoded, decode, identify
 from clipkit.images import decoding as room
+from clipkit.images.decoding import settle_pillow
 
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -266,7 +269,26 @@ def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch):
             Encoded(saved(photo(50, 50), kind))
 
 
+def test_importing_changes_nothing_and_the_first_image_settles_pillow():
+    code = """
+import sys, warnings
+from PIL import Image
+
+def settings():
+    return Image.MAX_IMAGE_PIXELS, len(Image.ID), any("PIL" in str(module) for _, _, _, module, _ in warnings.filters)
+
+before = settings()
+from clipkit.images import decode
+assert settings() == before
+decode(sys.stdin.buffer.read())
+most, plugins, quiet = settings()
+assert most is None and plugins > 20 and quiet
+"""
+    subprocess.run([sys.executable, "-c", code], input=saved(photo(8, 8), "PNG"), check=True)
+
+
 def test_threads_decode_alike_and_leave_the_warnings_alone():
+    settle_pillow()
     data = [turned(photo(320, 240), orientation) for orientation in range(1, 9)] + [b"no image"] * 8
     filters = list(warnings.filters)
 

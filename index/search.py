@@ -3,14 +3,19 @@
 The index knows which model it was made with and where; another model is refused.
 """
 
+from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from clipkit.cli import Job
 from clipkit.options import format_option, model_option
+
+if TYPE_CHECKING:
+    from clipkit.core import Side
+    from clipkit.search import Found, Fusion, Index, Question, SearchOptions
 
 
 @click.command(cls=Job)
@@ -44,67 +49,109 @@ from clipkit.options import format_option, model_option
 @click.option("--device", help="For the model [default: the GPU where there is one].")
 @model_option
 @format_option
-def main(index: Path, device: str | None, model: str | None, fmt: str, html: Path | None, **asked: Any) -> None:
+def main(index: Path, **options: Any) -> None:
     """Find in INDEX what is nearest to TEXT, or to --image FILE, or to all of them together.
 
     Rows come best first: rank, score (cosine), image_path, caption, id and whatever else the source said of them. Of a
     --file of questions, each row starts with the number and the text of its question; in JSONL a question is an
     object with any of text, image, vector, minus, minus_image (a value or a list) and weights.
     """
-    from clipkit.core import ClipkitError, Side, emit, note, pick_device
+    from clipkit.core import ClipkitError, emit, note, pick_device
     from clipkit.models import load_model_of
-    from clipkit.search import Index, Question, ask, open_questions
+    from clipkit.search import Index, ask
 
-    if asked["with_vectors"] and fmt not in ("json", "jsonl"):
+    asked = Asked(**options)
+    if asked.with_vectors and asked.fmt not in ("json", "jsonl"):
         raise ClipkitError("--with-vectors goes with --format json or jsonl")
-    if asked["batch"] is None:
-        names = ("texts", "images", "vectors", "minus", "minus_image")
-        questions = [Question(*(tuple(asked[name]) for name in names), weights=_numbers(asked["weights"]))]
-    else:
-        questions = open_questions(asked["batch"])
+    questions, search = _questions(asked), _search_options(asked)
     opened = Index.open(index)
-    needed = any(question.needs_model for question in questions)
-    towers = load_model_of(opened.manifest, index, model, pick_device(device)) if needed else None
-    side: Side = "text" if asked["side"] == "text" else "image"
-    answers: list[list[dict[str, Any]]] = []
-    own = {"query", "question"} if asked["batch"] is not None else set()
-    own |= {"vector"} if asked["with_vectors"] else set()
+    needs_model = any(question.needs_model for question in questions)
+    towers = load_model_of(opened.manifest, index, asked.model, pick_device(asked.device)) if needs_model else None
+    answers = []
     for number, question in enumerate(questions, 1):
-        found = ask(
-            opened,
-            question.parts(towers),
-            asked["k"],
-            side,
-            fusion=asked["fusion"],
-            where=asked["where"],
-            min_score=asked["min_score"],
-            offset=(asked["page"] - 1) * asked["k"],
-            collapse=_collapse(asked["collapse"]),
-            exact=asked["exact"],
-        )
-        positions = found.positions[0]
-        if len(positions) < asked["k"]:
-            note(f"there are {len(positions):,} {side} results on this page; all of them are listed")
-        which = {} if asked["batch"] is None else {"query": number, "question": question.told}
-        first = (asked["page"] - 1) * asked["k"] + 1
-        rows = []
-        for rank, (score, row) in enumerate(zip(found.scores[0], opened.rows(positions, side), strict=True), first):
-            said = {f"{name}_" if name in own else name: _written(value) for name, value in row.items()}
-            rows.append({**which, "rank": rank, "score": float(score), **said})  # sources keep these two names free
-        if asked["with_vectors"]:
-            for row, vector in zip(rows, opened.vectors(positions, side), strict=True):
-                row["vector"] = vector.tolist()
-        answers.append(rows)
-    if html is not None:
+        found = ask(opened, question.parts(towers), search)
+        if len(found.positions[0]) < asked.k:
+            note(f"there are {len(found.positions[0]):,} {search.side} results on this page; all of them are listed")
+        about = {} if asked.batch is None else {"query": number, "question": question.told}
+        answers.append(_rows(opened, found, search, about, asked.with_vectors))
+    if asked.html is not None:
         from clipkit.search import write_sheet
 
-        write_sheet(html, [question.told for question in questions], answers, asked["image_root"] or Path())
-        note(f"{html}: the results as pictures")
+        write_sheet(asked.html, [question.told for question in questions], answers, asked.image_root or Path())
+        note(f"{asked.html}: the results as pictures")
     rows = [row for answer in answers for row in answer]
-    if fmt == "human":
-        shown = (*(["query"] if "query" in own else []), "rank", "score", "image_path", "caption")
+    if asked.fmt == "human":
+        shown = (*(["query"] if asked.batch is not None else []), "rank", "score", "image_path", "caption")
         rows = [{key: row.get(key) for key in shown} for row in rows]
-    emit(rows, fmt)
+    emit(rows, asked.fmt)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of the command."""
+
+    texts: tuple[str, ...]
+    images: tuple[Path, ...]
+    vectors: tuple[Path, ...]
+    minus: tuple[str, ...]
+    minus_image: tuple[Path, ...]
+    weights: str | None
+    fusion: "Fusion"
+    batch: Path | None
+    k: int
+    page: int
+    where: str | None
+    min_score: float | None
+    collapse: str | None
+    side: "Side"
+    exact: bool
+    with_vectors: bool
+    html: Path | None
+    image_root: Path | None
+    device: str | None
+    model: str | None
+    fmt: str
+
+
+def _questions(asked: Asked) -> "list[Question]":
+    from clipkit.search import Question, open_questions
+
+    if asked.batch is not None:
+        return open_questions(asked.batch)
+    parts = (asked.texts, asked.images, asked.vectors, asked.minus, asked.minus_image)
+    return [Question(*parts, weights=_numbers(asked.weights))]
+
+
+def _search_options(asked: Asked) -> "SearchOptions":
+    from clipkit.search import SearchOptions
+
+    return SearchOptions(
+        asked.k,
+        asked.side,
+        asked.fusion,
+        asked.where,
+        asked.min_score,
+        offset=(asked.page - 1) * asked.k,
+        collapse=_collapse(asked.collapse),
+        exact=asked.exact,
+    )
+
+
+def _rows(
+    index: "Index", found: "Found", search: "SearchOptions", about: dict[str, Any], with_vectors: bool
+) -> list[dict[str, Any]]:
+    """The rows of one answer: what is said of the question, rank, score, and the metadata."""
+    own = {*about, "vector"} if with_vectors else set(about)  # sources keep rank and score free
+    positions = found.positions[0]
+    metadata = index.rows(positions, search.side)
+    rows = []
+    for rank, (score, row) in enumerate(zip(found.scores[0], metadata, strict=True), search.offset + 1):
+        columns = {f"{name}_" if name in own else name: _written(value) for name, value in row.items()}
+        rows.append({**about, "rank": rank, "score": float(score), **columns})
+    if with_vectors:
+        for row, vector in zip(rows, index.vectors(positions, search.side), strict=True):
+            row["vector"] = vector.tolist()
+    return rows
 
 
 def _written(value: Any) -> Any:

@@ -1,7 +1,10 @@
 from .build import Wanted as Wanted
 from .build import build_index as build_index
+from .index import Found as Found
 from .index import Index as Index
 from .page import write_sheet as write_sheet
+from .query import Fusion as Fusion
+from .query import SearchOptions as SearchOptions
 from .query import ask as ask
 from .query_input import Question as Question
 from .query_input import open_questions as open_questions

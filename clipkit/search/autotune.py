@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from clipkit.core import ClipkitError, give_back_freed_memory, note
-from clipkit.search.index_types import KINDS, TUNED_FOR, Effort, Kind, lists_for
+from clipkit.search.index_types import INDEX_TYPES, TUNED_FOR, Effort, Kind, lists_for
 from clipkit.search.quantize import (
     Coding,
     can_be_built,
@@ -25,7 +25,7 @@ from clipkit.search.quantize import (
 from clipkit.search.recall import Queries, Truth, seconds_per_query, tune_and_measure
 from clipkit.search.vector_file import Vectors, write_vectors
 
-__all__ = ["Choice", "Tried", "allowed", "choose"]
+__all__ = ["Goal", "IndexChoice", "Tried", "allowed", "choose"]
 
 PILOT = 200_000  # vectors on which kinds are compared before the best is built on all
 SMALL = 20_000_000  # numbers (vectors times dimensions) that are compared in full in a few milliseconds
@@ -56,7 +56,7 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Choice:
+class IndexChoice:
     """The kind that was chosen and everything that was tried."""
 
     kind: Kind
@@ -68,73 +68,73 @@ class Choice:
     """What comes next, should this one not keep on all vectors what it promised on some."""
 
 
-def try_kind(
-    kind: Kind,
-    vectors: Vectors,
-    truth: Truth,
-    folder: Path,
-    *,
-    floor: float,
-    rows: int,
-    memory: int,
-    lists: np.ndarray,
-    least: int = 1,
-) -> Tried:
+@dataclass(frozen=True)
+class Goal:
+    """What an index is to reach, and within what."""
+
+    recall: float
+    """At 10, a fraction."""
+    memory: int
+    """Bytes that building may use."""
+    serve_memory: int | None = None
+    """Bytes that the index may hold in memory while it is served; None for as much as it wants."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What kinds are compared on: all vectors, or a sample of them where they are many."""
+
+    vectors: Vectors
+    truth: Truth
+    """Half of its queries are tuned with, half measured with."""
+    lists: np.ndarray
+    """See `train_coding`."""
+    rows: int
+    """How many vectors there are in all, for which the memory is told."""
+    goal: Goal
+
+
+def try_kind(kind: Kind, trial: Trial, folder: Path, *, least: int = 1) -> Tried:
     """Build one kind in a folder and measure it.
 
     Args:
         kind: to try.
-        vectors: to build of.
-        truth: half of its queries to tune with, half to measure with.
+        trial: what it is built of and measured with.
         folder: where ``coding.faiss`` and ``codes.faiss`` go.
-        floor: recall to tune for.
-        rows: for how many vectors the memory is told.
-        memory: bytes that building may use.
-        lists: see `train_coding`.
         least: see `tune`.
     """
+    vectors, memory = trial.vectors, trial.goal.memory
     held, dim = vectors.rows.shape
     each = kind.bytes_per_vector(dim)
     began = time.perf_counter()
-    on_disk = lies_on_disk(kind, rows, dim, memory)  # where all of them will; so are the codes then
-    train_coding(vectors, kind, folder / "coding.faiss", rows=held, memory=memory, on_disk=on_disk, lists=lists)
-    encode(Coding(folder / "coding.faiss"), kind, vectors, folder / "codes.faiss", memory=memory)
+    on_disk = lies_on_disk(kind, trial.rows, dim, memory)  # where all of them will; so are the codes then
+    coding_path, codes_path = folder / "coding.faiss", folder / "codes.faiss"
+    train_coding(vectors, kind, coding_path, rows=held, memory=memory, on_disk=on_disk, lists=trial.lists)
+    encode(Coding(coding_path), kind, vectors, codes_path, memory=memory)
     seconds = time.perf_counter() - began
-    codes = read_codes(folder / "codes.faiss", held)
-    effort, recall, speed = tune_and_measure(codes, vectors, truth, floor, least)
-    return Tried(
-        kind.name, kind.filled(held, dim, on_disk=on_disk), held, each, each * rows, effort, recall, speed, seconds
-    )
+    codes = read_codes(codes_path, held)
+    effort, recall, speed = tune_and_measure(codes, vectors, trial.truth, trial.goal.recall, least)
+    factory = kind.filled(held, dim, on_disk=on_disk)
+    return Tried(kind.name, factory, held, each, each * trial.rows, effort, recall, speed, seconds)
 
 
-def flat(vectors: Vectors, queries: Queries, rows: int) -> Tried:
+def try_flat(vectors: Vectors, queries: Queries, rows: int) -> Tried:
     """What the exact search costs; its recall is 1 by definition."""
     held, dim = vectors.rows.shape
     speed = held / rows / seconds_per_query(lambda query: vectors.search(query, min(TUNED_FOR, held)), queries)
-    each = KINDS["Flat"].bytes_per_vector(dim)
+    each = INDEX_TYPES["Flat"].bytes_per_vector(dim)
     return Tried("Flat", "", held, each, each * rows, Effort(), 1.0, speed, 0.0)
 
 
-def choose(
-    vectors: Vectors,
-    queries: Queries,
-    *,
-    floor: float,
-    memory: int,
-    serve_memory: int | None,
-    kinds: Sequence[Kind],
-    scratch: Path,
-) -> Choice:
-    """The fastest kind whose recall reaches the floor within the memory.
+def choose(vectors: Vectors, queries: Queries, goal: Goal, kinds: Sequence[Kind], scratch: Path) -> IndexChoice:
+    """The fastest kind whose recall reaches the goal within its memory.
 
     Where there are many vectors, kinds are compared on a sample of them, and what looks best is what is then built.
 
     Args:
         vectors: all of them.
         queries: to measure with.
-        floor: recall at 10, a fraction.
-        memory: bytes that building may use.
-        serve_memory: bytes that the index may hold in memory while it is served; None for as much as it wants.
+        goal: recall and memory.
         kinds: to compare.
         scratch: a folder for the sample and its indexes, emptied afterwards.
 
@@ -142,49 +142,61 @@ def choose(
         ClipkitError: where no kind fits into the memory.
     """
     rows, dim = vectors.rows.shape
-    fitting = allowed(kinds, rows, dim, serve_memory)
-    fitting = [k for k in fitting if can_be_built(k, rows, dim, memory)]
+    fitting = _fitting(kinds, rows, dim, goal)
+    if [k.name for k in fitting] == ["Flat"] or (rows * dim <= SMALL and any(k.is_flat for k in fitting)):
+        why = "few enough to compare in full" if rows * dim <= SMALL else "the only kind that was to be tried"
+        return IndexChoice(INDEX_TYPES["Flat"], Effort(), 1.0, [try_flat(vectors, queries, rows)], why)
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch) as made:
+        sample, sample_queries = vectors, queries
+        if rows > PILOT:
+            sample, sample_queries = _sample(vectors, queries, Path(made) / "sample.faiss")
+        lists = learn_lists(sample, lists_for(len(sample.rows)), goal.memory)
+        tried = _try_all(fitting, Trial(sample, Truth(sample, sample_queries), lists, rows, goal), Path(made))
+    good = sorted((t for t in tried if t.recall >= goal.recall), key=lambda each: -each.queries_per_second)
+    if good:
+        why = f"the fastest with recall@10 of {goal.recall:g} or more"
+    else:
+        good = [max(tried, key=lambda each: each.recall)]
+        why = f"none reached a recall@10 of {goal.recall:g}; the one that found most"
+    best, *others = good
+    next_best = tuple(INDEX_TYPES[each.kind] for each in others)
+    return IndexChoice(INDEX_TYPES[best.kind], best.effort, best.recall, tried, why, next_best)
+
+
+def _fitting(kinds: Sequence[Kind], rows: int, dim: int, goal: Goal) -> list[Kind]:
+    fitting = allowed(kinds, rows, dim, goal.serve_memory)
+    fitting = [kind for kind in fitting if can_be_built(kind, rows, dim, goal.memory)]
     if not fitting:
         least = min(kinds, key=lambda kind: kind.bytes_per_vector(dim))
         smallest = rows * least.bytes_per_vector(dim) / 2**30
         raise ClipkitError(
             f"{rows:,} vectors take {smallest:.2f} GiB as {least.name}, the smallest, "
-            f"and {(serve_memory or 0) / 2**30:.2f} are allowed; give --serve-memory more"
+            f"and {(goal.serve_memory or 0) / 2**30:.2f} are allowed; give --serve-memory more"
         )
-    if [k.name for k in fitting] == ["Flat"] or (rows * dim <= SMALL and any(k.is_flat for k in fitting)):
-        why = "few enough to compare in full" if rows * dim <= SMALL else "the only kind that was to be tried"
-        return Choice(KINDS["Flat"], Effort(), 1.0, [flat(vectors, queries, rows)], why)
-    scratch.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=scratch) as made:
-        sample, asked = vectors, queries
-        if rows > PILOT:
-            sample, asked = _sample(vectors, queries, Path(made) / "sample.faiss")
-        tried, least = [], 1
-        truth, lists = Truth(sample, asked), learn_lists(sample, lists_for(len(sample.rows)), memory)
-        how: dict[str, Any] = {"floor": floor, "rows": rows, "memory": memory, "lists": lists}
-        for kind in fitting:
-            folder = Path(made) / kind.name
-            folder.mkdir()
-            each = (
-                flat(sample, asked, rows) if kind.is_flat else try_kind(kind, sample, truth, folder, least=least, **how)
-            )
-            shutil.rmtree(folder)  # the disk need not hold the codes of all kinds at once
-            if kind.has_lists:
-                # All kinds have the same lists. The first, whose codes lose next to nothing, needs the fewest of them.
-                least = max(least, each.effort.lists // 2)
-            if rows > PILOT:
-                each.note = f"on a sample of {each.vectors:,}"
-            note(f"{each.kind}: recall@10 {each.recall:.3f}, {each.queries_per_second:,.0f} queries/s on one thread")
-            tried.append(each)
-            give_back_freed_memory()
-    good = sorted((t for t in tried if t.recall >= floor), key=lambda each: -each.queries_per_second)
-    if good:
-        why = f"the fastest with recall@10 of {floor:g} or more"
-    else:
-        good = [max(tried, key=lambda each: each.recall)]
-        why = f"none reached a recall@10 of {floor:g}; the one that found most"
-    best, *others = good
-    return Choice(KINDS[best.kind], best.effort, best.recall, tried, why, tuple(KINDS[each.kind] for each in others))
+    return fitting
+
+
+def _try_all(kinds: Sequence[Kind], trial: Trial, scratch: Path) -> list[Tried]:
+    tried: list[Tried] = []
+    least = 1
+    for kind in kinds:
+        folder = scratch / kind.name
+        folder.mkdir()
+        if kind.is_flat:
+            each = try_flat(trial.vectors, trial.truth.queries, trial.rows)
+        else:
+            each = try_kind(kind, trial, folder, least=least)
+        shutil.rmtree(folder)  # the disk need not hold the codes of all kinds at once
+        if kind.has_lists:
+            # All kinds have the same lists. The first, whose codes lose next to nothing, needs the fewest of them.
+            least = max(least, each.effort.lists // 2)
+        if trial.rows > PILOT:
+            each.note = f"on a sample of {each.vectors:,}"
+        note(f"{each.kind}: recall@10 {each.recall:.3f}, {each.queries_per_second:,.0f} queries/s on one thread")
+        tried.append(each)
+        give_back_freed_memory()
+    return tried
 
 
 def allowed(kinds: Sequence[Kind], rows: int, dim: int, serve_memory: int | None) -> list[Kind]:

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,30 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipkit.core import ClipkitError, Side, atomic_write, give_back_freed_memory, note, save_figure, tradeoff_figure
+from clipkit.core import (
+    SIDES,
+    ClipkitError,
+    Side,
+    atomic_write,
+    give_back_freed_memory,
+    note,
+    save_figure,
+    tradeoff_figure,
+)
 from clipkit.embedding import Embeddings, in_schema, joined_schema
-from clipkit.search.autotune import Choice, allowed, choose
+from clipkit.search.autotune import Goal, IndexChoice, allowed, choose
 from clipkit.search.generations import Generation, SegmentState, commit
-from clipkit.search.index_types import KINDS, Effort
+from clipkit.search.index_types import INDEX_TYPES, Effort
 from clipkit.search.quantize import Coding, encode, lies_on_disk, read_codes, sample_rows, train_coding
 from clipkit.search.recall import Queries, Truth, tune_and_measure
 from clipkit.search.segments import codes_path, read_table, table_path, vectors_path, write_table
 from clipkit.search.vector_file import Vectors, write_vectors
-from clipkit.storage import Stage, digest, read_manifest
+from clipkit.storage import Stage, digest, read_manifest, relative_to_artifact
 
 __all__ = ["Wanted", "build_index", "default_memory", "kept_queries"]
 
-ASKED = 1000  # queries that are measured with, one half to tune, the other to tell
-LEAST = 20  # captions: with fewer nothing can be told
+SAMPLED_QUERIES = 1000  # queries that are measured with, one half to tune, the other to tell
+FEWEST_CAPTIONS = 20  # captions: with fewer nothing can be told
 PIECE = 8192  # vectors that are copied at a time
 FIRST = "000001"  # the segment that a build writes
 
@@ -35,7 +45,7 @@ class Wanted:
     """What an index is to be."""
 
     kind: str | None = None
-    """Of `KINDS`; None to choose by measurement."""
+    """Of `INDEX_TYPES`; None to choose by measurement."""
     recall: float = 0.95
     """Recall at 10, of text queries against the exact search, to be reached."""
     memory: int | None = None
@@ -49,6 +59,18 @@ def default_memory() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
+@contextmanager
+def _arrow_gives_back_memory() -> Iterator[None]:
+    """Within, Arrow's memory is the system's, for the whole process: its own pools keep tens of megabytes that were
+    freed."""
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(pa.system_memory_pool())
+    try:
+        yield
+    finally:
+        pa.set_memory_pool(before)
+
+
 def build_index(
     sets: Sequence[Embeddings],
     out: Path,
@@ -56,10 +78,11 @@ def build_index(
     *,
     queries: np.ndarray | None = None,
     queries_identity: str | None = None,
-    model_reference: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Build an inner-product index over one or several embedding folders.
+
+    While it is built, Arrow's default memory pool is the system's.
 
     Args:
         sets: opened embeddings of one model.
@@ -69,7 +92,6 @@ def build_index(
             the captions.
         queries_identity: what tells them from others; by default their numbers, which differ in their last digits
             where texts are embedded on another machine.
-        model_reference: what the manifest says of the model, by default what the first set says.
         overwrite: replace what is there.
 
     Returns:
@@ -80,7 +102,6 @@ def build_index(
             are too small.
     """
     wanted = wanted or Wanted()
-    pa.set_memory_pool(pa.system_memory_pool())  # Arrow's other pools keep tens of megabytes that were freed
     _check_models(sets)
     made_from: dict[str, Any] = {"embeddings": [s.manifest["identity"] for s in sets], "wanted": vars(wanted)}
     if queries is not None:
@@ -88,41 +109,56 @@ def build_index(
     stage = Stage(out, "index", made_from, inputs=[s.folder for s in sets], overwrite=overwrite)
     if stage.done:
         return read_manifest(out, "index")
-    sides: list[Side] = [side for side in ("image", "text") if any(side in s.sides for s in sets)]
-    dim: int = sets[0].manifest["dim"]
-    memory = wanted.memory or default_memory()
-    _refuse_full_disk(out, sets, dim, wanted, memory)
-    for name in stage.pending(sides):
-        side: Side = "image" if name == "image" else "text"
-        rows = _write_first(out, side, sets)
-        note(f"{side}: {rows:,} vectors of dimension {dim}")
-        vectors = Vectors(vectors_path(out, FIRST, side), rows, dim)
-        asked = _queries(sets, side, queries, vectors)
-        _keep_queries(out, side, asked)
-        for given in sets:
-            given.refuse_changed()
-        choice = _chosen(vectors, asked, wanted, memory, out / ".work" / "trial")
-        if not choice.kind.is_flat:
-            choice = _coded(out, side, vectors, choice, asked, wanted, memory)
-        stage.finish_part(name, _record(choice, rows))
+    sides: list[Side] = [side for side in SIDES if any(side in s.sides for s in sets)]
+    goal = Goal(wanted.recall, wanted.memory or default_memory(), wanted.serve_memory)
+    with _arrow_gives_back_memory():
+        _refuse_full_disk(out, sets, wanted.kind, goal)
+        for name in stage.pending(sides):
+            side: Side = "image" if name == "image" else "text"
+            stage.finish_part(name, _build_side(out, side, sets, queries, wanted.kind, goal))
     records = stage.records(sides)
     if records is None:
         return read_manifest(out, "index")
-    told = dict(zip(sides, records, strict=True))
-    _first_generation(out, told)
+    by_side = dict(zip(sides, records, strict=True))
+    _first_generation(out, by_side)
     for side in sides:
-        _plot(out, side, told[side], wanted.recall)
+        _plot(out, side, by_side[side], wanted.recall)
     return stage.commit(
-        model=model_reference or sets[0].manifest["model"],
-        dim=dim,
+        model=_model_reference(sets[0], out),
+        dim=sets[0].manifest["dim"],
         metric="inner product of unit vectors (cosine)",
-        type=told[sides[0]]["kind"],
+        type=by_side[sides[0]]["kind"],
         sides=sides,
-        counts={side: record["rows"] for side, record in told.items()},
+        counts={side: record["rows"] for side, record in by_side.items()},
         wanted={"recall": wanted.recall, "serve_memory": wanted.serve_memory},
-        chosen={side: {k: v for k, v in r.items() if k not in ("tried", "rows")} for side, r in told.items()},
-        tried={side: record["tried"] for side, record in told.items()},
+        chosen={side: {k: v for k, v in r.items() if k not in ("tried", "rows")} for side, r in by_side.items()},
+        tried={side: record["tried"] for side, record in by_side.items()},
     )
+
+
+def _model_reference(embeddings: Embeddings, out: Path) -> dict[str, Any]:
+    """What the embeddings say of their model, a path in it as seen from the index."""
+    reference = dict(embeddings.manifest["model"])
+    if "path" in reference:
+        reference["path"] = relative_to_artifact(embeddings.folder / reference["path"], out)
+    return reference
+
+
+def _build_side(
+    out: Path, side: Side, sets: Sequence[Embeddings], given: np.ndarray | None, kind: str | None, goal: Goal
+) -> dict[str, Any]:
+    """Write a side's vectors and metadata, choose its kind and code it; returns what the stage's record says of it."""
+    rows, dim = _write_first(out, side, sets), sets[0].manifest["dim"]
+    note(f"{side}: {rows:,} vectors of dimension {dim}")
+    vectors = Vectors(vectors_path(out, FIRST, side), rows, dim)
+    queries = _queries(sets, side, given, vectors)
+    _keep_queries(out, side, queries)
+    for embeddings in sets:
+        embeddings.refuse_changed()
+    choice = _chosen(vectors, queries, kind, goal, out / ".work" / "trial")
+    if not choice.kind.is_flat:
+        choice = _coded(_FirstSegment(out, side, vectors, goal), choice, queries)
+    return _record(choice, rows)
 
 
 def _check_models(sets: Sequence[Embeddings]) -> None:
@@ -177,16 +213,17 @@ def _refuse_twins(ids: np.ndarray, path: Path) -> None:
         )
 
 
-def _refuse_full_disk(out: Path, sets: Sequence[Embeddings], dim: int, wanted: Wanted, memory: int) -> None:
+def _refuse_full_disk(out: Path, sets: Sequence[Embeddings], kind: str | None, goal: Goal) -> None:
     """Vectors, codes of the largest kind that may be chosen, and metadata; samples go before the codes come."""
+    dim: int = sets[0].manifest["dim"]
     sizes = [sum(s.manifest["counts"][name] for s in sets) for name in ("images", "captions")]
     rows, most = sum(sizes), max(sizes)  # of both sides, and of the larger, as each has its own kind and memory
     tables = sum(
         p.stat().st_size for s in sets for folder in ("metadata", "captions") for p in s.folder.glob(f"{folder}/*")
     )
-    kinds = [KINDS[wanted.kind]] if wanted.kind else allowed(list(KINDS.values()), most, dim, wanted.serve_memory)
+    kinds = [INDEX_TYPES[kind]] if kind else allowed(list(INDEX_TYPES.values()), most, dim, goal.serve_memory)
     # Lists on the disk are there in pieces first, and as a whole beside these.
-    codes = [kind.bytes_per_vector(dim) * (1 + lies_on_disk(kind, most, dim, memory)) for kind in kinds if kind.factory]
+    codes = [k.bytes_per_vector(dim) * (1 + lies_on_disk(k, most, dim, goal.memory)) for k in kinds if k.factory]
     needed, free = rows * (2 * dim + max(codes, default=0)) + 4 * tables, shutil.disk_usage(out).free
     if needed > free:
         raise ClipkitError(
@@ -203,13 +240,13 @@ def _queries(sets: Sequence[Embeddings], side: Side, given: np.ndarray | None, v
     holders = [s for s in sets if other in s.sides]
     name = "captions" if other == "text" else "images"
     sizes = [s.manifest["counts"][name] for s in holders]
-    if sum(sizes) >= LEAST:
-        chosen = sample_rows(sum(sizes), ASKED, seed=1)
+    if sum(sizes) >= FEWEST_CAPTIONS:
+        chosen = sample_rows(sum(sizes), SAMPLED_QUERIES, seed=1)
         found = np.concatenate(
             [_rows_of(s, other, chosen - start) for s, start in zip(holders, np.cumsum([0, *sizes]), strict=False)]
         )
         return Queries(found, f"{len(found):,} {name}")
-    chosen = sample_rows(len(vectors.rows), ASKED, seed=1)
+    chosen = sample_rows(len(vectors.rows), SAMPLED_QUERIES, seed=1)
     told = f"{len(chosen):,} of its own {'images' if side == 'image' else 'captions'}, each without itself"
     return Queries(vectors.rows[chosen].astype(np.float32), told, chosen)
 
@@ -243,60 +280,66 @@ def _rows_of(embeddings: Embeddings, side: Side, rows: np.ndarray) -> np.ndarray
     return np.concatenate(found)
 
 
-def _chosen(vectors: Vectors, queries: Queries, wanted: Wanted, memory: int, scratch: Path) -> Choice:
-    if wanted.kind == "Flat" or len(vectors.rows) < 2:
-        return Choice(KINDS["Flat"], Effort(), 1.0, [], "as asked for" if wanted.kind else "too few to choose for")
-    if wanted.kind is not None:
-        return Choice(KINDS[wanted.kind], Effort(), 0.0, [], "as asked for")
-    return choose(
-        vectors,
-        queries,
-        floor=wanted.recall,
-        memory=memory,
-        serve_memory=wanted.serve_memory,
-        kinds=list(KINDS.values()),
-        scratch=scratch,
-    )
+def _chosen(vectors: Vectors, queries: Queries, kind: str | None, goal: Goal, scratch: Path) -> IndexChoice:
+    if kind == "Flat" or len(vectors.rows) < 2:
+        why = "as asked for" if kind else "too few to choose for"
+        return IndexChoice(INDEX_TYPES["Flat"], Effort(), 1.0, [], why)
+    if kind is not None:
+        return IndexChoice(INDEX_TYPES[kind], Effort(), 0.0, [], "as asked for")
+    return choose(vectors, queries, goal, list(INDEX_TYPES.values()), scratch)
 
 
-def _coded(
-    out: Path, side: Side, vectors: Vectors, choice: Choice, queries: Queries, wanted: Wanted, memory: int
-) -> Choice:
+@dataclass(frozen=True)
+class _FirstSegment:
+    """The side of the first segment that is being built."""
+
+    index: Path
+    side: Side
+    vectors: Vectors
+    goal: Goal
+
+    @property
+    def codes_path(self) -> Path:
+        return codes_path(self.index, FIRST, self.side)
+
+
+def _coded(segment: _FirstSegment, choice: IndexChoice, queries: Queries) -> IndexChoice:
     """Build the kind that was chosen on all vectors, tune and measure it there; the next one where it falls short."""
-    truth = Truth(vectors, queries)
-    done: list[Choice] = []
+    truth = Truth(segment.vectors, queries)
+    done: list[IndexChoice] = []
     for kind in (choice.kind, *choice.others):
         if kind.is_flat:
             done.append(replace(choice, kind=kind, effort=Effort(), recall=1.0))
         else:
-            done.append(_built(out, side, vectors, replace(choice, kind=kind), truth, wanted.recall, memory))
-        if done[-1].recall >= wanted.recall:
+            done.append(_built(segment, replace(choice, kind=kind), truth))
+        if done[-1].recall >= segment.goal.recall:
             break
-        note(f"{side}: {kind.name} of all {len(vectors.rows):,} finds too little")
+        note(f"{segment.side}: {kind.name} of all {len(segment.vectors.rows):,} finds too little")
     best = max(done, key=lambda each: each.recall)
     if best is not done[-1]:
-        best = _built(out, side, vectors, best, truth, wanted.recall, memory)
+        best = _built(segment, best, truth)
     if best.kind.is_flat:
-        for path in codes_path(out, FIRST, side).parent.glob(f"{side}.codes*"):
+        for path in segment.codes_path.parent.glob(f"{segment.side}.codes*"):
             path.unlink()
     why = choice.why if len(done) == 1 else f"{choice.why}, on all vectors ({len(done)} were built)"
     return replace(best, why=why)
 
 
-def _built(out: Path, side: Side, vectors: Vectors, choice: Choice, truth: Truth, floor: float, memory: int) -> Choice:
+def _built(segment: _FirstSegment, choice: IndexChoice, truth: Truth) -> IndexChoice:
+    side, vectors, memory = segment.side, segment.vectors, segment.goal.memory
     rows, dim = vectors.rows.shape
-    coding = out / "codings" / FIRST / f"{side}.faiss"
+    coding = segment.index / "codings" / FIRST / f"{side}.faiss"
     note(f"{side}: {choice.kind.name} of {rows:,} vectors")
     on_disk = lies_on_disk(choice.kind, rows, dim, memory)
     train_coding(vectors, choice.kind, coding, rows=rows, memory=memory, on_disk=on_disk)
-    encode(Coding(coding), choice.kind, vectors, codes_path(out, FIRST, side), memory=memory)
-    codes = read_codes(codes_path(out, FIRST, side), rows)
-    effort, recall, speed = tune_and_measure(codes, vectors, truth, floor)
+    encode(Coding(coding), choice.kind, vectors, segment.codes_path, memory=memory)
+    codes = read_codes(segment.codes_path, rows)
+    effort, recall, speed = tune_and_measure(codes, vectors, truth, segment.goal.recall)
     note(f"{side}: recall@10 {recall:.3f} with {truth.queries.told}, {speed:,.0f} queries/s on one thread")
     return replace(choice, effort=effort, recall=recall)
 
 
-def _record(choice: Choice, rows: int) -> dict[str, Any]:
+def _record(choice: IndexChoice, rows: int) -> dict[str, Any]:
     return {
         "kind": choice.kind.name,
         "effort": choice.effort.as_json(),
@@ -307,16 +350,16 @@ def _record(choice: Choice, rows: int) -> dict[str, Any]:
     }
 
 
-def _first_generation(out: Path, told: dict[Side, dict[str, Any]]) -> None:
-    coded: list[Side] = [side for side, record in told.items() if record["kind"] != "Flat"]
-    segment = SegmentState(FIRST, {side: record["rows"] for side, record in told.items()}, coded)
+def _first_generation(out: Path, records: dict[Side, dict[str, Any]]) -> None:
+    coded: list[Side] = [side for side, record in records.items() if record["kind"] != "Flat"]
+    segment = SegmentState(FIRST, {side: record["rows"] for side, record in records.items()}, coded)
     state = Generation(
         number=1,
         segments=[segment],
-        kinds={side: record["kind"] for side, record in told.items()},
+        kinds={side: record["kind"] for side, record in records.items()},
         coding=dict.fromkeys(coded, f"codings/{FIRST}"),
-        efforts={side: told[side]["effort"] for side in coded},
-        recall={side: record["recall"] for side, record in told.items()},
+        efforts={side: records[side]["effort"] for side in coded},
+        recall={side: record["recall"] for side, record in records.items()},
     )
     commit(out, state)
 

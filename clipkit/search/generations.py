@@ -20,9 +20,9 @@ __all__ = [
     "commit",
     "current",
     "current_number",
-    "go_back",
     "read",
     "read_dead",
+    "revert",
     "write_dead",
 ]
 
@@ -140,7 +140,7 @@ def _plain(state: Generation) -> dict[str, Any]:
     return {**vars(state), "segments": [vars(segment) for segment in state.segments]}
 
 
-def go_back(folder: Path) -> Generation:
+def revert(folder: Path) -> Generation:
     """Make the generation before the one that counts, which then cannot be gone back from.
 
     Raises:

@@ -9,7 +9,7 @@ import numpy as np
 
 from clipkit.core import ClipkitError
 
-__all__ = ["KINDS", "TUNED_FOR", "Effort", "Kind", "lists_for", "parameters", "reranking", "selector_of"]
+__all__ = ["INDEX_TYPES", "TUNED_FOR", "Effort", "Kind", "lists_for", "parameters", "reranking", "selector_of"]
 
 TUNED_FOR = 10  # results: efforts are chosen by recall at so many
 MANY_LISTS = 2**15  # from here on the nearest lists are found by a graph and not by looking at all
@@ -92,7 +92,7 @@ class Kind:
         return _parts(dim) / 2 + numbered
 
 
-KINDS = {
+INDEX_TYPES = {
     kind.name: kind
     for kind in (
         Kind("Flat", "", "every vector is compared: exact"),

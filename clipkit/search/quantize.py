@@ -33,10 +33,12 @@ __all__ = [
 
 BLOCK = 8192  # vectors in float32 at a time: 16 MiB at 512 dimensions
 PER_LIST = 64  # sampled vectors per inverted list; FAISS asks for 39 at least and looks at 256 at most
-ROUNDS = 6  # of k-means. Twice as many, of twice as many vectors, take four times as long and find 1 % more at best
+KMEANS_ROUNDS = (
+    6  # of k-means. Twice as many, of twice as many vectors, take four times as long and find 1 % more at best
+)
 OPQ_SAMPLE = 20_000  # vectors that a rotation is learned from
-LEAST = 16 * 39  # vectors: so many FAISS asks for to tell 16 values of a code apart
-GROWTH = 2.2  # lists grow by doubling, and for a moment stand there twice
+FEWEST_TO_TRAIN = 16 * 39  # vectors: so many FAISS asks for to tell 16 values of a code apart
+LIST_GROWTH = 2.2  # lists grow by doubling, and for a moment stand there twice
 
 
 class Coding:
@@ -105,7 +107,13 @@ def learn_lists(vectors: Vectors, count: int, memory: int) -> np.ndarray:
     sample, _ = _sample(vectors, PER_LIST * count, memory)
     dim = sample.shape[1]
     means = faiss.Kmeans(
-        dim, count, niter=ROUNDS, spherical=True, seed=1234, min_points_per_centroid=1, gpu=bool(faiss.get_num_gpus())
+        dim,
+        count,
+        niter=KMEANS_ROUNDS,
+        spherical=True,
+        seed=1234,
+        min_points_per_centroid=1,
+        gpu=bool(faiss.get_num_gpus()),
     )
     means.train(sample)
     centres = np.asarray(means.centroids)
@@ -160,7 +168,7 @@ def train_coding(
     if not kind.has_lists:
         sample += mean
         mean = np.zeros_like(mean)
-    if kind.has_lists and len(sample) < (least := max(dim, LEAST)):
+    if kind.has_lists and len(sample) < (least := max(dim, FEWEST_TO_TRAIN)):
         sample = np.resize(sample, (least, dim))  # again and again; FAISS learns a rotation beyond the end of fewer
     if isinstance(index, faiss.IndexPreTransform):
         rotation = faiss.downcast_VectorTransform(index.chain.at(0))
@@ -187,7 +195,7 @@ def can_be_built(kind: Kind, rows: int, dim: int, memory: int) -> bool:
 
 def _takes(kind: Kind, rows: int, dim: int) -> float:
     """Bytes of memory to code so many vectors at once, beside what was read and learned."""
-    return 2 * rows * kind.bytes_per_vector(dim) * GROWTH
+    return 2 * rows * kind.bytes_per_vector(dim) * LIST_GROWTH
 
 
 def lies_on_disk(kind: Kind, rows: int, dim: int, memory: int) -> bool:
@@ -197,7 +205,7 @@ def lies_on_disk(kind: Kind, rows: int, dim: int, memory: int) -> bool:
 
 def _room(kind: Kind, dim: int, memory: int) -> int:
     """How many vectors are coded in memory before they are written to the disk."""
-    return int(memory / 5 / (kind.bytes_per_vector(dim) * GROWTH))
+    return int(memory / 5 / (kind.bytes_per_vector(dim) * LIST_GROWTH))
 
 
 def encode(coding: Coding, kind: Kind, vectors: Vectors, path: Path, *, memory: int) -> None:

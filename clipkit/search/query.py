@@ -10,7 +10,7 @@ from clipkit.core import ClipkitError, Side
 from clipkit.metrics import inner_products, on_grid
 from clipkit.search.index import Found, Index
 
-__all__ = ["Fusion", "Part", "ask", "fused_vector"]
+__all__ = ["Fusion", "QueryPart", "SearchOptions", "ask", "fused_vector"]
 
 Fusion = Literal["early", "score", "rank"]
 RANK_OFFSET = 60  # of reciprocal rank fusion, as Cormack et al. 2009 found best
@@ -19,7 +19,7 @@ SHORT = 1e-6  # a sum of vectors as short as this points nowhere, and cosines th
 
 
 @dataclass(frozen=True)
-class Part:
+class QueryPart:
     """One part of a question."""
 
     vector: np.ndarray
@@ -28,7 +28,7 @@ class Part:
     """Negative for what is not wanted."""
 
 
-def fused_vector(parts: Sequence[Part]) -> np.ndarray:
+def fused_vector(parts: Sequence[QueryPart]) -> np.ndarray:
     """The parts as one unit vector, ``Σ wᵢ·vᵢ/|vᵢ|`` made one long; float32 ``[dim]``.
 
     Raises:
@@ -48,36 +48,39 @@ def fused_vector(parts: Sequence[Part]) -> np.ndarray:
     return (total / length).astype(np.float32)
 
 
-def ask(
-    index: Index,
-    parts: Sequence[Part],
-    k: int = 10,
-    side: Side = "image",
-    *,
-    fusion: Fusion = "early",
-    where: str | None = None,
-    min_score: float | None = None,
-    offset: int = 0,
-    collapse: str | float | None = None,
-    exact: bool = False,
-) -> Found:
+@dataclass(frozen=True)
+class SearchOptions:
+    """What a question asks for, whatever its parts are."""
+
+    k: int = 10
+    """How many rows."""
+    side: Side = "image"
+    """Whether to look among images or captions."""
+    fusion: Fusion = "early"
+    """Of several parts. early: one vector of all parts is searched for, and scores are cosines with it. score: each
+    part is searched for, its cosines with all that any part found are brought to mean 0 and deviation 1 (images lie
+    closer to images than to texts, so bare cosines would let them decide alone), and their weighted sum is the score.
+    rank: reciprocal rank fusion, ``Σ w/(60 + rank)`` (Cormack et al. 2009)."""
+    where: str | None = None
+    """A condition on the metadata."""
+    min_score: float | None = None
+    """Rows of a lower score are left out."""
+    offset: int = 0
+    """How many of the best to pass over: pages."""
+    collapse: str | float | None = None
+    """A column: of rows with one value the best stays. A number: of rows whose vectors' cosine is that or more the best
+    stays."""
+    exact: bool = False
+    """Compare in full."""
+
+
+def ask(index: Index, parts: Sequence[QueryPart], options: SearchOptions | None = None) -> Found:
     """The best k rows for a question of one or several parts.
 
     Args:
         index: to ask.
         parts: of the question.
-        k: how many rows.
-        side: whether to look among images or captions.
-        fusion: early: one vector of all parts is searched for, and scores are cosines with it. score: each part is
-            searched for, its cosines with all that any part found are brought to mean 0 and deviation 1 (images lie
-            closer to images than to texts, so bare cosines would let them decide alone), and their weighted sum is the
-            score. rank: reciprocal rank fusion, ``Σ w/(60 + rank)`` (Cormack et al. 2009).
-        where: a condition on the metadata.
-        min_score: rows of a lower score are left out.
-        offset: how many of the best to pass over: pages.
-        collapse: a column: of rows with one value the best stays. A number: of rows whose vectors' cosine is that or
-            more the best stays.
-        exact: compare in full.
+        options: how many rows, of which side, and which of them.
 
     Returns:
         Scores and positions ``[1, at most k]``, best first.
@@ -86,51 +89,55 @@ def ask(
         ClipkitError: for what `Index.search` refuses, parts that cancel each other or are not finite, or a column that
             is not there.
     """
+    options = options or SearchOptions()
+    side, offset, k = options.side, options.offset, options.k
     for part in parts:
         if part.vector.shape != (index.dim,):
             raise ClipkitError(f"a vector of shape {part.vector.shape} does not fit an index of dimension {index.dim}")
         if not np.isfinite([part.weight, *part.vector]).all():
             raise ClipkitError("a vector or a weight of the question holds NaN or infinity; leave it out")
     everything = index.count(side)
-    if collapse is not None and not isinstance(collapse, float | int):
-        _check_column(index, side, collapse)
+    if isinstance(options.collapse, str):
+        _check_column(index, side, options.collapse)
     depth = max(1, min(everything, offset + k))  # where there is nothing, that is what is found
     while True:
-        scores, positions = _joined(index, parts, depth, side, fusion, where, exact)
+        scores, positions = _joined(index, parts, depth, options)
         kept = positions >= 0
-        if min_score is not None:
-            kept &= scores >= min_score
+        if options.min_score is not None:
+            kept &= scores >= options.min_score
         # Whether another, deeper look could bring more: not where rows ran out, or have fallen below the threshold.
         ended = depth >= everything or not kept.all()
         scores, positions = scores[kept], positions[kept]
-        if collapse is not None and len(positions):
-            first = _first_of_twins(index, side, positions, collapse)
+        if options.collapse is not None and len(positions):
+            first = _first_of_twins(index, side, positions, options.collapse)
             scores, positions = scores[first], positions[first]
         if ended or len(positions) >= offset + k:
-            part = slice(offset, offset + k)
-            return index.found(scores[None, part], positions[None, part], side)
+            page = slice(offset, offset + k)
+            return index.found(scores[None, page], positions[None, page], side)
         depth = min(everything, 4 * depth)
 
 
 def _joined(
-    index: Index, parts: Sequence[Part], depth: int, side: Side, fusion: Fusion, where: str | None, exact: bool
+    index: Index, parts: Sequence[QueryPart], depth: int, options: SearchOptions
 ) -> tuple[np.ndarray, np.ndarray]:
+    """The best rows as far as `depth`: their scores and positions, one list of all parts."""
+    fusion, side = options.fusion, options.side
     if fusion == "early" or (len(parts) == 1 and parts[0].weight > 0):
-        found = index.search(fused_vector(parts)[None], depth, side, where=where, exact=exact)
+        found = index.search(fused_vector(parts)[None], depth, side, where=options.where, exact=options.exact)
         return found.scores[0], found.positions[0]
     if not any(part.weight > 0 for part in parts):
         raise ClipkitError(f"fusion={fusion} needs a part that is wanted; with none but unwanted ones use early")
-    vectors = np.stack([fused_vector([Part(part.vector)]) for part in parts])
+    vectors = np.stack([fused_vector([QueryPart(part.vector)]) for part in parts])
     wanted = np.array([part.weight > 0 for part in parts])
-    found = index.search(vectors[wanted], max(depth, DEPTH), side, where=where, exact=exact)
+    found = index.search(vectors[wanted], max(depth, DEPTH), side, where=options.where, exact=options.exact)
     positions = np.unique(found.positions[found.positions >= 0])
     if not len(positions):
         return np.zeros(0, np.float32), positions
     cosines = inner_products(vectors, index.vectors(positions, side))
     weights = np.array([part.weight for part in parts])[:, None]
     if fusion == "rank":
-        ranks = np.argsort(np.argsort(-cosines, axis=1, kind="stable"), axis=1, kind="stable") + 1
-        of_parts = 1 / (RANK_OFFSET + ranks)
+        places = np.argsort(np.argsort(-cosines, axis=1, kind="stable"), axis=1, kind="stable") + 1
+        of_parts = 1 / (RANK_OFFSET + places)
     else:
         spread = cosines.std(axis=1, keepdims=True)
         of_parts = (cosines - cosines.mean(axis=1, keepdims=True)) / np.maximum(spread, SHORT)

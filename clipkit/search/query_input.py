@@ -11,7 +11,7 @@ import numpy as np
 
 from clipkit.core import ClipkitError, did_you_mean
 from clipkit.models import DualEncoder
-from clipkit.search.query import Part
+from clipkit.search.query import QueryPart
 
 __all__ = ["Question", "open_questions"]
 
@@ -54,7 +54,7 @@ class Question:
         unwanted = [*self.minus, *(str(path) for path in self.minus_image)]
         return " + ".join(wanted) + "".join(f" - {each}" for each in unwanted)
 
-    def parts(self, model: DualEncoder | None) -> list[Part]:
+    def parts(self, model: DualEncoder | None) -> list[QueryPart]:
         """The vectors and their weights.
 
         Raises:
@@ -65,7 +65,7 @@ class Question:
         found += self._embedded(model, self.minus, self.minus_image)
         signs += [-1.0] * (len(found) - len(signs))
         weights = self.weights or (1.0,) * len(found)
-        return [Part(vector, sign * weight) for vector, sign, weight in zip(found, signs, weights, strict=True)]
+        return [QueryPart(vector, sign * weight) for vector, sign, weight in zip(found, signs, weights, strict=True)]
 
     def _embedded(self, model: DualEncoder | None, texts: Sequence[str], images: Sequence[Path]) -> list[np.ndarray]:
         if model is None or not (texts or images):

@@ -19,7 +19,7 @@ from clipkit.search.vector_file import Vectors
 __all__ = [
     "Queries",
     "Truth",
-    "measure",
+    "measure_recall",
     "seconds_per_query",
     "share_found",
     "tune",
@@ -28,11 +28,11 @@ __all__ = [
 ]
 
 DEEPEST = 1000  # candidates that are scored again at the most
-TIE = np.float32(1e-5)  # scores that differ by less are equal: sums in another order
-TIMED = 64  # queries, one after another
+SCORE_TIE = np.float32(1e-5)  # scores that differ by less are equal: sums in another order
+TIMED_QUERIES = 64  # queries, one after another
 BLOCK = 8192  # vectors at a time in the exact search: 16 MiB at 512 dimensions
 TIED = 20  # rows beyond the k best that may share the k-th best score: copies of one image, mostly
-FEW = 40  # queries: not to be divided any more
+TOO_FEW_TO_HALVE = 40  # queries: not to be divided any more
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Queries:
 
     def half(self, which: int) -> "Queries":
         """Every other one; of a few, all."""
-        if len(self.vectors) < FEW:
+        if len(self.vectors) < TOO_FEW_TO_HALVE:
             return self
         return Queries(self.vectors[which::2], self.told, None if self.own is None else self.own[which::2])
 
@@ -78,12 +78,12 @@ class Truth:
         heap.finalize()
         scores = without_self(heap.D, heap.I, queries.own)
         self.worst = -np.sort(-scores, axis=1)[:, self.k - 1 : self.k]
-        self._good = np.sort(np.where(scores >= self.worst - TIE, heap.I, -1), axis=1)
+        self._good = np.sort(np.where(scores >= self.worst - SCORE_TIE, heap.I, -1), axis=1)
 
     def half(self, which: int) -> "Truth":
         """Of every other query: one half is tuned with, the other says what that is worth."""
         found = copy.copy(self)
-        if len(self.worst) >= FEW:
+        if len(self.worst) >= TOO_FEW_TO_HALVE:
             found.queries, found.worst = self.queries.half(which), self.worst[which::2]
             found._good = self._good[which::2]
         return found
@@ -113,7 +113,7 @@ def share_found(scores: np.ndarray, worst: np.ndarray, k: int) -> float:
         worst: the k-th best score that there is, ``[queries, 1]``.
         k: how many.
     """
-    return float((scores[:, :k] >= worst - TIE).sum() / (len(scores) * k))
+    return float((scores[:, :k] >= worst - SCORE_TIE).sum() / (len(scores) * k))
 
 
 def without_self(scores: np.ndarray, rows: np.ndarray, own: np.ndarray | None) -> np.ndarray:
@@ -189,7 +189,7 @@ def seconds_per_query(search: Callable[[np.ndarray], object], queries: Queries) 
     faiss.omp_set_num_threads(1)
     try:
         spent = []
-        for query in queries.vectors[:TIMED]:
+        for query in queries.vectors[:TIMED_QUERIES]:
             began = time.perf_counter()
             search(query[None])
             spent.append(time.perf_counter() - began)
@@ -198,7 +198,7 @@ def seconds_per_query(search: Callable[[np.ndarray], object], queries: Queries) 
     return float(np.median(spent))
 
 
-def measure(codes: Any, vectors: Vectors, truth: Truth, effort: Effort) -> tuple[float, float]:
+def measure_recall(codes: Any, vectors: Vectors, truth: Truth, effort: Effort) -> tuple[float, float]:
     """Recall at 10 against the exact search, and queries per second on one thread."""
     refined = vectors.refining(codes)
     found = _searched(refined, truth.queries, effort)
@@ -210,15 +210,15 @@ def measure(codes: Any, vectors: Vectors, truth: Truth, effort: Effort) -> tuple
 def tune_and_measure(
     codes: Any, vectors: Vectors, truth: Truth, floor: float, least: int = 1
 ) -> tuple[Effort, float, float]:
-    """Tune with one half of the queries and measure with the other, which must reach the floor as well.
+    """Tune with one half of the queries and measure_recall with the other, which must reach the floor as well.
 
     Returns:
-        The effort, and what `measure` says of it.
+        The effort, and what `measure_recall` says of it.
     """
     wanted = floor
     while True:
         effort, reached = tune(codes, vectors, truth.half(0), wanted, least)
-        recall, speed = measure(codes, vectors, truth.half(1), effort)
+        recall, speed = measure_recall(codes, vectors, truth.half(1), effort)
         if recall >= floor or reached < wanted:  # or there is no more to be had
             return effort, recall, speed
         wanted = max(wanted, reached) + (floor - recall)

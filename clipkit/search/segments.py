@@ -22,7 +22,7 @@ __all__ = ["Passing", "Segment", "codes_path", "read_table", "table_path", "vect
 
 SPARE = 8  # rows beyond the k that are wanted
 ERROR = 2e-6  # of FAISS's float32 scores of unit vectors, with room
-FEW = 20_000  # rows: so many are compared in full faster than lists can be read
+FEW_ROWS = 20_000  # rows: so many are compared in full faster than lists can be read
 CODES_FASTER = 3  # times, than whole vectors are compared; those that do not pass cost their code's time, too
 PART_IN_FULL = 0.05  # of a segment: up to here the rows that pass are gathered, beyond them all are walked through
 
@@ -157,7 +157,7 @@ class Segment:
         if passing is None:
             return effort
         share = passing.count / max(self.rows, 1)
-        if share == 0 or (passing.count <= FEW and share < 1):
+        if share == 0 or (passing.count <= FEW_ROWS and share < 1):
             return None
         ivf = faiss.try_extract_index_ivf(self._codes)
         if ivf is None:
@@ -227,7 +227,7 @@ class Segment:
         return *_in_order(exact, rows[:, :width], k), near[:, -1]
 
     def _compared(self, queries: np.ndarray, k: int, passing: Passing | None) -> tuple[np.ndarray, np.ndarray]:
-        if passing is not None and (passing.count <= FEW or passing.count / self.rows <= PART_IN_FULL):
+        if passing is not None and (passing.count <= FEW_ROWS or passing.count / self.rows <= PART_IN_FULL):
             return self.vectors.search_among(queries, k, passing.numbers)
         return self.vectors.search(queries, k, passing and passing.selector)
 

@@ -16,11 +16,10 @@ import pyarrow as pa
 
 from clipkit.core import ClipkitError, Side, note, warn
 from clipkit.embedding import Embeddings, image_id_column, in_schema, joined_schema
-from clipkit.search import generations
 from clipkit.search.build import default_memory, kept_queries
-from clipkit.search.generations import Generation, SegmentState, commit, current, write_dead
+from clipkit.search.generations import Generation, SegmentState, commit, current, revert, write_dead
 from clipkit.search.index import Index
-from clipkit.search.index_types import KINDS, TUNED_FOR, Effort
+from clipkit.search.index_types import INDEX_TYPES, TUNED_FOR, Effort
 from clipkit.search.quantize import Coding, encode, sample_rows
 from clipkit.search.recall import share_found, without_self
 from clipkit.search.segments import codes_path, table_path, vectors_path, write_table
@@ -30,7 +29,7 @@ from clipkit.storage import hold, read_manifest
 __all__ = ["Changed", "compact_index", "delete_rows", "go_back", "update_index"]
 
 BLOCK = 65_536
-ASKED = 500  # queries that a change is measured with
+RECHECKED_QUERIES = 500  # queries that a change is measured with
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,9 @@ class _Change:
         if side in self.state.coding and rows:
             coding = Coding(self.folder / self.state.coding[side] / f"{side}.faiss")
             vectors = Vectors(path, rows, self.index.dim)
-            encode(coding, KINDS[self.state.kinds[side]], vectors, codes_path(self.folder, name, side), memory=memory)
+            encode(
+                coding, INDEX_TYPES[self.state.kinds[side]], vectors, codes_path(self.folder, name, side), memory=memory
+            )
             coded = [*coded, side]
         self.segments[name] = replace(known, rows={**known.rows, side: rows}, coded=coded)
         return rows
@@ -239,7 +240,7 @@ def go_back(folder: Path) -> Changed:
     read_manifest(folder, "index")
     lock = hold(folder, "changes")
     try:
-        return Changed(generations.go_back(folder).number)
+        return Changed(revert(folder).number)
     finally:
         lock.release()
 
@@ -347,9 +348,9 @@ def _questions(index: Index, side: Side) -> tuple[np.ndarray, np.ndarray | None]
     """What the index was measured with; where that was vectors of its own, of those that it holds now, and where."""
     kept = kept_queries(index.folder, side)
     if kept is not None:
-        return kept[sample_rows(len(kept), ASKED)], None
+        return kept[sample_rows(len(kept), RECHECKED_QUERIES)], None
     there = index.positions(side)
-    own = there[sample_rows(len(there), ASKED)]
+    own = there[sample_rows(len(there), RECHECKED_QUERIES)]
     return index.vectors(own, side).astype(np.float32), own
 
 

@@ -16,8 +16,8 @@ from clipkit.embedding import Embeddings, EmbedOptions, embed
 from clipkit.metrics import choice_scores, inner_products, on_grid, paired_products, products, rank_pairs
 from clipkit.models import beside_background, in_blocks, probabilities
 from clipkit.models.dual_encoder import CPU_IMAGES
-from clipkit.search import Index, Wanted, ask, build_index
-from clipkit.search.query import Part
+from clipkit.search import Index, SearchOptions, Wanted, ask, build_index
+from clipkit.search.query import QueryPart
 from tests.conftest import make_pictures, tiny_model
 from tests.indexes import DIM, make_embeddings
 
@@ -147,9 +147,9 @@ def test_scores_of_a_search_do_not_depend_on_how_many_ask(indexes, where, roundi
 @pytest.mark.parametrize("fusion", ["score", "rank"])
 def test_joined_lists_are_the_same_in_any_order_of_their_parts(indexes, fusion, rounding):
     parts = [
-        Part(vector, weight) for vector, weight in zip(unit(np.random.default_rng(6), 2, DIM), (1, 2), strict=True)
+        QueryPart(vector, weight) for vector, weight in zip(unit(np.random.default_rng(6), 2, DIM), (1, 2), strict=True)
     ]
-    one, other = (ask(indexes[0], some, fusion=fusion) for some in (parts, parts[::-1]))
+    one, other = (ask(indexes[0], some, SearchOptions(fusion=fusion)) for some in (parts, parts[::-1]))
     np.testing.assert_array_equal(one.positions, other.positions)
     np.testing.assert_array_equal(one.scores, other.scores)
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from clipkit.search.gpu_build import lists_found_on_gpus
-from clipkit.search.index_types import KINDS, Effort, parameters, reranking, selector_of
+from clipkit.search.index_types import INDEX_TYPES, Effort, parameters, reranking, selector_of
 from clipkit.search.quantize import Coding, encode, read_codes, train_coding
 from tests.search.test_quantize import DIM, ROWS, questions, vectors
 
@@ -66,7 +66,7 @@ class Full(Cagra):
 @pytest.fixture
 def graph(vectors, tmp_path, monkeypatch):
     """Builds an index of kind HNSW where FAISS has a class for graphs on GPUs."""
-    train_coding(vectors, KINDS["HNSW"], tmp_path / "coding.faiss", rows=ROWS, memory=2**30)
+    train_coding(vectors, INDEX_TYPES["HNSW"], tmp_path / "coding.faiss", rows=ROWS, memory=2**30)
 
     def build(cagra, memory=2**30):
         monkeypatch.setattr(faiss, "GpuIndexCagra", cagra, raising=False)
@@ -74,7 +74,7 @@ def graph(vectors, tmp_path, monkeypatch):
         monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
         monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
         path = tmp_path / "codes.faiss"
-        encode(Coding(tmp_path / "coding.faiss"), KINDS["HNSW"], vectors, path, memory=memory)
+        encode(Coding(tmp_path / "coding.faiss"), INDEX_TYPES["HNSW"], vectors, path, memory=memory)
         return read_codes(path, ROWS)
 
     return build

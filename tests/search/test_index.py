@@ -4,12 +4,13 @@ import json
 
 import faiss
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from clipkit.core import ClipkitError
-from clipkit.search import Index, Wanted, ask, build_index
-from clipkit.search.index_types import KINDS
-from clipkit.search.query import Part
+from clipkit.search import Index, SearchOptions, Wanted, ask, build, build_index
+from clipkit.search.index_types import INDEX_TYPES
+from clipkit.search.query import QueryPart
 from clipkit.search.vector_file import Vectors, write_vectors
 from tests.indexes import DIM, brute_force, make_embeddings, recall, unit, with_column
 
@@ -33,7 +34,7 @@ def indexes(thousands, tmp_path_factory):
 
 
 # A rotation that is learned takes its time.
-EVERY = [pytest.param(kind, marks=pytest.mark.slow) if kind == "OPQ" else kind for kind in KINDS]
+EVERY = [pytest.param(kind, marks=pytest.mark.slow) if kind == "OPQ" else kind for kind in INDEX_TYPES]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_filtered_it_finds_what_brute_force_finds(indexes, questions, kind, wher
 
 def test_the_command_offers_every_kind(run):
     offered = "".join(run("build", "--help").out.split())
-    assert f"[{'|'.join(['auto', *KINDS])}]" in offered
+    assert f"[{'|'.join(['auto', *INDEX_TYPES])}]" in offered
 
 
 @pytest.mark.parametrize("k", [1, 10, 100, 6001])
@@ -103,7 +104,7 @@ def test_the_vectors_file_is_what_faiss_writes(tmp_path):
 @pytest.mark.parametrize("where", [None, "width < 30", "width < 35 or odd"])
 def test_copies_come_in_their_order_on_every_page(tmp_path, where, monkeypatch):
     """Few different vectors, many times each: whatever k is, the same rows lead, and none is on two pages."""
-    monkeypatch.setattr("clipkit.search.segments.FEW", 30)
+    monkeypatch.setattr("clipkit.search.segments.FEW_ROWS", 30)
     made = make_embeddings(tmp_path / "e", range(60))
     path = made.folder / "img_emb" / "img_emb_0000.npy"
     np.save(path, np.load(path)[np.random.default_rng(0).integers(0, 6, 60)])
@@ -115,7 +116,10 @@ def test_copies_come_in_their_order_on_every_page(tmp_path, where, monkeypatch):
     wanted = chosen[np.argsort(-scores.round(9), axis=1, kind="stable")]  # a product differs in its last digit
     for k in (1, 3, 10, 25, wanted.shape[1]):
         assert np.array_equal(opened.search(questions, k, where=where).positions, wanted[:, :k]), k
-    pages = [ask(opened, [Part(questions[0])], 4, where=where, offset=at).positions[0] for at in range(0, 60, 4)]
+    pages = [
+        ask(opened, [QueryPart(questions[0])], SearchOptions(4, where=where, offset=at)).positions[0]
+        for at in range(0, 60, 4)
+    ]
     assert np.concatenate(pages).tolist() == wanted[0].tolist()
 
 
@@ -124,10 +128,28 @@ def test_copies_are_twins_and_what_has_no_value_is_none(tmp_path):
     path = made.folder / "img_emb" / "img_emb_0000.npy"
     np.save(path, np.load(path)[np.arange(40) // 2])
     build_index([with_column(made, "tag", [None, "None", "a", "a"] * 10)], tmp_path / "i", Wanted(kind="Flat"))
-    opened, parts = Index.open(tmp_path / "i"), [Part(np.ones(96))]
-    assert sorted(ask(opened, parts, 40, collapse=1.0).positions[0].tolist()) == list(range(0, 40, 2))
-    tags = [row["tag"] for row in ask(opened, parts, 40, collapse="tag").rows[0]]
+    opened, parts = Index.open(tmp_path / "i"), [QueryPart(np.ones(96))]
+    assert sorted(ask(opened, parts, SearchOptions(40, collapse=1.0)).positions[0].tolist()) == list(range(0, 40, 2))
+    tags = [row["tag"] for row in ask(opened, parts, SearchOptions(40, collapse="tag")).rows[0]]
     assert (tags.count(None), tags.count("None"), tags.count("a")) == (10, 1, 1)
+
+
+def test_a_build_leaves_the_memory_pool_of_arrow_as_it_was(tmp_path, monkeypatch):
+    before, within = pa.default_memory_pool(), []
+    write = build._write_first
+
+    def writing(*args):
+        within.append(pa.default_memory_pool().backend_name)
+        return write(*args)
+
+    monkeypatch.setattr(build, "_write_first", writing)
+    made = make_embeddings(tmp_path / "e", range(4))
+    build_index([made], tmp_path / "i", Wanted(kind="Flat"))
+    assert within == ["system", "system"]
+    assert pa.default_memory_pool().backend_name == before.backend_name
+    with pytest.raises(ClipkitError, match="more than once"):
+        build_index([made, made], tmp_path / "j", Wanted(kind="Flat"))
+    assert pa.default_memory_pool().backend_name == before.backend_name
 
 
 @pytest.mark.parametrize("fmt", ["json", "jsonl"])

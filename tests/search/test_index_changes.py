@@ -15,9 +15,19 @@ from hypothesis import strategies as st
 
 from clipkit.core import ClipkitError
 from clipkit.embedding import Embeddings
-from clipkit.search import Index, Wanted, ask, build_index, compact_index, delete_rows, go_back, update_index
-from clipkit.search.index_types import KINDS, Effort
-from clipkit.search.query import Part
+from clipkit.search import (
+    Index,
+    SearchOptions,
+    Wanted,
+    ask,
+    build_index,
+    compact_index,
+    delete_rows,
+    go_back,
+    update_index,
+)
+from clipkit.search.index_types import INDEX_TYPES, Effort
+from clipkit.search.query import QueryPart
 from clipkit.storage import hold
 from tests.indexes import DIM, brute_force, make_embeddings, recall, unit, with_column
 
@@ -54,7 +64,7 @@ OPERATIONS = st.lists(
 QUICK = ("Flat", "IVF-SQ8", "RaBitQ", "HNSW")  # one of each sort; each example builds some indexes
 
 
-@pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
+@pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in INDEX_TYPES])
 @settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
 @given(operations=OPERATIONS)
 def test_after_any_changes_it_answers_as_a_rebuild_does(kind, operations, tmp_path_factory):
@@ -289,8 +299,8 @@ def test_everything_taken_away(tmp_path):
     assert len(opened) == 0
     assert opened.search(np.ones((2, DIM)), 5).positions.shape == (2, 0)
     for fusion in ("early", "score", "rank"):
-        parts = [Part(np.ones(DIM)), Part(np.arange(DIM))]
-        assert ask(opened, parts, 5, fusion=fusion, collapse=0.9).positions.shape == (1, 0)
+        parts = [QueryPart(np.ones(DIM)), QueryPart(np.arange(DIM))]
+        assert ask(opened, parts, SearchOptions(5, fusion=fusion, collapse=0.9)).positions.shape == (1, 0)
     update_index(folder, [newer])
     assert len(Index.open(folder)) == 400
 

@@ -17,10 +17,10 @@ import pytest
 from clipkit.core import ClipkitError
 from clipkit.embedding.store import table_path, vectors_path
 from clipkit.search import Wanted, build_index
-from clipkit.search.autotune import choose
-from clipkit.search.index_types import KINDS, Effort, lists_for, parameters
+from clipkit.search.autotune import Goal, choose
+from clipkit.search.index_types import INDEX_TYPES, Effort, lists_for, parameters
 from clipkit.search.quantize import Coding, encode, learn_lists, read_codes, sample_rows, train_coding
-from clipkit.search.recall import Queries, Truth, measure, tune, tune_and_measure
+from clipkit.search.recall import Queries, Truth, measure_recall, tune, tune_and_measure
 from clipkit.search.vector_file import Vectors, write_vectors
 from tests.indexes import make_embeddings
 
@@ -54,7 +54,7 @@ def questions():
 
 @pytest.mark.parametrize("kind", IN_LISTS)
 def test_in_pieces_on_the_disk_it_is_the_same_index(vectors, questions, tmp_path, kind):
-    chosen = KINDS[kind]
+    chosen = INDEX_TYPES[kind]
     train_coding(vectors, chosen, tmp_path / "coding.faiss", rows=ROWS, memory=SMALL, on_disk=True)
     coding = Coding(tmp_path / "coding.faiss")
     for name, memory in (("small", SMALL), ("large", 2**30)):
@@ -74,16 +74,18 @@ def test_in_pieces_on_the_disk_it_is_the_same_index(vectors, questions, tmp_path
 
 
 def test_codes_that_were_not_learned_for_the_disk_are_refused_where_the_memory_does_not_hold_them(vectors, tmp_path):
-    train_coding(vectors, KINDS["IVF-PQ"], tmp_path / "coding.faiss", rows=ROWS, memory=2**30)
+    train_coding(vectors, INDEX_TYPES["IVF-PQ"], tmp_path / "coding.faiss", rows=ROWS, memory=2**30)
     with pytest.raises(ClipkitError, match="give --memory more"):
-        encode(Coding(tmp_path / "coding.faiss"), KINDS["IVF-PQ"], vectors, tmp_path / "codes.faiss", memory=SMALL)
+        encode(
+            Coding(tmp_path / "coding.faiss"), INDEX_TYPES["IVF-PQ"], vectors, tmp_path / "codes.faiss", memory=SMALL
+        )
     assert not (tmp_path / "codes.faiss").exists()
 
 
 def test_a_graph_that_does_not_fit_is_refused_with_what_it_takes(vectors, tmp_path):
-    train_coding(vectors, KINDS["HNSW"], tmp_path / "coding.faiss", rows=ROWS, memory=SMALL)
+    train_coding(vectors, INDEX_TYPES["HNSW"], tmp_path / "coding.faiss", rows=ROWS, memory=SMALL)
     with pytest.raises(ClipkitError, match="give --memory more, or build a kind with lists"):
-        encode(Coding(tmp_path / "coding.faiss"), KINDS["HNSW"], vectors, tmp_path / "codes.faiss", memory=SMALL)
+        encode(Coding(tmp_path / "coding.faiss"), INDEX_TYPES["HNSW"], vectors, tmp_path / "codes.faiss", memory=SMALL)
     assert not (tmp_path / "codes.faiss").exists()
 
 
@@ -91,8 +93,8 @@ def test_a_graph_that_does_not_fit_is_refused_with_what_it_takes(vectors, tmp_pa
 def test_lists_learned_once_serve_every_kind(vectors, questions, tmp_path, kind):
     """Turned with the vectors, they are the lists that the vectors fall into: those nearest are in the first lists."""
     lists = learn_lists(vectors, lists_for(ROWS), 2**30)
-    train_coding(vectors, KINDS[kind], tmp_path / "coding.faiss", rows=ROWS, memory=2**30, lists=lists)
-    encode(Coding(tmp_path / "coding.faiss"), KINDS[kind], vectors, tmp_path / "codes.faiss", memory=2**30)
+    train_coding(vectors, INDEX_TYPES[kind], tmp_path / "coding.faiss", rows=ROWS, memory=2**30, lists=lists)
+    encode(Coding(tmp_path / "coding.faiss"), INDEX_TYPES[kind], vectors, tmp_path / "codes.faiss", memory=2**30)
     codes = read_codes(tmp_path / "codes.faiss", ROWS)
     centred = vectors.rows.astype(np.float32) - vectors.rows.astype(np.float32).mean(axis=0)
     by_hand = np.argmax(centred @ lists.T, axis=1)
@@ -118,7 +120,7 @@ def test_recall_is_the_share_of_the_best_that_were_found(vectors, questions):
 
 
 def test_the_least_effort_that_reaches_the_floor(vectors, questions, tmp_path):
-    kind = KINDS["IVF-SQ8"]
+    kind = INDEX_TYPES["IVF-SQ8"]
     train_coding(vectors, kind, tmp_path / "coding.faiss", rows=ROWS, memory=2**30)
     encode(Coding(tmp_path / "coding.faiss"), kind, vectors, tmp_path / "codes.faiss", memory=2**30)
     codes, truth = read_codes(tmp_path / "codes.faiss", ROWS), Truth(vectors, Queries(questions, ""))
@@ -127,27 +129,27 @@ def test_the_least_effort_that_reaches_the_floor(vectors, questions, tmp_path):
     assert recall_of_little >= 0.3
     assert recall_of_much >= 0.99
     assert little.lists < much.lists
-    assert measure(codes, vectors, truth, much)[0] == pytest.approx(recall_of_much)
+    assert measure_recall(codes, vectors, truth, much)[0] == pytest.approx(recall_of_much)
     told, recall, _ = tune_and_measure(codes, vectors, truth, 0.9)
-    assert recall == measure(codes, vectors, truth.half(1), told)[0] >= 0.9  # with queries it was not tuned with
+    assert recall == measure_recall(codes, vectors, truth.half(1), told)[0] >= 0.9  # with queries it was not tuned with
     assert tune(codes, vectors, truth, 1.1)[1] >= recall_of_much  # which nothing reaches: the most that there is
 
 
 def test_what_does_not_fit_into_the_memory_it_is_served_from_is_not_tried(vectors, questions, tmp_path, monkeypatch):
     monkeypatch.setattr("clipkit.search.autotune.SMALL", 0)
-    how = {"floor": 0.9, "memory": 2**30, "kinds": [KINDS[k] for k in ("Flat", "IVF-SQ8", "RaBitQ", "HNSW")]}
+    kinds = [INDEX_TYPES[kind] for kind in ("Flat", "IVF-SQ8", "RaBitQ", "HNSW")]
     queries = Queries(questions, "")
     there = []
     monkeypatch.setattr("clipkit.search.autotune.note", lambda _: there.extend((tmp_path / "a").rglob("codes.faiss")))
-    free = choose(vectors, queries, serve_memory=None, scratch=tmp_path / "a", **how)
+    free = choose(vectors, queries, Goal(0.9, 2**30), kinds, tmp_path / "a")
     assert there == []  # each kind's goes before the next is built
     assert [each.kind for each in free.tried] == ["Flat", "IVF-SQ8", "RaBitQ", "HNSW"]
     reached = [each for each in free.tried if each.recall >= 0.9]
     assert free.kind.name == max(reached, key=lambda each: each.queries_per_second).kind
-    tight = choose(vectors, queries, serve_memory=25 * ROWS, scratch=tmp_path / "b", **how)
+    tight = choose(vectors, queries, Goal(0.9, 2**30, 25 * ROWS), kinds, tmp_path / "b")
     assert [each.kind for each in tight.tried] == ["RaBitQ"]
     with pytest.raises(ClipkitError, match="as RaBitQ, the smallest"):
-        choose(vectors, queries, serve_memory=10 * ROWS, scratch=tmp_path / "c", **how)
+        choose(vectors, queries, Goal(0.9, 2**30, 10 * ROWS), kinds, tmp_path / "c")
     assert not list((tmp_path / "a").iterdir())
 
 
@@ -156,15 +158,7 @@ def test_kinds_are_compared_on_a_sample_of_many(vectors, questions, tmp_path, mo
     monkeypatch.setattr("clipkit.search.autotune.PILOT", 1000)
     own = sample_rows(ROWS, 60, seed=3)
     for queries in (Queries(questions, ""), Queries(vectors.rows[own].astype(np.float32), "", own)):
-        found = choose(
-            vectors,
-            queries,
-            floor=0.9,
-            memory=2**30,
-            serve_memory=None,
-            kinds=[KINDS["IVF-SQ8"]],
-            scratch=tmp_path,
-        )
+        found = choose(vectors, queries, Goal(0.9, 2**30), [INDEX_TYPES["IVF-SQ8"]], tmp_path)
         (tried,) = found.tried
         assert 940 <= tried.vectors <= 1000
         assert tried.note == f"on a sample of {tried.vectors:,}"
@@ -233,8 +227,8 @@ def peak(command):
 def test_of_fewer_vectors_than_dimensions_every_kind_can_be_built(vectors, tmp_path, kind, rows):
     dim = vectors.rows.shape[1]
     few = Vectors(tmp_path / "v", write_vectors(tmp_path / "v", [vectors.rows[:rows]], dim), dim)
-    train_coding(few, KINDS[kind], tmp_path / "coding.faiss", rows=rows, memory=2**30)
-    encode(Coding(tmp_path / "coding.faiss"), KINDS[kind], few, tmp_path / "codes.faiss", memory=2**30)
+    train_coding(few, INDEX_TYPES[kind], tmp_path / "coding.faiss", rows=rows, memory=2**30)
+    encode(Coding(tmp_path / "coding.faiss"), INDEX_TYPES[kind], few, tmp_path / "codes.faiss", memory=2**30)
     codes = read_codes(tmp_path / "codes.faiss", rows)
     _, found = codes.search(few.rows[:].astype(np.float32), rows)
     assert np.array_equal(np.sort(found, axis=1), np.tile(np.arange(rows), (rows, 1)))
@@ -243,7 +237,7 @@ def test_of_fewer_vectors_than_dimensions_every_kind_can_be_built(vectors, tmp_p
 @pytest.mark.parametrize(("memory", "size"), [(2**30, 90_000), (SMALL, 1_000), (SMALL, 60_000)])
 def test_where_the_disk_is_full_it_is_said_and_nothing_is_left(vectors, tmp_path, memory, size):
     """The codes take 96,000 bytes: in one file, or in pieces first and in lists then."""
-    kind, codes = KINDS["IVF-SQ8"], tmp_path / "c" / "codes.faiss"
+    kind, codes = INDEX_TYPES["IVF-SQ8"], tmp_path / "c" / "codes.faiss"
     train_coding(vectors, kind, tmp_path / "coding.faiss", rows=ROWS, memory=2**30)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))

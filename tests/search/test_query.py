@@ -7,8 +7,8 @@ import pytest
 
 from clipkit.core import ClipkitError
 from clipkit.embedding import Embeddings
-from clipkit.search import Index, Question, ask, open_questions
-from clipkit.search.query import Part, fused_vector
+from clipkit.search import Index, Question, SearchOptions, ask, open_questions
+from clipkit.search.query import QueryPart, fused_vector
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def stored(embeddings):
 
 def parts(count, *weights):
     vectors = np.random.default_rng(4).normal(size=(count, 32))
-    return [Part(vector, weight) for vector, weight in zip(vectors, weights, strict=True)]
+    return [QueryPart(vector, weight) for vector, weight in zip(vectors, weights, strict=True)]
 
 
 def unit(vector):
@@ -34,7 +34,7 @@ def test_early_fusion_is_one_vector(opened, stored):
     asked = parts(3, 1.0, 0.5, -0.25)
     by_hand = unit(sum(part.weight * unit(part.vector) for part in asked))
     assert np.allclose(fused_vector(asked), by_hand, atol=1e-6)
-    found = ask(opened, asked, 7)
+    found = ask(opened, asked, SearchOptions(7))
     scores = stored @ by_hand
     assert found.positions[0].tolist() == np.argsort(-scores, kind="stable")[:7].tolist()
     assert np.allclose(found.scores[0], np.sort(scores)[::-1][:7], atol=1e-5)
@@ -48,7 +48,7 @@ def test_fusion_by_score_and_by_rank(opened, stored):
     standard = (cosines - cosines.mean(axis=1, keepdims=True)) / cosines.std(axis=1, keepdims=True)
     ranks = 1 + np.array([[(row > value).sum() for value in row] for row in cosines])
     for fusion, scores in (("score", weights @ standard), ("rank", weights @ (1 / (60 + ranks)))):
-        found = ask(opened, asked, 48, fusion=fusion)
+        found = ask(opened, asked, SearchOptions(48, fusion=fusion))
         assert found.positions[0].tolist() == np.argsort(-scores, kind="stable").tolist(), fusion
         assert np.allclose(found.scores[0], np.sort(scores)[::-1], atol=1e-5)
 
@@ -57,23 +57,25 @@ def test_a_single_part_is_the_plain_search(opened):
     (part,) = parts(1, 3.0)
     plain = opened.search(unit(part.vector)[None], 5)
     for fusion in ("early", "score", "rank"):
-        assert ask(opened, [part], 5, fusion=fusion).positions.tolist() == plain.positions.tolist()
+        assert ask(opened, [part], SearchOptions(5, fusion=fusion)).positions.tolist() == plain.positions.tolist()
 
 
 def test_pages_put_together_are_the_whole(opened):
     asked = parts(1, 1.0)
-    whole = ask(opened, asked, 48).positions[0].tolist()
-    pages = [ask(opened, asked, 10, offset=start).positions[0].tolist() for start in range(0, 60, 10)]
+    whole = ask(opened, asked, SearchOptions(48)).positions[0].tolist()
+    pages = [ask(opened, asked, SearchOptions(10, offset=start)).positions[0].tolist() for start in range(0, 60, 10)]
     assert [len(page) for page in pages] == [10, 10, 10, 10, 8, 0]
     assert [position for page in pages for position in page] == whole
 
 
 def test_thresholds_and_filters(opened):
     asked = parts(1, 1.0)
-    whole = ask(opened, asked, 48)
+    whole = ask(opened, asked, SearchOptions(48))
     level = float(whole.scores[0][6])
-    assert ask(opened, asked, 48, min_score=level).positions[0].tolist() == whole.positions[0][:7].tolist()
-    kept = ask(opened, asked, 48, where='"red" in caption', min_score=level).positions[0]
+    assert (
+        ask(opened, asked, SearchOptions(48, min_score=level)).positions[0].tolist() == whole.positions[0][:7].tolist()
+    )
+    kept = ask(opened, asked, SearchOptions(48, where='"red" in caption', min_score=level)).positions[0]
     by_hand = [p for p in whole.positions[0][:7] if "red" in opened.rows([p])[0]["caption"]]
     assert kept.tolist() == by_hand
 
@@ -81,36 +83,36 @@ def test_thresholds_and_filters(opened):
 @pytest.mark.parametrize("k", [1, 3, 48])
 def test_of_twins_the_best_stays(opened, stored, k):
     asked = parts(1, 1.0)
-    whole = ask(opened, asked, 48).positions[0]
+    whole = ask(opened, asked, SearchOptions(48)).positions[0]
     captions = [row["caption"] for row in opened.rows(whole)]
     by_column = [p for at, p in enumerate(whole) if captions[at] not in captions[:at]][:k]
-    assert ask(opened, asked, k, collapse="caption").positions[0].tolist() == by_column
+    assert ask(opened, asked, SearchOptions(k, collapse="caption")).positions[0].tolist() == by_column
     near = []
     for position in whole:
         if all(unit(stored[position]) @ unit(stored[other]) < 0.9 for other in near):
             near.append(position)
-    assert ask(opened, asked, k, collapse=0.9).positions[0].tolist() == near[:k]
+    assert ask(opened, asked, SearchOptions(k, collapse=0.9)).positions[0].tolist() == near[:k]
     assert len(near) < 48
 
 
 def test_what_cannot_be_asked(opened):
     with pytest.raises(ClipkitError, match="cancel each other"):
-        ask(opened, [Part(np.ones(32)), Part(np.ones(32), -1.0)])
+        ask(opened, [QueryPart(np.ones(32)), QueryPart(np.ones(32), -1.0)])
     with pytest.raises(ClipkitError, match="length zero"):
-        ask(opened, [Part(np.zeros(32))])
+        ask(opened, [QueryPart(np.zeros(32))])
     with pytest.raises(ClipkitError, match="needs a text"):
         ask(opened, [])
     with pytest.raises(ClipkitError, match="needs a part that is wanted"):
-        ask(opened, parts(2, -1.0, -1.0), fusion="rank")
+        ask(opened, parts(2, -1.0, -1.0), SearchOptions(fusion="rank"))
     with pytest.raises(ClipkitError, match="no column 'size'"):
-        ask(opened, parts(1, 1.0), collapse="size")
+        ask(opened, parts(1, 1.0), SearchOptions(collapse="size"))
     for fusion in ("early", "score", "rank"):
         for size in (1, 16, 33):  # one number would be taken off every dimension
             with pytest.raises(ClipkitError, match=rf"shape \({size},\) does not fit an index of dimension 32"):
-                ask(opened, [*parts(1, 1.0), Part(np.ones(size))], fusion=fusion)
+                ask(opened, [*parts(1, 1.0), QueryPart(np.ones(size))], SearchOptions(fusion=fusion))
         for vector, weight in ((np.full(32, np.nan), -1.0), (np.arange(32.0), np.nan), (np.arange(32.0), np.inf)):
             with pytest.raises(ClipkitError, match="NaN or infinity"):
-                ask(opened, [*parts(1, 1.0), Part(vector, weight)], fusion=fusion)
+                ask(opened, [*parts(1, 1.0), QueryPart(vector, weight)], SearchOptions(fusion=fusion))
 
 
 def test_the_command_asks_with_all_of_it(run, index, pictures, model, tmp_path):

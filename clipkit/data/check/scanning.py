@@ -140,7 +140,7 @@ class ScannedPart:
         return self.name or self.shards.names[number], self.shards.index_of(number).key(row)
 
 
-def open_parts(spec: str, **columns: str | None) -> tuple[list[ScannedPart], list[Finding]]:
+def open_parts(spec: str, **columns: Any) -> tuple[list[ScannedPart], list[Finding]]:
     """Open whatever `clipkit.data.sources.open_source` opens, local shards one by one.
 
     Args:

@@ -189,21 +189,21 @@ class _Shard:
 
     def samples(self, rows: range, threads: int) -> Iterator[tuple[str, dict[str, bytes]]]:
         """Key and members of each usable sample, in order."""
-        told, steps, size = time.monotonic(), 0, 0
-        for row, found in zip(rows, in_threads(self._load, rows, threads, ahead=4 * threads), strict=True):
+        last, steps, size = time.monotonic(), 0, 0
+        for row, loaded in zip(rows, in_threads(self._load, rows, threads, ahead=4 * threads), strict=True):
             steps += 1
-            if isinstance(found, BadSample):
-                self._note(row, str(found))
+            if isinstance(loaded, BadSample):
+                self._note(row, str(loaded))
             else:
-                sample, members = found
+                sample, members = loaded
                 length = len(next(iter(members.values())))
                 size += length
                 self.counts["bytes"] += length
                 self._count(row, sample)
                 yield self.keys[row], members
-            if time.monotonic() - told > 0.1:
+            if time.monotonic() - last > 0.1:
                 self.advance((steps, size))
-                told, steps, size = time.monotonic(), 0, 0
+                last, steps, size = time.monotonic(), 0, 0
         self.advance((steps, size))
 
     def _load(self, row: int) -> tuple[Sample, dict[str, bytes]] | BadSample:
@@ -238,15 +238,15 @@ def _members(sample: Sample, options: PackOptions) -> dict[str, bytes]:
     # The file's own ending where it is an image's, else what its bytes say.
     known = f".{sample.extension}" in IMAGE_SUFFIXES
     extension = sample.extension if known else {"jpeg": "jpg", "mpo": "jpg"}.get(kind.lower(), kind.lower())
-    about: dict[str, Any] = {"captions": list(sample.captions), **sample.columns}
+    fields: dict[str, Any] = {"captions": list(sample.captions), **sample.columns}
     if options.max_side is not None:
         shrunk = shrink(data, options.max_side, options.quality)
         data, extension = shrunk.data, shrunk.extension or extension
-        about = {"original_width": shrunk.width, "original_height": shrunk.height, **about}
+        fields = {"original_width": shrunk.width, "original_height": shrunk.height, **fields}
     return {
         extension: data,
         "txt": sample.captions[0].encode("utf-8", "replace"),
-        "json": json.dumps(about, ensure_ascii=False, default=str).encode("utf-8", "replace"),
+        "json": json.dumps(fields, ensure_ascii=False, default=str).encode("utf-8", "replace"),
         **sample.others,
     }
 

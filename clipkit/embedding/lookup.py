@@ -100,9 +100,9 @@ class TeacherEmbeddings:
         within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
         candidates = self._starts[rows][owner] + within
         same = self._text_ids[candidates] == text_ids[owner]
-        found = np.full(len(rows), -1)
-        found[owner[same][::-1]] = candidates[same][::-1]  # of several the last that is written counts
-        return found
+        caption_rows = np.full(len(rows), -1)
+        caption_rows[owner[same][::-1]] = candidates[same][::-1]  # of several the last that is written counts
+        return caption_rows
 
     def lookup(
         self, image_ids: Int64[Tensor, " n"], text_ids: Int64[Tensor, " n"]
@@ -139,13 +139,13 @@ class TeacherEmbeddings:
         return f"embed all of data.train: clipkit embed SHARDS --model TEACHER --out {self.folder} --overwrite"
 
     def _vectors(self, side: Side, rows: np.ndarray) -> Tensor:
-        found = np.empty((len(rows), self.dim), np.float32)
+        vectors = np.empty((len(rows), self.dim), np.float32)
         ends = self._ends[side]
         which = np.searchsorted(ends, rows, side="right")
         for number in np.unique(which):
             mine, block = which == number, self._blocks[side][number]
-            found[mine] = block[rows[mine] - (ends[number] - len(block))]
-        return torch.from_numpy(found)
+            vectors[mine] = block[rows[mine] - (ends[number] - len(block))]
+        return torch.from_numpy(vectors)
 
     def _key(self, row: int) -> str:
         for part in self._parts:

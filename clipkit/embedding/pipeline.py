@@ -111,13 +111,13 @@ def _attempt(out: Path, made_from: dict[str, Any], can_be_read: Callable[[dict[s
     It is part of what the embeddings are made from: readers must see that they are others than before.
     """
     try:
-        state, about = state_of(out)
+        state, facts = state_of(out)
     except ClipkitError:
         return 0  # said by others
-    before = about.get("made_from", {})
-    if about.get("kind") != "embeddings" or {**before, "attempt": 0} != {**made_from, "attempt": 0}:
+    before = facts.get("made_from", {})
+    if facts.get("kind") != "embeddings" or {**before, "attempt": 0} != {**made_from, "attempt": 0}:
         return 0
-    again = state == "finished" and any(map(can_be_read, Embeddings(out, about).ledger()))
+    again = state == "finished" and any(map(can_be_read, Embeddings(out, facts).ledger()))
     return before.get("attempt", 0) + again
 
 
@@ -230,9 +230,9 @@ def _commit(
     )
 
 
-def _refuse_nan(found: Embedded) -> None:
-    of_image, of_text = (lambda row: found.samples[row].key), (lambda row: repr(found.captions[row])[:80])
-    for vectors, what in ((found.image, of_image), (found.text, of_text)):
+def _refuse_nan(embedded: Embedded) -> None:
+    of_image, of_text = (lambda row: embedded.samples[row].key), (lambda row: repr(embedded.captions[row])[:80])
+    for vectors, what in ((embedded.image, of_image), (embedded.text, of_text)):
         broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if len(broken):
             raise ClipkitError(

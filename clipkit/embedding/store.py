@@ -87,31 +87,35 @@ def part_table_path(folder: Path, side: Side, name: str) -> Path:
     return folder / TABLE_FOLDERS[side] / f"{TABLE_FOLDERS[side]}_{name}.parquet"
 
 
-def write_part(out: Path, name: str, found: Embedded, sides: Sequence[Side]) -> dict[str, Checksum]:
+def write_part(out: Path, name: str, embedded: Embedded, sides: Sequence[Side]) -> dict[str, Checksum]:
     """Write one part's vectors and tables, each file atomically; gives the files, by their path in `out`.
 
     There are none where there are no rows: embedding-reader stumbles over files without any.
     """
-    if not found.samples:
+    if not embedded.samples:
         return {}
-    ids = [sample.id for sample in found.samples]
+    ids = [sample.id for sample in embedded.samples]
     columns: dict[str, pa.Array] = {
         "id": pa.array(ids, pa.int64()),
-        "key": pa.array([sample.key for sample in found.samples], pa.string()),
-        "image_path": pa.array([str(sample.columns.get("path", sample.key)) for sample in found.samples], pa.string()),
-        "caption": pa.array([sample.captions[0] if sample.captions else None for sample in found.samples], pa.string()),
+        "key": pa.array([sample.key for sample in embedded.samples], pa.string()),
+        "image_path": pa.array(
+            [str(sample.columns.get("path", sample.key)) for sample in embedded.samples], pa.string()
+        ),
+        "caption": pa.array(
+            [sample.captions[0] if sample.captions else None for sample in embedded.samples], pa.string()
+        ),
     }
-    for column in dict.fromkeys(name for sample in found.samples for name in sample.columns if name != "path"):
-        columns[column] = as_column([sample.columns.get(column) for sample in found.samples])
+    for column in dict.fromkeys(name for sample in embedded.samples for name in sample.columns if name != "path"):
+        columns[column] = as_column([sample.columns.get(column) for sample in embedded.samples])
     files = {part_table_path(out, "image", name): write_parquet(part_table_path(out, "image", name), pa.table(columns))}
     if "image" in sides:
-        files[part_vectors_path(out, "image", name)] = _write_npy(part_vectors_path(out, "image", name), found.image)
-    if "text" in sides and found.captions:
-        files[part_vectors_path(out, "text", name)] = _write_npy(part_vectors_path(out, "text", name), found.text)
+        files[part_vectors_path(out, "image", name)] = _write_npy(part_vectors_path(out, "image", name), embedded.image)
+    if "text" in sides and embedded.captions:
+        files[part_vectors_path(out, "text", name)] = _write_npy(part_vectors_path(out, "text", name), embedded.text)
         columns = {
-            "caption": pa.array(found.captions, pa.string()),
-            "image_id": pa.array([ids[row] for row in found.image_of_text], pa.int64()),
-            "image_row": pa.array(found.image_of_text, pa.int64()),
+            "caption": pa.array(embedded.captions, pa.string()),
+            "image_id": pa.array([ids[row] for row in embedded.image_of_text], pa.int64()),
+            "image_row": pa.array(embedded.image_of_text, pa.int64()),
         }
         files[part_table_path(out, "text", name)] = write_parquet(part_table_path(out, "text", name), pa.table(columns))
     return {path.relative_to(out).as_posix(): checksum for path, checksum in files.items()}
@@ -167,9 +171,9 @@ class Embeddings:
     def _check(self, find: Callable[[Path, Checksum], str | None]) -> None:
         for part in self._parts:
             for name, written in part.get("files", {}).items():
-                found = find(self.folder / name, written)
-                if found is not None:
-                    raise ClipkitError(f"{found}; bring it back from a copy, or embed again with --overwrite")
+                message = find(self.folder / name, written)
+                if message is not None:
+                    raise ClipkitError(f"{message}; bring it back from a copy, or embed again with --overwrite")
 
     @property
     def fingerprint(self) -> str:
@@ -230,14 +234,14 @@ class Embeddings:
 
     def column(self, name: str, side: Side = "image") -> pa.ChunkedArray:
         """One column of `table`, for which no other is read; a caption's ``image_row`` counts over all parts."""
-        found, before = [], 0
+        values_of_parts, before = [], 0
         for part in self._parts:
             if part["images" if side == "image" else "captions"]:
                 values = pq.read_table(part_table_path(self.folder, side, part["name"]), columns=[name])[name]
                 moved = name == "image_row" and side == "text"
-                found.append(pa.chunked_array([pa.array(values.to_numpy() + before)]) if moved else values)
+                values_of_parts.append(pa.chunked_array([pa.array(values.to_numpy() + before)]) if moved else values)
             before += part["images"]
-        return pa.chunked_array([chunk for values in found for chunk in values.chunks])
+        return pa.chunked_array([chunk for values in values_of_parts for chunk in values.chunks])
 
     def index_tables(self, side: Side) -> Iterator[pa.Table]:
         """The metadata part by part as an index keeps it: each caption's row says what is known of its image, too."""

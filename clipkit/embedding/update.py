@@ -37,7 +37,7 @@ def stamps_path(folder: Path, name: str) -> Path:
     return folder / "stamps" / f"stamps_{name}.parquet"
 
 
-def write_stamps(out: Path, name: str, rows: range, stamps: Sequence[Stamp], found: Embedded) -> dict[str, Checksum]:
+def write_stamps(out: Path, name: str, rows: range, stamps: Sequence[Stamp], embedded: Embedded) -> dict[str, Checksum]:
     """Write the stamps of one part's samples, atomically.
 
     Args:
@@ -47,13 +47,13 @@ def write_stamps(out: Path, name: str, rows: range, stamps: Sequence[Stamp], fou
         stamps: of these rows, taken before the samples were read: of a file that changes meanwhile the old one counts.
         found: what came of these rows.
     """
-    place = {row: at for at, row in enumerate(found.rows)}
-    reasons = {line["row"]: line["reason"] for line in found.left_out}
-    unread = set(found.unread)
-    told = [Stamp(None, None) if row in unread else stamp for row, stamp in zip(rows, stamps, strict=True)]
+    place = {row: at for at, row in enumerate(embedded.rows)}
+    reasons = {line["row"]: line["reason"] for line in embedded.left_out}
+    unread = set(embedded.unread)
+    known_stamps = [Stamp(None, None) if row in unread else stamp for row, stamp in zip(rows, stamps, strict=True)]
     columns = {
-        "image": pa.array([stamp.image or UNKNOWN for stamp in told], pa.binary(16)),
-        "words": pa.array([stamp.words or UNKNOWN for stamp in told], pa.binary(16)),
+        "image": pa.array([stamp.image or UNKNOWN for stamp in known_stamps], pa.binary(16)),
+        "words": pa.array([stamp.words or UNKNOWN for stamp in known_stamps], pa.binary(16)),
         "row": pa.array([place.get(row) for row in rows], pa.int32()),
         "reason": pa.array([reasons.get(row) for row in rows], pa.string()),
     }
@@ -72,9 +72,9 @@ def refuse_unlike(folder: Path, made_from: dict[str, Any]) -> None:
     Raises:
         ClipkitError: where model, sides or precision differ, or an older clipkit left no stamps there.
     """
-    state, about = state_of(folder)
-    before = about.get("made_from", {})
-    if about.get("kind") != "embeddings" or before == made_from:
+    state, facts = state_of(folder)
+    before = facts.get("made_from", {})
+    if facts.get("kind") != "embeddings" or before == made_from:
         return
     if state == "finished" and not (folder / "stamps").is_dir():
         raise ClipkitError(f"{folder} was made by an older clipkit and does not say of what; make it anew: --overwrite")
@@ -197,18 +197,18 @@ class EarlierEmbeddings:
         index = self._order[at]
         same = (self._stamps[index] == wanted).all(1) & wanted.any(1)
         number = np.searchsorted(self._starts, index, side="right") - 1
-        found: dict[int, KnownSample] = {}
+        known: dict[int, KnownSample] = {}
         for each in np.unique(number[same]).tolist():
             if self._is_flawed(each):
                 continue
             chosen = np.flatnonzero(same & (number == each)).tolist()
             kept = self._gather(self._parts[each], index[chosen] - self._starts[each], [stamps[i] for i in chosen])
-            found |= {rows[i]: one for i, one in zip(chosen, kept, strict=True) if one is not None}
-        return found
+            known |= {rows[i]: one for i, one in zip(chosen, kept, strict=True) if one is not None}
+        return known
 
     def _gather(self, part: _Part, offsets: np.ndarray, stamps: Sequence[Stamp]) -> Iterator[KnownSample | None]:
         """What a part holds of the samples at these offsets; None of one that was left out with other words."""
-        about = pq.read_table(stamps_path(part.folder, part.name)).take(pa.array(offsets))
+        lines = pq.read_table(stamps_path(part.folder, part.name)).take(pa.array(offsets))
         image = text = None
         captions, owner = [], np.zeros(0, np.int64)
         if "image" in self._by and part.images:
@@ -218,7 +218,7 @@ class EarlierEmbeddings:
             table = pq.read_table(part_table_path(part.folder, "text", part.name), columns=["caption", "image_row"])
             captions, owner = table["caption"].to_pylist(), table["image_row"].to_numpy()
         empty = np.zeros((0, 0), np.float16)
-        for line, stamp in zip(about.to_pylist(), stamps, strict=True):
+        for line, stamp in zip(lines.to_pylist(), stamps, strict=True):
             row = line["row"]
             if row is None:
                 yield KnownSample(line["reason"], None, (), empty) if line["words"] == stamp.words else None
@@ -234,10 +234,10 @@ class EarlierEmbeddings:
     def _is_flawed(self, number: int) -> bool:
         # All of a part is read, once: what is damaged would get a checksum of its own in the new artifact.
         if number not in self._flawed:
-            found = next(filter(None, (file_flaw(*each) for each in self._files(number))), None)
-            self._flawed[number] = found is not None
-            if found is not None:
-                warn(f"{found}; its part is embedded anew")
+            message = next(filter(None, (file_flaw(*each) for each in self._files(number))), None)
+            self._flawed[number] = message is not None
+            if message is not None:
+                warn(f"{message}; its part is embedded anew")
         return self._flawed[number]
 
 
@@ -249,13 +249,13 @@ def part_files(folder: Path, name: str) -> list[Path]:
 
 def _parts(folder: Path, made_from: dict[str, Any]) -> list[_Part]:
     try:
-        state, about = state_of(folder)
+        state, facts = state_of(folder)
     except ClipkitError:
         return []
-    if any(about.get("made_from", {}).get(what) != made_from[what] for what in ALIKE):
+    if any(facts.get("made_from", {}).get(what) != made_from[what] for what in ALIKE):
         return []
     if state == "finished":
-        records = about["parts"]
+        records = facts["parts"]
     else:
         records = [{"name": path.stem, **read_json(path)} for path in sorted((folder / WORK / "parts").glob("*.json"))]
     return [
@@ -273,8 +273,8 @@ def _numbers(stamps: Sequence[bytes | None]) -> np.ndarray:
 def _column(stamps: pa.ChunkedArray) -> np.ndarray:
     """As `_numbers`, of a column of a table."""
     filled = [chunk for chunk in stamps.chunks if len(chunk)]
-    found = [np.frombuffer(chunk.buffers()[1], np.uint64, 2 * len(chunk), 16 * chunk.offset) for chunk in filled]
-    return np.concatenate([np.zeros(0, np.uint64), *found]).reshape(-1, 2)
+    pairs = [np.frombuffer(chunk.buffers()[1], np.uint64, 2 * len(chunk), 16 * chunk.offset) for chunk in filled]
+    return np.concatenate([np.zeros(0, np.uint64), *pairs]).reshape(-1, 2)
 
 
 def _digest(columns: Sequence[np.ndarray]) -> bytes:

@@ -124,8 +124,8 @@ class Encoded:
 def _orientation(image: Image.Image) -> int:
     """1 to 8, or 0 where the metadata cannot be read."""
     try:
-        found = image.getexif().get(ExifTags.Base.Orientation, 1)
-        return int(found) if found in range(1, 9) else 1  # what is no orientation is passed over, as Pillow does
+        tag = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return int(tag) if tag in range(1, 9) else 1  # what is no orientation is passed over, as Pillow does
     except Exception:
         return 0
 
@@ -179,8 +179,8 @@ def _opened(data: bytes) -> Image.Image:
             register_heif_opener()
         except ImportError as error:
             # Not remembered as a broken image is: it can be read once that is installed.
-            told = "" if isinstance(error, ModuleNotFoundError) else f" (what is installed does not load: {error})"
-            raise UnreadSample(f"HEIC images need another package: pip install pillow-heif{told}") from None
+            detail = "" if isinstance(error, ModuleNotFoundError) else f" (what is installed does not load: {error})"
+            raise UnreadSample(f"HEIC images need another package: pip install pillow-heif{detail}") from None
     return Image.open(io.BytesIO(data))
 
 

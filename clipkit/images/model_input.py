@@ -66,10 +66,10 @@ def decoded(
     Returns:
         The items with pixels in place of what waited, or the reason why one cannot be decoded.
     """
-    found: list[Shown | BadSample | None] = list(items)
+    results: list[Shown | BadSample | None] = list(items)
     waiting = [(row, item) for row, item in enumerate(items) if isinstance(item, Waiting)]
     if not waiting:
-        return found
+        return results
     from clipkit.images.gpu_decode import decode_waiting
 
     pixels = torch.empty((len(waiting), 3, *preprocess.size), dtype=torch.uint8, device=device)
@@ -85,5 +85,5 @@ def decoded(
         pixels, [item._replace(row=at) for at, (_, item) in enumerate(waiting)], preprocess, device, fall_back
     )
     for at, (row, _) in enumerate(waiting):
-        found[row] = refused.get(at, pixels[at])
-    return found
+        results[row] = refused.get(at, pixels[at])
+    return results

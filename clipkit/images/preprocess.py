@@ -93,8 +93,8 @@ class Preprocess(BaseModel):
             # By factors, not by size, to place a last row that counts in part. Torch rounds their product with the size
             # down, and must not fall below what is wanted.
             factors = [
-                wanted / min(length * scale, found) * (1 + 1e-9)
-                for wanted, length, found in zip((height, width), full[::-1], pixels.shape, strict=False)
+                wanted / min(length * scale, actual) * (1 + 1e-9)
+                for wanted, length, actual in zip((height, width), full[::-1], pixels.shape, strict=False)
             ]
             image = interpolate(image, scale_factor=factors, mode=self.interpolation, antialias=True)
         return self._centred(image[0].permute(1, 2, 0).numpy())

@@ -23,8 +23,8 @@ def step_of(folder: Path) -> int:
 
 def checkpoints(run: Path) -> list[Path]:
     """The published checkpoints of a run, oldest first."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if STEP.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=step_of)
+    folders = [path for path in (run / "checkpoints").glob("step-*") if STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(folders, key=step_of)
 
 
 def best_checkpoint(run: Path, until: int | None = None) -> tuple[Path, float | None] | None:

@@ -40,12 +40,12 @@ def in_blocks(encode: Callable[[Tensor], Tensor], rows: Tensor, height: int) -> 
         rows: ``[n, …]``, one at least.
         height: of the blocks.
     """
-    found = []
+    encoded = []
     for block in rows.split(height):
         missing = height - len(block)
         filled = torch.cat([block, block[:1].expand(missing, *block.shape[1:])]) if missing else block
-        found.append(encode(filled)[: len(block)])
-    return torch.cat(found)
+        encoded.append(encode(filled)[: len(block)])
+    return torch.cat(encoded)
 
 
 class DualEncoder(nn.Module, ABC):
@@ -313,7 +313,7 @@ class DualEncoder(nn.Module, ABC):
             texts: any number.
             batch_size: at most so many at a time.
         """
-        found = np.empty((len(texts), self.embed_dim), np.float32)
+        vectors = np.empty((len(texts), self.embed_dim), np.float32)
         order = sorted(range(len(texts)), key=lambda at: len(texts[at]))
         # Tokens of many at a time, so that few blocks have to be filled up, and not of all: they are 600 bytes a text.
         for start in range(0, len(texts), TEXTS):
@@ -322,9 +322,9 @@ class DualEncoder(nn.Module, ABC):
             kept = -(-self._needed_lengths(tokens) // GRAIN) * GRAIN
             for length in kept.unique().tolist():
                 among, block = kept == length, self.text_block(length, batch_size)
-                some = tokens[among, :length].to(self.device)
-                found[np.array(chosen)[among.numpy()]] = in_blocks(self.encode_text, some, block).cpu().numpy()
-        return found
+                rows = tokens[among, :length].to(self.device)
+                vectors[np.array(chosen)[among.numpy()]] = in_blocks(self.encode_text, rows, block).cpu().numpy()
+        return vectors
 
     @functools.cached_property
     def tokenizer_state(self) -> str:
@@ -354,8 +354,8 @@ class DualEncoder(nn.Module, ABC):
             hasher.update(f"{name}{list(tensor.shape)}".encode())
             values: Any = tensor.to("cpu", torch.float32).contiguous().numpy()  # numpy's stubs know no buffers
             hasher.update(values)
-        about = [self.preprocess.model_dump(mode="json"), self.context_length, self.activation]
-        hasher.update(json.dumps(about, sort_keys=True).encode())
+        facts = [self.preprocess.model_dump(mode="json"), self.context_length, self.activation]
+        hasher.update(json.dumps(facts, sort_keys=True).encode())
         hasher.update(self.tokenizer_state.encode("utf-8", "surrogatepass"))
         return hasher.hexdigest()
 
@@ -373,7 +373,7 @@ class DualEncoder(nn.Module, ABC):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = self._weights(weights)
         self._save_backbone(folder, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-        about = {
+        facts = {
             "fingerprint": self.fingerprint(weights),
             "embed_dim": self.embed_dim,
             "context_length": self.context_length,
@@ -382,7 +382,7 @@ class DualEncoder(nn.Module, ABC):
             "logit_bias": float(tensors["logit_bias"]) if "logit_bias" in tensors else None,
             "preprocess": self.preprocess.model_dump(mode="json"),
         }
-        write_json(folder / MODEL_FILE, about)
+        write_json(folder / MODEL_FILE, facts)
         # safetensors lets nobody but the owner read what it writes, and a model is for those who embed with it, too.
         shutil.copymode(folder / MODEL_FILE, folder / "model.safetensors")
 

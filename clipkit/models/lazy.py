@@ -79,8 +79,8 @@ class LazyModel:
         Raises:
             ClipkitError: see `clipkit.models.load_model`; or where its files changed without it showing.
         """
-        towers, found = self._loaded
-        if found != self.facts:
+        towers, facts = self._loaded
+        if facts != self.facts:
             raise ClipkitError(f"{self.spec} is another model than it was, under the same sizes and times; touch it")
         return towers
 
@@ -113,10 +113,10 @@ def _facts(towers: "DualEncoder", precision: str) -> ModelFacts:
 
 
 def _stamps(folder: Path) -> list[Any]:
-    found = []
+    stamps = []
     for above, folders, files in os.walk(folder):
         folders.sort()
         for name in sorted(files):
-            about = Path(above, name).stat()
-            found.append((Path(above, name).relative_to(folder).as_posix(), about.st_size, about.st_mtime_ns))
-    return found
+            status = Path(above, name).stat()
+            stamps.append((Path(above, name).relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns))
+    return stamps

@@ -68,11 +68,11 @@ def spec_of(manifest: dict[str, Any], artifact: Path, spec: str | None = None) -
     if spec is not None:
         return spec
     made_with = manifest["model"]
-    found = str(made_with.get("spec") or artifact / made_with["path"])
-    if "path" in made_with and not Path(found).is_dir():
+    place = str(made_with.get("spec") or artifact / made_with["path"])
+    if "path" in made_with and not Path(place).is_dir():
         known = made_with["fingerprint"][:12]
-        raise ClipkitError(f"the model of {artifact} ({known}) is not at {found} any more; name it with --model")
-    return found
+        raise ClipkitError(f"the model of {artifact} ({known}) is not at {place} any more; name it with --model")
+    return place
 
 
 def refuse_another(manifest: dict[str, Any], artifact: Path, spec: str, fingerprint: str) -> None:

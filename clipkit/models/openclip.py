@@ -71,7 +71,7 @@ class OpenClipEncoder(DualEncoder):
             raise ClipkitError(f"open_clip has no model {name!r}{did_you_mean(name, open_clip.list_models())}")
         if tag is None:
             model = _build(model_cfg)
-            found: dict[str, Any] = {}
+            preprocess_cfg: dict[str, Any] = {}
         else:
             tags = open_clip.list_pretrained_tags_by_model(name)
             weights = open_clip.get_pretrained_cfg(name, tag)
@@ -86,8 +86,8 @@ class OpenClipEncoder(DualEncoder):
                 model: Any = open_clip.create_model(
                     name, tag, force_quick_gelu=model_cfg["quick_gelu"], require_pretrained=True
                 )
-            found = dict(model.visual.preprocess_cfg)
-        settings = {**_known(found), "size": _image_size(model)}
+            preprocess_cfg = dict(model.visual.preprocess_cfg)
+        settings = {**_known(preprocess_cfg), "size": _image_size(model)}
         return cls(model, model_cfg, load_openclip_tokenizer(model_cfg, name), _preprocess(settings))
 
     @classmethod

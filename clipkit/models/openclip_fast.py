@@ -96,8 +96,8 @@ def attend_qkv(qkv: Tensor, heads: int, mask: Tensor | None) -> Tensor:
     if mask is not None:
         mask = mask.to(q.dtype)
         mask = mask if mask.ndim == 2 else mask.view(n, heads, length, length)
-    found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return found.transpose(1, 2).reshape(n, length, width // 3)
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return attended.transpose(1, 2).reshape(n, length, width // 3)
 
 
 class _Bf16Attention(torch.autograd.Function):
@@ -131,12 +131,12 @@ class _Bf16Attention(torch.autograd.Function):
         of_found = gradient.view(n, length, -1, depth).transpose(1, 2).reshape(q.shape)
         of_shares = torch.bmm(of_found, v.transpose(1, 2))
         of_similarities = torch._softmax_backward_data(of_shares, shares, -1, shares.dtype)
-        found = torch.empty_like(parts)
-        torch.bmm(of_similarities, k, out=found[0])
-        torch.bmm(of_similarities.transpose(1, 2), q, out=found[1])
-        torch.bmm(shares.transpose(1, 2), of_found, out=found[2])
-        found[:2] *= depth**-0.5
-        return found.view(3, n, -1, length, depth).permute(1, 3, 0, 2, 4).reshape(n, length, 3 * width), None, None
+        gradients = torch.empty_like(parts)
+        torch.bmm(of_similarities, k, out=gradients[0])
+        torch.bmm(of_similarities.transpose(1, 2), q, out=gradients[1])
+        torch.bmm(shares.transpose(1, 2), of_found, out=gradients[2])
+        gradients[:2] *= depth**-0.5
+        return gradients.view(3, n, -1, length, depth).permute(1, 3, 0, 2, 4).reshape(n, length, 3 * width), None, None
 
 
 def speed_up(backbone: nn.Module) -> nn.Module:

@@ -121,10 +121,10 @@ def _settings(model: DualEncoder, side: Side) -> dict[str, Any]:
         return _of_config(config.vision_config if side == "image" else config.text_config)
     part, kind = ("vision_cfg", CLIPVisionCfg) if side == "image" else ("text_cfg", CLIPTextCfg)
     given, wanted = model.model_cfg[part], VISION_SETTINGS | TEXT_SETTINGS | CUSTOM_SETTINGS
-    found = {f.name: given.get(f.name, f.default) for f in fields(kind) if f.name in wanted}
+    settings = {f.name: given.get(f.name, f.default) for f in fields(kind) if f.name in wanted}
     root = model.layouts()[side].root
     modules = [m for name, m in model.backbone.named_modules() if under(name, root)]
-    return found | {"quick_gelu": any(isinstance(m, QuickGELU) for m in modules)}
+    return settings | {"quick_gelu": any(isinstance(m, QuickGELU) for m in modules)}
 
 
 def _of_config(config: Any) -> dict[str, Any]:

@@ -148,9 +148,9 @@ def _pair(kind: str, mine: Scan, row: int, other: Scan, other_row: int, distance
 
 
 def _unusable(mine: Scan) -> np.ndarray:
-    found = np.zeros(len(mine), bool)
-    found[list(mine.unusable())] = True
-    return found
+    unusable = np.zeros(len(mine), bool)
+    unusable[list(mine.unusable())] = True
+    return unusable
 
 
 def _exact(mine: Scan) -> np.ndarray:
@@ -237,19 +237,19 @@ def _keys_in_several_shards(mine: Scan) -> list[Finding]:
 
 def _captions(mine: Scan, context_length: int | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The captions that most samples have, and the figures."""
-    found = np.unique(mine.captions[["text", "row"]])  # one image may say the same twice
-    _, index, inverse, count = np.unique(found["text"], return_index=True, return_inverse=True, return_counts=True)
+    pairs = np.unique(mine.captions[["text", "row"]])  # one image may say the same twice
+    _, index, inverse, count = np.unique(pairs["text"], return_index=True, return_inverse=True, return_counts=True)
     often = np.flatnonzero(count > 1)
     top = often[np.argsort(-count[often], kind="stable")][:FREQUENT]
     frequent = [
-        {"caption": _text_of(mine, int(found["row"][index[i]]), int(found["text"][index[i]])), "samples": int(count[i])}
+        {"caption": _text_of(mine, int(pairs["row"][index[i]]), int(pairs["text"][index[i]])), "samples": int(count[i])}
         for i in top
     ]
     tokens = mine.captions["tokens"]
     counted = context_length is not None and len(tokens) > 0
     return frequent, {
         "duplicate_captions": len(often),
-        "samples_with_duplicate_captions": len(np.unique(found["row"][(count > 1)[inverse]])),
+        "samples_with_duplicate_captions": len(np.unique(pairs["row"][(count > 1)[inverse]])),
         "captions_cut": int((tokens > context_length).sum()) if counted else 0,
         "context_length": context_length,
         "tokens_mean": float(tokens.mean()) if counted else None,

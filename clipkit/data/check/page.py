@@ -74,8 +74,8 @@ def write_check_page(mine: Scan, verdict: Verdict, others: list[Scan], where: Pa
         page.sheet([(image, _captions_of(mine, row), False) for row in sorted(rows) if (image := _image(mine, row))])
     flat = rng.permutation(np.flatnonzero(mine.samples["flat"]))[:SHOWN].tolist()
     if flat:
-        about = f"{figures['flat_images']:,} images have hardly any contrast, so their looks say nothing; of them:"
-        page.heading("Even surfaces", about)
+        note = f"{figures['flat_images']:,} images have hardly any contrast, so their looks say nothing; of them:"
+        page.heading("Even surfaces", note)
         page.sheet([(image, mine.place(row)[1], False) for row in sorted(flat) if (image := _image(mine, row))])
     page.heading("All figures", "Under the names that they have in the JSON.")
     page.table(
@@ -96,8 +96,8 @@ def _headline(verdict: Verdict) -> str:
 
 
 def _wrong(page: Report, mine: Scan, verdict: Verdict) -> None:
-    about = "Quick check: headers and bytes only, nothing was decoded." if mine.quick else ""
-    page.heading("What was found", about)
+    note = "Quick check: headers and bytes only, nothing was decoded." if mine.quick else ""
+    page.heading("What was found", note)
     rows = [
         {"kind": kind, "": "defect" if defect else "note", "count": f"{verdict.figures[kind]:,}", "meaning": meaning}
         for kind, (defect, meaning) in FINDING_KINDS.items()
@@ -125,15 +125,15 @@ def _pairs(page: Report, mine: Scan, verdict: Verdict, others: list[Scan]) -> No
         ("near_duplicate", "Near duplicates", "Left: the picture. Right: the one that it looks like. Farthest first."),
         ("duplicate", "Exact duplicates", "The same bytes under two keys."),
     )
-    for kind, title, about in sections:
-        found = [finding for finding in verdict.findings if finding.kind == kind]
-        if not found:
+    for kind, title, note in sections:
+        findings = [finding for finding in verdict.findings if finding.kind == kind]
+        if not findings:
             continue
-        page.heading(f"{title}: {len(found):,}", about)
+        page.heading(f"{title}: {len(findings):,}", note)
         # The farthest are where a wrong one would be.
-        found.sort(key=lambda finding: -(finding.distance or 0))
+        findings.sort(key=lambda finding: -(finding.distance or 0))
         shown = []
-        for finding in found[:SHOWN]:
+        for finding in findings[:SHOWN]:
             one = _image(mine, finding.row)
             other = _image(by_name[finding.other] if finding.other else mine, finding.other_row)
             if one is not None and other is not None:

@@ -122,19 +122,19 @@ def _compare(
     one: np.ndarray, other: np.ndarray, first: np.ndarray, end: np.ndarray, order: np.ndarray, distance: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Row `i` of `one` with the rows ``order[first[i]:end[i]]`` of `other`, `CANDIDATES_AT_ONCE` at a time."""
-    asked = np.flatnonzero(end > first)
-    total = np.concatenate([[0], np.cumsum((end - first)[asked])])
+    asking = np.flatnonzero(end > first)
+    total = np.concatenate([[0], np.cumsum((end - first)[asking])])
     for begin in range(0, int(total[-1]), CANDIDATES_AT_ONCE):
         wanted = np.arange(begin, min(begin + CANDIDATES_AT_ONCE, int(total[-1])))
         lo = np.searchsorted(total, begin, "right") - 1
         hi = np.searchsorted(total, wanted[-1], "right")
         which = lo + np.repeat(np.arange(hi - lo), np.diff(np.clip(total[lo : hi + 1], begin, wanted[-1] + 1)))
-        rows = asked[which]
-        found = order[first[rows] + (wanted - total[which])]
-        differing = np.bitwise_count(one[rows] ^ other[found])
+        rows = asking[which]
+        candidates = order[first[rows] + (wanted - total[which])]
+        differing = np.bitwise_count(one[rows] ^ other[candidates])
         near = np.flatnonzero(differing <= distance)
         if len(near):
-            yield rows[near], found[near], differing[near].astype(np.int64)
+            yield rows[near], candidates[near], differing[near].astype(np.int64)
 
 
 def nearest(
@@ -155,8 +155,8 @@ def nearest(
     for mine, theirs, differing in near_pairs(hashes, known, distance):
         agree = colours_agree(colours[mine], known_colours[theirs])
         np.minimum.at(best, mine[agree], (differing[agree] << 48) | theirs[agree])
-    found = best != np.iinfo(np.int64).max
-    return np.where(found, best & ((1 << 48) - 1), -1), np.where(found, best >> 48, 0)
+    has_near = best != np.iinfo(np.int64).max
+    return np.where(has_near, best & ((1 << 48) - 1), -1), np.where(has_near, best >> 48, 0)
 
 
 def near_duplicates(hashes: np.ndarray, colours: np.ndarray, distance: int) -> np.ndarray:

@@ -163,8 +163,8 @@ def open_parts(spec: str, **columns: Any) -> tuple[list[ScannedPart], list[Findi
         named = named_shards(spec)
         names = shard_names([tar for tar, _ in named])
         for (tar, record), name in progress(zip(named, names, strict=True), "shards", len(named), "shards"):
-            shards, found = open_shard(tar, record)
-            findings += [Finding(kind, name, key, why) for kind, key, why in found]
+            shards, problems = open_shard(tar, record)
+            findings += [Finding(kind, name, key, why) for kind, key, why in problems]
             if shards is not None and len(shards):
                 parts.append(ScannedPart(ShardSource(str(tar), shards), name))
     start = 0
@@ -260,12 +260,12 @@ class Scan:
 
     def unusable(self) -> dict[int, str]:
         """Rows of samples that cannot be trained on, with the reason."""
-        found: dict[int, str] = {}
+        reasons: dict[int, str] = {}
         for finding in self.findings:
             if finding.row >= 0 and finding.kind in UNUSABLE:
-                before = f"{found[finding.row]}; " if finding.row in found else ""
-                found[finding.row] = before + finding.reason
-        return found
+                before = f"{reasons[finding.row]}; " if finding.row in reasons else ""
+                reasons[finding.row] = before + finding.reason
+        return reasons
 
     def keep_defects(self) -> None:
         """Store beside each shard what cannot be trained on, so that training leaves it out of its plan."""
@@ -347,5 +347,5 @@ def _looks(parts: Sequence[ScannedPart], quick: bool, captions: bool, threads: i
         return [(part, i, _look(part, i, quick, wanted)) for i in rows]
 
     places = ((part, first) for part in parts for first in range(0, len(part.source), TASK))
-    for found in in_threads(task, places, threads, ahead=4 * threads):
-        yield from found
+    for placed in in_threads(task, places, threads, ahead=4 * threads):
+        yield from placed

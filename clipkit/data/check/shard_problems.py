@@ -44,28 +44,28 @@ def open_shard(tar: Path, record: dict[str, Any]) -> tuple[Shards | None, list[P
     """
     if not tar.is_file():
         return None, [("shard_missing", None, "it is named, and it is not there")]
-    found: list[Problem] = []
+    problems: list[Problem] = []
     size = tar.stat().st_size
     if size != record.get("bytes", size):
-        found.append(("shard_changed", None, f"{size:,} bytes, the manifest says {record['bytes']:,}"))
+        problems.append(("shard_changed", None, f"{size:,} bytes, the manifest says {record['bytes']:,}"))
     elif "blake2b" in record:
         with tar.open("rb") as handle:
             digest = hashlib.file_digest(handle, "blake2b").hexdigest()
         if digest != record["blake2b"]:
             reason = f"checksum {digest[:12]}, the manifest says {record['blake2b'][:12]}"
-            found.append(("shard_changed", None, reason))
+            problems.append(("shard_changed", None, reason))
     if size == 0:
-        return None, [*found, ("shard_empty", None, "the file is empty (0 bytes)")]
+        return None, [*problems, ("shard_empty", None, "the file is empty (0 bytes)")]
     try:
         shards = Shards([tar])
     except ClipkitError as error:
-        return None, [*found, ("shard_unreadable", None, str(error))]
+        return None, [*problems, ("shard_unreadable", None, str(error))]
     inside = [problem for _, problem in index_problems(shards)]
-    found += inside
+    problems += inside
     known_empty = any(kind == "shard_empty" for kind, _, _ in inside)
     if len(shards) != record.get("samples", len(shards)) and not known_empty:
-        found.append(("shard_changed", None, f"{len(shards):,} samples, the manifest says {record['samples']:,}"))
-    return shards, found
+        problems.append(("shard_changed", None, f"{len(shards):,} samples, the manifest says {record['samples']:,}"))
+    return shards, problems
 
 
 def index_problems(shards: Shards) -> Iterator[tuple[str, Problem]]:

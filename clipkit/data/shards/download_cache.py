@@ -37,10 +37,10 @@ class Spool:
         self.limit = limit or 64 << 30
         self.urls = list(urls)
         self._about = []
-        for url, about in zip(self.urls, sizes_and_stamps(self.urls), strict=True):
-            if about is None:
+        for url, facts in zip(self.urls, sizes_and_stamps(self.urls), strict=True):
+            if facts is None:
                 raise ClipkitError(f"{url}: there is no such shard, or it cannot be reached")
-            self._about.append(about)
+            self._about.append(facts)
         names = [PurePosixPath(url.partition("?")[0]).name for url in self.urls]
         if len(set(names)) < len(names):
             names = [f"{number:06d}-{name}" for number, name in enumerate(names)]
@@ -58,19 +58,19 @@ class Spool:
 
     def index(self, tar: Path) -> TarIndex | None:
         """The index of a shard where it is known here, or stands beside it on the remote side."""
-        found = load_index(tar, self.stamp(tar))
-        if found is None:
+        index = load_index(tar, self.stamp(tar))
+        if index is None:
             number = self._number[tar]
             beside = self.urls[number].removesuffix(".tar") + SIDECAR_SUFFIX
             try:
-                found, made_of = parse_index(read_bytes(beside, retries=0))
+                index, made_of = parse_index(read_bytes(beside, retries=0))
             except ClipkitError:
                 return None
             # Uploaded with its shard, it carries the time of another disk: the size must do.
             if made_of.partition(" ")[0] != str(self._about[number][0]):
                 return None
-            write_index(tar, found, self.stamp(tar))
-        return found
+            write_index(tar, index, self.stamp(tar))
+        return index
 
     def get(self, tar: Path) -> Path:
         """The shard on the local disk, fetched where it is not there.
@@ -104,10 +104,10 @@ class Spool:
         standing = []
         for path in everything.glob("*/*.tar"):
             try:
-                found = path.stat()
+                status = path.stat()
             except FileNotFoundError:
                 continue
-            standing.append((found.st_mtime_ns, found.st_size, path))
+            standing.append((status.st_mtime_ns, status.st_size, path))
         total = sum(size for _, size, _ in standing)
         for _, size, path in sorted(standing):
             if total <= self.limit:
@@ -117,11 +117,11 @@ class Spool:
 
     def ahead(self, tars: list[Path]) -> None:
         """Begin to fetch these, at most four at a time and half of the limit, without waiting for them."""
-        held = 0
+        size = 0
         with self._lock:
             for tar in tars:
-                held += self._about[self._number[tar]][0]
-                if len(self._coming) >= FETCHED_AHEAD or held > self.limit // 2:
+                size += self._about[self._number[tar]][0]
+                if len(self._coming) >= FETCHED_AHEAD or size > self.limit // 2:
                     return
                 if tar not in self._coming and not tar.exists():
                     self._coming.add(tar)

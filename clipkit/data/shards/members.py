@@ -36,8 +36,8 @@ def captions_of(members: dict[str, bytes]) -> tuple[tuple[str, ...], dict[str, A
     single = columns.pop("caption", None)
     if listed is None:
         listed = text if text is not None else single
-    found = listed if isinstance(listed, list) else [listed]
-    return tuple(well_formed(c.strip()) for c in found if isinstance(c, str) and c.strip()), columns
+    captions = listed if isinstance(listed, list) else [listed]
+    return tuple(well_formed(c.strip()) for c in captions if isinstance(c, str) and c.strip()), columns
 
 
 def well_formed(text: str) -> str:

@@ -85,23 +85,23 @@ class Shards(Sequence[dict[str, bytes]]):
             ClipkitError: where other samples stand in it than when it was opened.
         """
         with self._lock:
-            found = self._indexes.get(number)
-            if found is not None:
+            index = self._indexes.get(number)
+            if index is not None:
                 self._indexes.move_to_end(number)
-                return found
+                return index
         tar = self.tars[number]
         stamp = self._stamp(number)
-        found = self.spool.index(tar) if self.spool else load_index(tar, stamp)
-        if found is None:
-            found = index_tar(self.local(number))
-            write_index(tar, found, stamp)
-        if number < len(self._digests) and found.digest != self._digests[number]:
+        index = self.spool.index(tar) if self.spool else load_index(tar, stamp)
+        if index is None:
+            index = index_tar(self.local(number))
+            write_index(tar, index, stamp)
+        if number < len(self._digests) and index.digest != self._digests[number]:
             raise self._changed(number)
         with self._lock:
-            self._indexes[number] = found
+            self._indexes[number] = index
             if len(self._indexes) > MAX_OPEN:
                 self._indexes.popitem(last=False)
-        return found
+        return index
 
     def _stamp(self, number: int) -> str:
         return self.spool.stamp(self.tars[number]) if self.spool else stamp_of(self.tars[number])
@@ -116,17 +116,17 @@ class Shards(Sequence[dict[str, bytes]]):
             ClipkitError: where a shard has changed since it was opened, and its samples are not those.
         """
         records = manifest_records(self.tars)
-        found = []
+        contents = []
         for number, tar in enumerate(self.tars):
             if (stamp := self._stamp(number)) != self._stamps[number]:
                 raise self._changed(number)
             record = records.get(tar, {})
             # One that was changed behind the manifest's back has another size, or is found by a check.
             if "blake2b" in record and record["bytes"] == tar.stat().st_size:
-                found.append(f"{record['bytes']} {record['blake2b']}")
+                contents.append(f"{record['bytes']} {record['blake2b']}")
             else:
-                found.append(stamp)
-        return found
+                contents.append(stamp)
+        return contents
 
     def defects(self, number: int) -> dict[str, str]:
         """What a check found in one shard: key in the shard to reason; empty where it was not checked or is clean."""
@@ -222,14 +222,14 @@ class Shards(Sequence[dict[str, bytes]]):
         try:
             # Opening costs some 10 us and needs no cache of descriptors that forks and threads would share.
             with path.open("rb", buffering=0) as handle:
-                found = {ext: os.pread(handle.fileno(), size, offset) for ext, (offset, size) in members.items()}
+                data = {ext: os.pread(handle.fileno(), size, offset) for ext, (offset, size) in members.items()}
         except FileNotFoundError:
             raise
         except OSError as error:
             raise ClipkitError(f"cannot read {path}: {error.strerror}") from error
-        if any(len(found[ext]) != size for ext, (_, size) in members.items()):
+        if any(len(data[ext]) != size for ext, (_, size) in members.items()):
             raise ClipkitError(f"{path} ends before sample {self.key(i)!r}; it was cut after it was indexed")
-        return found
+        return data
 
     def __getitem__(self, i: int) -> dict[str, bytes]:  # type: ignore[override]
         return self.read(i)
@@ -240,7 +240,7 @@ class Shards(Sequence[dict[str, bytes]]):
 
 def keys_repeat(sets: Sequence[Shards]) -> bool:
     """Whether two samples of these shards have one key, so that the shard's name must tell them apart."""
-    ordered = sorted(found for shards in sets for found in shards.key_ranges)
+    ordered = sorted(key_range for shards in sets for key_range in shards.key_ranges)
     if not any(before[1] >= after[0] for before, after in pairwise(ordered)):
         return False
     # 8 bytes per sample for a moment, and only where the key ranges of shards overlap.

@@ -48,13 +48,13 @@ def expand(spec: str) -> list[Path]:
     Raises:
         ClipkitError: where one does not exist, a folder holds none, or it is one that `clipkit pack` has not finished.
     """
-    found = named_tars(spec)
-    for path in found:
+    tars = named_tars(spec)
+    for path in tars:
         if not path.is_file():
             raise ClipkitError(f"no such shard: {path}")
-    if not found:
+    if not tars:
         raise ClipkitError(f"no shards (*.tar) in {spec}")
-    return found
+    return tars
 
 
 def manifest_records(tars: Iterable[Path]) -> dict[Path, dict[str, Any]]:

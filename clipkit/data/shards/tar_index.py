@@ -88,8 +88,8 @@ class TarIndex:
     @cached_property
     def key_range(self) -> tuple[str, str]:
         """The smallest and the largest key; where ranges of shards do not overlap, no key stands in two of them."""
-        found = pc.min_max(self.table["key"]).as_py()
-        return found["min"] or "", found["max"] or ""
+        ends = pc.min_max(self.table["key"]).as_py()
+        return ends["min"] or "", ends["max"] or ""
 
     @cached_property
     def digest(self) -> str:
@@ -114,15 +114,15 @@ class TarIndex:
         flat = pc.list_flatten(column).dictionary_encode()
         good = np.array([wanted(ext) for ext in flat.dictionary.to_pylist()], bool)
         owner = pc.list_parent_indices(column).to_numpy(zero_copy_only=False)
-        found = np.zeros(len(self), bool)
-        found[owner[good[flat.indices.to_numpy(zero_copy_only=False)]]] = True
-        return np.flatnonzero(~found).tolist()
+        present = np.zeros(len(self), bool)
+        present[owner[good[flat.indices.to_numpy(zero_copy_only=False)]]] = True
+        return np.flatnonzero(~present).tolist()
 
 
 def stamp_of(tar: Path) -> str:
     """Size and time of a tar. The time too: tar pads to 10 KiB, so one that was made again is often just as long."""
-    found = tar.stat()
-    return f"{found.st_size} {found.st_mtime_ns}"
+    status = tar.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def index_tar(path: Path) -> TarIndex:
@@ -193,10 +193,10 @@ def fits(tar: Path, index: TarIndex) -> bool:
         for offset, size in zip(*flat, strict=True):
             header = os.pread(handle.fileno(), BLOCK, offset - BLOCK)
             try:
-                found = int(header[124:135].rstrip(b" \0") or b"0", 8)
+                header_size = int(header[124:135].rstrip(b" \0") or b"0", 8)
             except ValueError:
-                found = size  # a size in base 256, of members above 8 GiB
-            if header[257:262] != USTAR or found != size:
+                header_size = size  # a size in base 256, of members above 8 GiB
+            if header[257:262] != USTAR or header_size != size:
                 return False
     return True
 
@@ -226,7 +226,7 @@ def _write_beside(tar: Path, suffix: str, write: Callable[[Path], None]) -> None
 
 def write_index(tar: Path, index: TarIndex, stamp: str | None = None) -> None:
     """Keep the index of a tar, with the stamp of what it describes."""
-    about = {
+    metadata = {
         "layout": LAYOUT,
         "tar": stamp or stamp_of(tar),
         "problems": json.dumps(index.problems),
@@ -236,7 +236,7 @@ def write_index(tar: Path, index: TarIndex, stamp: str | None = None) -> None:
         "without_image": json.dumps(index.without_image),
         "without_text": json.dumps(index.without_text),
     }
-    table = index.table.replace_schema_metadata(about)
+    table = index.table.replace_schema_metadata(metadata)
 
     def write(path: Path) -> None:
         with atomic_write(path) as stream, pa.ipc.new_file(stream, table.schema) as writer:
@@ -274,17 +274,20 @@ def parse_index(stream: Any) -> tuple[TarIndex, str]:
         table = pa.ipc.open_file(stream).read_all()
     except pa.ArrowInvalid as error:
         raise ClipkitError(f"no index of a tar: {error}") from error
-    about = {name.decode(): value.decode() for name, value in (table.schema.metadata or {}).items()}
-    if about.get("layout") != LAYOUT:
-        raise ClipkitError(f"an index of another layout ({about.get('layout')}; this one reads {LAYOUT})")
-    index = TarIndex(table, json.loads(about["problems"]))
+    metadata = {name.decode(): value.decode() for name, value in (table.schema.metadata or {}).items()}
+    if metadata.get("layout") != LAYOUT:
+        raise ClipkitError(f"an index of another layout ({metadata.get('layout')}; this one reads {LAYOUT})")
+    index = TarIndex(table, json.loads(metadata["problems"]))
     # What costs a pass over the table was worked out when it was written.
-    index.digest = about["digest"]
-    low, high = json.loads(about["key_range"])
+    index.digest = metadata["digest"]
+    low, high = json.loads(metadata["key_range"])
     index.key_range = low, high
-    index.extensions = set(json.loads(about["extensions"]))
-    index.without_image, index.without_text = json.loads(about["without_image"]), json.loads(about["without_text"])
-    return index, about["tar"]
+    index.extensions = set(json.loads(metadata["extensions"]))
+    index.without_image, index.without_text = (
+        json.loads(metadata["without_image"]),
+        json.loads(metadata["without_text"]),
+    )
+    return index, metadata["tar"]
 
 
 def write_defects(tar: Path, defects: dict[str, str], stamp: str | None = None) -> None:
@@ -292,17 +295,17 @@ def write_defects(tar: Path, defects: dict[str, str], stamp: str | None = None) 
 
     An empty mapping says that the shard was checked and is clean. Training leaves these samples out of its plan.
     """
-    about = {"tar": stamp or stamp_of(tar), "defects": defects}
-    _write_beside(tar, DEFECTS_SUFFIX, lambda path: write_json(path, about))
+    content = {"tar": stamp or stamp_of(tar), "defects": defects}
+    _write_beside(tar, DEFECTS_SUFFIX, lambda path: write_json(path, content))
 
 
 def read_defects(tar: Path, stamp: str | None = None) -> dict[str, str]:
     """What `write_defects` kept of the shard as it is now; empty where nothing is known."""
     for path in _places(tar, DEFECTS_SUFFIX):
         try:
-            about = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if isinstance(about, dict) and about.get("tar") == (stamp or stamp_of(tar)):
-            return about["defects"]
+        if isinstance(content, dict) and content.get("tar") == (stamp or stamp_of(tar)):
+            return content["defects"]
     return {}

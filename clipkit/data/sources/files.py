@@ -48,34 +48,34 @@ class Files:
 
     def size(self, i: int) -> int:
         """Bytes of file `i`; 0 where it is missing, or a server does not tell."""
-        about = self._about(i)
-        return about[0] if about else 0
+        facts = self._about(i)
+        return facts[0] if facts else 0
 
     def stamp(self, i: int) -> tuple[str, int, int | str] | None:
         """What tells the content of file `i` from another: name, size, and time or mark; None where nothing does."""
-        found = self._about(i)
-        return (self.names[i], *found) if found and found[1] != "" else None
+        facts = self._about(i)
+        return (self.names[i], *facts) if facts and facts[1] != "" else None
 
     def stamps(self) -> list[tuple[str, int, int | str]]:
         """For each file what tells its content from another: name, size, and time or mark; -1 where it is missing."""
-        found = [self._about(i) or (-1, -1) for i in range(len(self.names))]
-        return [(name, size, mark) for name, (size, mark) in zip(self.names, found, strict=True)]
+        facts = [self._about(i) or (-1, -1) for i in range(len(self.names))]
+        return [(name, size, mark) for name, (size, mark) in zip(self.names, facts, strict=True)]
 
     def _about(self, i: int) -> tuple[int, int | str] | None:
         place = self.at(i)
         if isinstance(place, str):
             return self._asked()[i]
         try:
-            found = place.stat()
+            status = place.stat()
         except (OSError, ValueError):  # the latter of a name that no file can have, such as one with a zero byte
             return None
-        return found.st_size, found.st_mtime_ns
+        return status.st_size, status.st_mtime_ns
 
     def _asked(self) -> dict[int, tuple[int, str] | None]:
         # A request each with most servers, so all of them at once, and once.
         if self._remote is None:
             places = {i: place for i in range(len(self.names)) if isinstance(place := self.at(i), str)}
             note(f"asking for the size and state of {len(places):,} remote files")
-            found = sizes_and_stamps(list(places.values()), timeout=IMAGE_TIMEOUT, retries=2)
-            self._remote = dict(zip(places, found, strict=True))
+            facts = sizes_and_stamps(list(places.values()), timeout=IMAGE_TIMEOUT, retries=2)
+            self._remote = dict(zip(places, facts, strict=True))
         return self._remote

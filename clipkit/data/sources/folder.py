@@ -82,8 +82,8 @@ class FolderSource:
         except ClipkitError as error:
             raise UnreadSample(str(error)) from error
         captions, columns = captions_of(members)
-        about = {"path": self.key(i), **own_columns(columns)}
-        return Sample(self.key(i), self._files.at(i), extension_of(name), captions, about)
+        all_columns = {"path": self.key(i), **own_columns(columns)}
+        return Sample(self.key(i), self._files.at(i), extension_of(name), captions, all_columns)
 
     def without_image(self, i: int) -> Sample:
         return self[i]

@@ -43,8 +43,8 @@ class Globs:
         return bool(self.include or self.exclude)
 
     def __str__(self) -> str:
-        told = [f"--include {pattern}" for pattern in self.include]
-        return " ".join([*told, *(f"--exclude {pattern}" for pattern in self.exclude)])
+        options = [f"--include {pattern}" for pattern in self.include]
+        return " ".join([*options, *(f"--exclude {pattern}" for pattern in self.exclude)])
 
     def passes(self, path: str) -> bool:
         """Whether this path, or URL, is wanted."""

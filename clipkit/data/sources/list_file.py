@@ -100,9 +100,9 @@ class ListSource:
                 values = [row.get(column) for row in rows]
                 alike = all(value == values[0] for value in values[1:])
                 columns[column] = values[0] if alike else values
-        about = {"path": self.key(i), **own_columns(columns)}
+        all_columns = {"path": self.key(i), **own_columns(columns)}
         kept = tuple(text for text in captions if text)
-        return Sample(self.key(i), self._files.at(i), extension_of(name), kept, about, left_out=tuple(empty))
+        return Sample(self.key(i), self._files.at(i), extension_of(name), kept, all_columns, left_out=tuple(empty))
 
     def without_image(self, i: int) -> Sample:
         return self[i]
@@ -132,9 +132,9 @@ def _find_column(
             f"{spec} has no column {wanted!r}; its columns are {', '.join(columns)}; name one with --{what}-column"
         )
     by_lower = {column.lower(): column for column in reversed(columns)}
-    found = next((by_lower[name] for name in usual if name in by_lower), None)
-    if found is None and required:
+    chosen = next((by_lower[name] for name in usual if name in by_lower), None)
+    if chosen is None and required:
         raise ClipkitError(
             f"{spec} has no {what} column; its columns are {', '.join(columns)}; name it with --{what}-column"
         )
-    return found
+    return chosen

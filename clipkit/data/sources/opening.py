@@ -64,8 +64,8 @@ def open_source(
 def _open_remote(spec: str, globs: Globs | None) -> ShardSource | FolderSource:
     if spec.partition("?")[0].endswith(".tar"):
         return ShardSource(spec)
-    found = list_files(spec)
-    suffixes = {PurePosixPath(url.partition("?")[0]).suffix.lower() for url in found}
+    urls = list_files(spec)
+    suffixes = {PurePosixPath(url.partition("?")[0]).suffix.lower() for url in urls}
     return (
-        ShardSource(spec) if ".tar" in suffixes and not IMAGE_SUFFIXES & suffixes else FolderSource(spec, found, globs)
+        ShardSource(spec) if ".tar" in suffixes and not IMAGE_SUFFIXES & suffixes else FolderSource(spec, urls, globs)
     )

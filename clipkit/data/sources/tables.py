@@ -52,15 +52,15 @@ def _opened(spec: str) -> BinaryIO:
 
 def _json_table(name: str, data: bytes) -> list[dict[str, Any]]:
     try:
-        found = json.loads(data.removeprefix(b"\xef\xbb\xbf"))
+        content = json.loads(data.removeprefix(b"\xef\xbb\xbf"))
     except UnicodeDecodeError:
         raise
     except ValueError as error:
         raise ClipkitError(f"{name} is not valid JSON: {error}") from error
-    if isinstance(found, dict) and isinstance(found.get("images"), list):
-        return list(_coco_rows(name, found["images"], found.get("annotations") or []))
-    if isinstance(found, list) and all(isinstance(row, dict) for row in found):
-        return found
+    if isinstance(content, dict) and isinstance(content.get("images"), list):
+        return list(_coco_rows(name, content["images"], content.get("annotations") or []))
+    if isinstance(content, list) and all(isinstance(row, dict) for row in content):
+        return content
     raise ClipkitError(
         f"{name} is no list: expected COCO's captions (images with id and file_name, annotations with image_id and "
         "caption), or a list of objects"
@@ -78,10 +78,10 @@ def _coco_rows(name: str, images: list[Any], annotations: list[Any]) -> Iterator
         if not isinstance(image, dict) or not isinstance(image.get("file_name"), str) or not _plain(image.get("id")):
             raise ClipkitError(f"{name}: images[{number}] has no id or no file_name")
         # The picture itself tells its width and height, also when it was made smaller on the way.
-        about = {key: value for key, value in image.items() if key not in ("id", "file_name", "width", "height")}
+        columns = {key: value for key, value in image.items() if key not in ("id", "file_name", "width", "height")}
         for caption in captions.pop(image["id"], [None]) if captioned else [None]:
             said = {"caption": caption} if captioned else {}
-            yield {"file_name": image["file_name"], **said, "image_id": image["id"], **about}
+            yield {"file_name": image["file_name"], **said, "image_id": image["id"], **columns}
     if captions:
         warn(f"{name}: {sum(map(len, captions.values())):,} captions are of no image that it lists")
 

@@ -86,8 +86,8 @@ class AttentionWatch(TorchFunctionMode):
             F.linear(x, weight, bias).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
             for x, weight, bias in zip(inputs, weights, biases, strict=True)
         )
-        found = self._attend(query, key, value, None)
-        return F.linear(found.permute(2, 0, 1, 3).flatten(2), args[11], args[12]), None
+        attended = self._attend(query, key, value, None)
+        return F.linear(attended.permute(2, 0, 1, 3).flatten(2), args[11], args[12]), None
 
 
 def _only(kwargs: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -151,23 +151,23 @@ def attention_relevance(
     Raises:
         NoAttention: where the tower's attention cannot be read.
     """
-    about = patch_tokens(model)
-    rows, columns = (length // side for length, side in zip(pixels.shape[-2:], about.patch, strict=True))
+    tokens = patch_tokens(model)
+    rows, columns = (length // side for length, side in zip(pixels.shape[-2:], tokens.patch, strict=True))
     last: list[Any] = []
-    hook = about.layers[-1].register_forward_hook(lambda _, __, output: last.append(output))
+    hook = tokens.layers[-1].register_forward_hook(lambda _, __, output: last.append(output))
     try:
         with torch.enable_grad(), AttentionWatch() as seen:
             embedding = model.encode_image(pixels)[0]
     finally:
         hook.remove()
-    count = about.prefix + rows * columns
-    pooled = about.pooling == "attention"
+    count = tokens.prefix + rows * columns
+    pooled = tokens.pooling == "attention"
     lengths = [part.shape[-1] for part in seen.maps]
     # timm leaves the tokens before the patches out of the pooling.
-    if lengths not in ([count] * len(about.layers) + [end] * pooled for end in (count, count - about.prefix)):
+    if lengths not in ([count] * len(tokens.layers) + [end] * pooled for end in (count, count - tokens.prefix)):
         raise _none("its layers attend in a way of their own")
-    wanted = [*seen.maps, *last] if about.pooling == "mean" else seen.maps
-    found = []
+    wanted = [*seen.maps, *last] if tokens.pooling == "mean" else seen.maps
+    maps = []
     for target in targets:
         with torch.enable_grad():
             score = embedding @ target.to(embedding)
@@ -176,12 +176,12 @@ def attention_relevance(
         if pooled:
             readout = layers.pop().sum(0)
             readout = F.pad(readout, (count - len(readout), 0))
-        elif about.pooling == "mean":
-            readout = patch_readout(last[0][0].detach(), gradients[-1][0], about.prefix)
+        elif tokens.pooling == "mean":
+            readout = patch_readout(last[0][0].detach(), gradients[-1][0], tokens.prefix)
         else:
             readout = torch.zeros(count).to(layers[0])
             readout[0] = 1
             # The last layer may have computed what is read and nothing else; to the score nothing else matters.
             layers[-1] = F.pad(layers[-1], (0, 0, 0, count - len(layers[-1])))
-        found.append(relevance(layers, readout)[about.prefix :].view(rows, columns))
-    return torch.stack(found)
+        maps.append(relevance(layers, readout)[tokens.prefix :].view(rows, columns))
+    return torch.stack(maps)

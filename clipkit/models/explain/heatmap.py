@@ -70,13 +70,13 @@ class Explanation:
         scale = np.array(size) / self.image.size
         centres = (self.boxes[..., :2] + self.boxes[..., 2:]) / 2 * scale
         x, y = centres[0, :, 0], centres[:, 0, 1]
-        found = np.stack([spread(each, x, y, size) for each in self.maps])
+        heats = np.stack([spread(each, x, y, size) for each in self.maps])
         left, top = self.boxes[0, 0, :2] * scale
         right, bottom = self.boxes[-1, -1, 2:] * scale
         across, down = np.arange(size[0]) + 0.5, np.arange(size[1]) + 0.5
-        found[:, (down < top) | (down > bottom)] = np.nan
-        found[:, :, (across < left) | (across > right)] = np.nan
-        return found
+        heats[:, (down < top) | (down > bottom)] = np.nan
+        heats[:, :, (across < left) | (across > right)] = np.nan
+        return heats
 
     def figure(self) -> Any:
         """The image, and beside it one map for each text in one scale of colours; a matplotlib figure."""
@@ -265,9 +265,9 @@ def _occluded(
     drops = []
     starts = range(0, len(boxes), batch_size)
     for start in starts if show is None else progress(starts, show, unit="batches"):
-        some = boxes[start : start + batch_size]
-        hidden = pixels.repeat(len(some), 1, 1, 1)
-        for each, (top, bottom, left, right) in zip(hidden, some, strict=True):
+        batch = boxes[start : start + batch_size]
+        hidden = pixels.repeat(len(batch), 1, 1, 1)
+        for each, (top, bottom, left, right) in zip(hidden, batch, strict=True):
             each[:, rows[top] : rows[bottom], columns[left] : columns[right]] = grey
         drops.append(whole - model.encode_image(hidden) @ targets.T)
     return cell_means(torch.cat(drops).T.double().cpu().numpy(), boxes, height, width)

@@ -41,10 +41,10 @@ def relevance(
         layers: of each layer `weighted_attention`, the first layer first.
         readout: how much each token of the last layer matters to the score; a class token alone is 1 there.
     """
-    found = readout
+    relevances = readout
     for layer in reversed(layers):
-        found = found + found @ layer
-    return found
+        relevances = relevances + relevances @ layer
+    return relevances
 
 
 def patch_readout(

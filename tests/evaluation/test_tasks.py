@@ -12,7 +12,7 @@ import torch
 
 from clipkit.data.sources import open_source
 from clipkit.embedding import EncodeOptions, cached_images, cached_texts
-from clipkit.embedding.store import table_path, vectors_path
+from clipkit.embedding.store import part_table_path, part_vectors_path
 from clipkit.metrics import (
     chance_of,
     choice_scores,
@@ -335,7 +335,7 @@ def enlarge(folder, images, every, dim=128, part=20_000):
         said = vectors[own] + 4 * rng.normal(size=(len(own), dim)).astype(np.float32)
         for side, rows in (("image", vectors), ("text", said)):
             unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-            np.save(vectors_path(folder, side, each["name"]), unit.astype(np.float16))
+            np.save(part_vectors_path(folder, side, each["name"]), unit.astype(np.float16))
         ids = np.arange(number * part, (number + 1) * part)
         table = {
             "id": ids,
@@ -343,9 +343,9 @@ def enlarge(folder, images, every, dim=128, part=20_000):
             "image_path": ids.astype(str),
             "caption": pa.nulls(part, pa.string()),
         }
-        pq.write_table(pa.table(table), table_path(folder, "image", each["name"]))
+        pq.write_table(pa.table(table), part_table_path(folder, "image", each["name"]))
         table = {"caption": own.astype(str), "image_id": ids[own], "image_row": own}
-        pq.write_table(pa.table(table), table_path(folder, "text", each["name"]))
+        pq.write_table(pa.table(table), part_table_path(folder, "text", each["name"]))
     counts = {**manifest["counts"], "images": images, "captions": images // every}
     manifest |= {"sides": ["image", "text"], "dim": dim, "parts": parts, "counts": counts}
     (folder / "manifest.json").write_text(json.dumps(manifest))

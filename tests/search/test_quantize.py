@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from clipkit.core import ClipkitError
-from clipkit.embedding.store import table_path, vectors_path
+from clipkit.embedding.store import part_table_path, part_vectors_path
 from clipkit.search import Wanted, build_index
 from clipkit.search.autotune import Goal, choose
 from clipkit.search.index_types import INDEX_TYPES, Effort, lists_for, parameters
@@ -194,11 +194,11 @@ def grow(folder, rows, dim, part=50_000):
     manifest = json.loads((folder / "manifest.json").read_text())
     parts = [{"name": f"{n:04d}", "images": part, "captions": 0} for n in range(rows // part)]
     for number, each in enumerate(parts):
-        np.save(vectors_path(folder, "image", each["name"]), unit(rng.normal(size=(part, dim)) + 1).astype(np.float16))
+        np.save(part_vectors_path(folder, "image", each["name"]), unit(rng.normal(size=(part, dim)) + 1).astype(np.float16))
         ids = np.arange(number * part, (number + 1) * part)
         names = ids.astype(str)
         table = {"id": ids, "key": names, "image_path": names, "caption": pa.nulls(part, pa.string())}
-        pq.write_table(pa.table(table), table_path(folder, "image", each["name"]))
+        pq.write_table(pa.table(table), part_table_path(folder, "image", each["name"]))
     manifest |= {"sides": ["image"], "parts": parts, "counts": {**manifest["counts"], "images": rows, "captions": 0}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 

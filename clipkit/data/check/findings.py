@@ -91,39 +91,39 @@ def judge(
         problems = sum(finding.row < 0 and finding.defect for finding in other.findings)
         numbers = {"samples": len(other), "unreadable": unreadable + problems, "shared": len(shared)}
         against.append({"source": other.spec, **numbers})
-    frequent, figures = _captions(mine, context_length)
+    frequent, of_captions = _captions(mine, context_length)
+    figures = _figures(mine, findings, of_captions)
+    return Verdict(figures, findings, frequent, against, options.strict, _left_out(mine, findings, options.strict))
+
+
+def _figures(mine: Scan, findings: Sequence[Finding], of_captions: dict[str, Any]) -> dict[str, Any]:
     count = Counter(finding.kind for finding in findings)
     sizes = mine.samples[mine.samples["read"]]
-    verdict = Verdict(
-        {
-            "shards": sum(len(part.shards.tars) for part in mine.parts if part.shards is not None),
-            "samples": len(mine),
-            "captions": len(mine.captions),
-            "bytes": int(mine.samples["bytes"].sum(dtype=np.int64)),
-            "images_read": len(sizes),
-            "defects": sum(finding.defect for finding in findings),
-            "flat_images": int(mine.samples["flat"].sum()),
-            **figures,
-            **_spread("width", sizes["width"]),
-            **_spread("height", sizes["height"]),
-            **{kind: count[kind] for kind in FINDING_KINDS},
-        },
-        findings,
-        frequent,
-        against,
-        options.strict,
-    )
+    return {
+        "shards": sum(len(part.shards.tars) for part in mine.parts if part.shards is not None),
+        "samples": len(mine),
+        "captions": len(mine.captions),
+        "bytes": int(mine.samples["bytes"].sum(dtype=np.int64)),
+        "images_read": len(sizes),
+        "defects": sum(finding.defect for finding in findings),
+        "flat_images": int(mine.samples["flat"].sum()),
+        **of_captions,
+        **_spread("width", sizes["width"]),
+        **_spread("height", sizes["height"]),
+        **{kind: count[kind] for kind in FINDING_KINDS},
+    }
+
+
+def _left_out(mine: Scan, findings: Sequence[Finding], strict: bool) -> dict[int, dict[str, Any]]:
+    """Rows that a clean copy leaves out, each for the first reason that was found."""
     unusable = mine.unusable()
-    dropped = {"duplicate", "shared", *(["near_duplicate"] if options.strict else [])}
+    dropped = {"duplicate", "shared", *(["near_duplicate"] if strict else [])}
+    left_out: dict[int, dict[str, Any]] = {}
     for finding in findings:
-        if (
-            finding.row >= 0
-            and finding.row not in verdict.left_out
-            and (finding.row in unusable or finding.kind in dropped)
-        ):
-            reason = unusable.get(finding.row, finding.reason)
-            verdict.left_out[finding.row] = {"key": finding.key, "kind": finding.kind, "reason": reason}
-    return verdict
+        row = finding.row
+        if row >= 0 and row not in left_out and (row in unusable or finding.kind in dropped):
+            left_out[row] = {"key": finding.key, "kind": finding.kind, "reason": unusable.get(row, finding.reason)}
+    return left_out
 
 
 def _spread(name: str, values: np.ndarray) -> dict[str, Any]:

@@ -194,7 +194,8 @@ def grow(folder, rows, dim, part=50_000):
     manifest = json.loads((folder / "manifest.json").read_text())
     parts = [{"name": f"{n:04d}", "images": part, "captions": 0} for n in range(rows // part)]
     for number, each in enumerate(parts):
-        np.save(part_vectors_path(folder, "image", each["name"]), unit(rng.normal(size=(part, dim)) + 1).astype(np.float16))
+        vectors = unit(rng.normal(size=(part, dim)) + 1).astype(np.float16)
+        np.save(part_vectors_path(folder, "image", each["name"]), vectors)
         ids = np.arange(number * part, (number + 1) * part)
         names = ids.astype(str)
         table = {"id": ids, "key": names, "image_path": names, "caption": pa.nulls(part, pa.string())}

@@ -68,11 +68,7 @@ def main(
         refuse_own_input(out, [source, *against])
     chosen, tokens = CheckOptions(**options), token_counter(model)
     began = perf_counter()
-    columns: dict[str, Any] = {
-        "image_column": image_column,
-        "caption_column": caption_column,
-        "image_root": image_root,
-    }
+    columns: dict[str, Any] = {"image_column": image_column, "caption_column": caption_column, "image_root": image_root}
     mine = scan(source, chosen, count_tokens=tokens.count, **columns)
     others = [scan(other, chosen, captions=False) for other in against]
     seconds = perf_counter() - began

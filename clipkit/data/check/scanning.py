@@ -287,7 +287,7 @@ def scan(
     *,
     captions: bool = True,
     count_tokens: Callable[[list[str]], list[int]] | None = None,
-    **columns: str | None,
+    **columns: Any,
 ) -> Scan:
     """Read every sample of a source once.
 

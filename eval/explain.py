@@ -43,7 +43,15 @@ from clipkit.options import format_option, model_option
 )
 @click.option("--device", help="For the model [default: the GPU where there is one].")
 @format_option
-def main(image: Path, texts: tuple[str, ...], model: str | None, out: Path | None, fmt: str, **asked: Any) -> None:
+def main(
+    image: Path,
+    texts: tuple[str, ...],
+    model: str | None,
+    device: str | None,
+    out: Path | None,
+    fmt: str,
+    **options: Any,
+) -> None:
     """Show which parts of IMAGE speak for each of the TEXTS: clipkit explain photo.jpg "a dog" "a red car" --model RUN.
 
     Results: each text's cosine and, among several, its probability. --format json adds the maps as numbers, rows of
@@ -66,23 +74,24 @@ def main(image: Path, texts: tuple[str, ...], model: str | None, out: Path | Non
         raise ClipkitError("name the model to explain with: --model RUN (or open_clip:NAME/TAG, or hf:ORG/NAME)")
     from clipkit.core import emit, note, pick_device, save_figure
     from clipkit.models import load_model
-    from clipkit.models.explain import check_texts, explain
+    from clipkit.models.explain import ExplainOptions, check_texts, explain
 
-    check_texts(texts, contrast=asked["contrast"])
-    towers = load_model(model, pick_device(asked.pop("device")))
-    found = explain(image, texts, towers, show="occlusion", **asked)
+    chosen = ExplainOptions(**options)
+    check_texts(texts, contrast=chosen.contrast)
+    towers = load_model(model, pick_device(device))
+    explanation = explain(image, texts, towers, chosen, show="occlusion")
     if fmt == "json":
-        emit({"image": str(image), "model": model, "picture": str(out) if out else None, **found.as_json()}, fmt)
+        emit({"image": str(image), "model": model, "picture": str(out) if out else None, **explanation.as_json()}, fmt)
     elif fmt == "human":
-        emit([{key: value for key, value in row.items() if key != "map"} for row in found.rows()], fmt)
+        emit([{key: value for key, value in row.items() if key != "map"} for row in explanation.rows()], fmt)
     else:
-        emit(found.rows(), fmt)
+        emit(explanation.rows(), fmt)
     if out is not None:
         if out.suffix.lower() == ".png":
-            save_figure(out, found.figure())
+            save_figure(out, explanation.figure())
         else:
-            found.write_page(out, f"{image.name}, by {model}")
-        note(f"{out}: {found.source}")
+            explanation.write_page(out, f"{image.name}, by {model}")
+        note(f"{out}: {explanation.source}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from clipkit.core import ClipkitError
 from clipkit.data import COLOURS, draw, random_scene
 from clipkit.images import Preprocess
 from clipkit.models import load_model
-from clipkit.models.explain import explain, heatmap
+from clipkit.models.explain import ExplainOptions, explain, heatmap
 from clipkit.models.explain.attention import AttentionWatch, NoAttention, attention_relevance, patch_tokens
 from clipkit.models.explain.relevance import cell_means, patch_readout, relevance, spread, weighted_attention, windows
 from tests.conftest import TINY_VIT, tiny_model
@@ -200,7 +200,7 @@ def test_windows_hide_each_cell_equally_often():
 
 def test_occlusion_is_what_the_cosine_loses(tower):
     model, image = tower("class"), noise()
-    found = explain(image, TEXTS, model, method="occlusion", window=2, batch_size=7)
+    found = explain(image, TEXTS, model, ExplainOptions("occlusion", window=2, batch_size=7))
     pixels, texts = model.preprocess(image), model.embed_texts(TEXTS)
     grey = np.round(np.array(model.preprocess.mean) * 255).astype(np.uint8)
 
@@ -228,13 +228,13 @@ def test_towers_that_cannot_be_read_are_occluded():
     assert found.method == "occlusion"
     assert found.maps.shape == (2, 16, 16)
     with pytest.raises(NoAttention, match="a convolutional network.*--method occlusion takes any tower"):
-        explain(noise(), TEXTS, resnet, method="relevance")
+        explain(noise(), TEXTS, resnet, ExplainOptions("relevance"))
 
 
 def test_contrast_is_the_text_less_the_others(tower):
     model = tower("class")
     texts = [*TEXTS, "a blue ring"]
-    plain, against = (explain(noise(), texts, model, method="occlusion", contrast=c) for c in (False, True))
+    plain, against = (explain(noise(), texts, model, ExplainOptions("occlusion", c)) for c in (False, True))
     wanted = [plain.maps[i] - np.delete(plain.maps, i, 0).mean(0) for i in range(3)]
     assert np.allclose(against.maps, wanted, atol=1e-6)
     assert np.allclose(against.cosines, plain.cosines)
@@ -392,7 +392,7 @@ def sides(model, method, count, contrast=False):
         shapes = rng.permutation(["circle", "square"])
         names = list(zip(colours, shapes, strict=True))
         found = explain(
-            side_by_side(rng, *names), [f"a {c} {s}" for c, s in names], model, method=method, contrast=contrast
+            side_by_side(rng, *names), [f"a {c} {s}" for c, s in names], model, ExplainOptions(method, contrast)
         )
         half = found.maps.shape[2] // 2
         left, right = found.maps[:, :, :half].mean((1, 2)), found.maps[:, :, half:].mean((1, 2))
@@ -421,7 +421,7 @@ def test_two_methods_that_share_nothing_agree(seer):
     for _ in range(10):
         image = side_by_side(rng, ("red", "circle"), ("blue", "square"))
         maps = [
-            explain(image, ["a red circle", "a blue square"], seer, method=method, contrast=True).maps
+            explain(image, ["a red circle", "a blue square"], seer, ExplainOptions(method, True)).maps
             for method in ("relevance", "occlusion")
         ]
         for one, other in zip(*maps, strict=True):
@@ -466,7 +466,7 @@ def test_the_command_gives_the_numbers(run, photo, trained):
     assert (found["width"], found["height"], found["method"], found["contrast"]) == (69, 60, "relevance", True)
     assert np.shape(found["boxes"]) == (4, 4, 4)
     assert [row["text"] for row in found["texts"]] == TEXTS
-    wanted = explain(photo, TEXTS, load_model(trained), contrast=True)
+    wanted = explain(photo, TEXTS, load_model(trained), ExplainOptions(contrast=True))
     for row, of_text, cosine in zip(found["texts"], wanted.maps, wanted.cosines, strict=True):
         assert np.allclose(row["map"], of_text)
         assert row["cosine"] == pytest.approx(cosine)
@@ -501,4 +501,4 @@ def test_what_cannot_be_explained_is_one_line(refused, photo, model_dir, tmp_pat
 
 def test_a_wrong_method_is_told(model):
     with pytest.raises(ClipkitError, match="no method 'attention'; there are auto, relevance, occlusion"):
-        explain(noise(), TEXTS, model, method="attention")
+        explain(noise(), TEXTS, model, ExplainOptions("attention"))

@@ -19,7 +19,7 @@ from clipkit.models.explain.relevance import cell_means, spread, windows
 from clipkit.models.inference import evaluating
 from clipkit.models.probability import probabilities
 
-__all__ = ["HEATMAP_METHODS", "Explanation", "check_texts", "explain"]
+__all__ = ["HEATMAP_METHODS", "ExplainOptions", "Explanation", "check_texts", "explain"]
 
 HEATMAP_METHODS = {
     "relevance": "gradient-weighted attention (Chefer, Gur, Wolf 2021)",
@@ -29,6 +29,21 @@ CELLS = 16  # of a grid's short side, for towers without patches
 LONG_SIDE = 560  # of the pictures in a figure, in pixels
 
 Method = Literal["auto", "relevance", "occlusion"]
+
+
+@dataclass(frozen=True)
+class ExplainOptions:
+    """How an image is explained, see `explain`."""
+
+    method: Method = "auto"
+    """One of `HEATMAP_METHODS`. ``auto`` is relevance where the image tower is a vision transformer whose attention can
+    be read, and occlusion for the others."""
+    contrast: bool = False
+    """Explain the cosine less the mean of those with the other texts: what speaks for this one rather than for them."""
+    window: int | None = None
+    """Of occlusion, how many cells wide and high a hidden part is; a fifth of the grid, 2 at least, if None."""
+    batch_size: int = 64
+    """Of occlusion, images at a time."""
 
 
 @dataclass(frozen=True)
@@ -134,11 +149,8 @@ def explain(
     image: Image.Image | bytes | str | Path,
     texts: Sequence[str],
     model: DualEncoder,
+    options: ExplainOptions | None = None,
     *,
-    method: Method = "auto",
-    contrast: bool = False,
-    window: int | None = None,
-    batch_size: int = 64,
     show: str | None = None,
 ) -> Explanation:
     """Say which parts of an image speak for each of several texts.
@@ -151,47 +163,47 @@ def explain(
         image: a path, bytes or a Pillow image.
         texts: as they are; no template is put around them.
         model: in float32, best; it is left as it was.
-        method: one of `HEATMAP_METHODS`. ``auto`` is relevance where the image tower is a vision transformer whose
-            attention can be read, and occlusion for the others.
-        contrast: explain the cosine less the mean of those with the other texts: what speaks for this one rather than
-            for them.
-        window: of occlusion, how many cells wide and high a hidden part is; a fifth of the grid, 2 at least, if None.
-        batch_size: of occlusion, images at a time.
+        options: how; those of `ExplainOptions` when not given.
         show: of occlusion, the name of a progress bar.
 
     Raises:
         ClipkitError: where there is no text, or one is empty or stands twice; where the image cannot be read; for a
             tower that the method does not fit.
     """
-    check_texts(texts, contrast=contrast)
-    _check_method(method, window)
+    options = options or ExplainOptions()
+    check_texts(texts, contrast=options.contrast)
+    _check_method(options.method, options.window)
     shown = _opened(image, model.preprocess.background)
     pixels = torch.from_numpy(model.preprocess(shown))[None].to(model.device)
     vectors = torch.from_numpy(model.embed_texts(texts)).to(model.device)
     targets = vectors
-    if contrast:
+    if options.contrast:
         targets = vectors - (vectors.sum(0) - vectors) / (len(texts) - 1)
     with evaluating(model):
         with torch.inference_mode():
             cosines = (model.encode_image(pixels) @ vectors.T)[0].double().cpu().numpy()
-        maps = None
-        if method in ("auto", "relevance"):
-            try:
-                maps = attention_relevance(model, pixels, targets).double().cpu().numpy()
-            except NoAttention:
-                if method == "relevance":
-                    raise
+        maps = None if options.method == "occlusion" else _relevance(model, pixels, targets, options.method)
         method = "occlusion" if maps is None else "relevance"
         rows, columns = _edges(model, pixels)
         if maps is None:
-            maps = _occluded(model, pixels, targets, rows, columns, window, batch_size, show)
+            maps = _occluded(model, pixels, targets, (rows, columns), options, show)
     shares = None
     bias = None if model.logit_bias is None else float(model.logit_bias.detach())
     if len(texts) > 1 or bias is not None:
         shares = probabilities(cosines[None], float(model.logit_scale.detach().exp()), bias)[0]
     seen = model.preprocess.seen(*shown.size)
     boxes = _boxes(rows, columns, pixels.shape[-2:], seen)
-    return Explanation(shown, list(texts), method, contrast, cosines, shares, maps, boxes, seen)
+    return Explanation(shown, list(texts), method, options.contrast, cosines, shares, maps, boxes, seen)
+
+
+def _relevance(model: DualEncoder, pixels: Tensor, targets: Tensor, method: Method) -> np.ndarray | None:
+    """None where the tower's attention cannot be read and another method may be taken."""
+    try:
+        return attention_relevance(model, pixels, targets).double().cpu().numpy()
+    except NoAttention:
+        if method == "relevance":
+            raise
+        return None
 
 
 def check_texts(texts: Sequence[str], *, contrast: bool = False) -> None:
@@ -245,13 +257,12 @@ def _occluded(
     model: DualEncoder,
     pixels: Tensor,
     targets: Tensor,
-    rows: np.ndarray,
-    columns: np.ndarray,
-    window: int | None,
-    batch_size: int,
+    grid: tuple[np.ndarray, np.ndarray],
+    options: ExplainOptions,
     show: str | None,
 ) -> np.ndarray:
     """What hiding each cell takes from the score: the mean over the windows that hide it."""
+    (rows, columns), window, batch_size = grid, options.window, options.batch_size
     height, width = len(rows) - 1, len(columns) - 1
     short = min(height, width)
     # One patch is too little: what shows in several loses nothing by it.

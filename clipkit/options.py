@@ -12,6 +12,7 @@ from clipkit.core import FORMATS
 __all__ = [
     "Bytes",
     "cache_options",
+    "decision_options",
     "format_option",
     "glob_options",
     "list_options",
@@ -106,6 +107,50 @@ sort_options = _together(
         type=click.Path(path_type=Path),
         metavar="DIR",
         help="Put back all that was sorted into DIR. What was changed since stays, is named, and the status is 1.",
+    ),
+)
+decision_options = _together(
+    click.option("--background", help='Names for "none of these", with commas between them.'),
+    click.option(
+        "--multi-label", is_flag=True, help="An image may be of several labels: all that reach the threshold."
+    ),
+    click.option(
+        "--threshold", type=float, help="The least probability that is sure [default: 0; with --multi-label 0.5]."
+    ),
+    click.option(
+        "--min-margin", default=0.0, show_default=True, help="The least distance to the second's probability."
+    ),
+    click.option(
+        "--examples",
+        metavar="SOURCE",
+        help="Labelled images to learn from: a folder with a sub-folder for each label, called as it or an alias; or a "
+        "list, embeddings or an index of images in such folders.",
+    ),
+    click.option(
+        "--method",
+        type=click.Choice(["linear", "tip-adapter", "prototypes", "zero-shot"]),
+        help="How to learn from them; zero-shot: not at all, they only serve the options below [default: linear].",
+    ),
+    click.option(
+        "--calibrate",
+        is_flag=True,
+        help="Make probabilities as right as they are sure, as the examples show; without any, as they last showed of "
+        "the names alone.",
+    ),
+    click.option(
+        "--temperature", type=float, help="To divide the logits by, in place of a fitted one; 1: the model's own."
+    ),
+    click.option(
+        "--precision-wanted",
+        type=float,
+        metavar="SHARE",
+        help="Set the threshold so that of the sure so many are right, as the examples show.",
+    ),
+    click.option(
+        "--ablate-prompts",
+        is_flag=True,
+        help="Classify nothing, but tell of each prompt how well images in folders called as labels are classified by "
+        "it alone, and by all others.",
     ),
 )
 cache_options = _together(

@@ -36,8 +36,8 @@ class Examples:
     """int64 ``[n]``: those with the same number are copies of one image."""
     left_out: list[dict[str, Any]] = field(default_factory=list)
     """What cannot be used: ``key`` and ``reason``."""
-    _known: dict[int, set[bytes]] = field(default_factory=dict)
-    """The contents by their size in bytes."""
+    _hashes: dict[int, set[bytes]] = field(default_factory=dict)
+    """Of the contents, by their size in bytes."""
 
     def __len__(self) -> int:
         return len(self.places)
@@ -45,11 +45,6 @@ class Examples:
     def vectors(self, number: int) -> np.ndarray:
         """Unit-norm embeddings by the model of this number, float32 ``[n, dim]``."""
         return self.images.block(number, slice(0, len(self.images)))[self.places].astype(np.float32)
-
-    @staticmethod
-    def unseen(truth: np.ndarray, among: np.ndarray) -> np.ndarray:
-        """The truth of images, without those that are examples: how they are classified says nothing of others."""
-        return np.where(among, -1, truth)
 
     def among(self, images: Images) -> np.ndarray:
         """Which of the images are examples too, whatever they are called and wherever they lie.
@@ -63,21 +58,23 @@ class Examples:
         Returns:
             bool ``[images]``.
         """
-        found = np.zeros(len(images), bool)
+        same = np.zeros(len(images), bool)
         unknown = np.zeros(len(images), bool)
         for at in range(len(images)):
             size = images.size(at)
-            if size is None or not self._known:
+            if size is None or not self._hashes:
                 unknown[at] = True
-            elif size in self._known:
+            elif size in self._hashes:
                 content = _content(images, at)
-                found[at] = content is not None and content_hash(content) in self._known[size]
-        own = self.vectors(0) if unknown.any() else None
-        for start in range(0, len(images) if own is not None else 0, CHUNK):
-            some = slice(start, start + CHUNK)
-            near = inner_products(images.block(0, some), own)  # type: ignore[arg-type]
-            found[some] |= unknown[some] & (near.max(axis=1) >= SAME)
-        return found
+                same[at] = content is not None and content_hash(content) in self._hashes[size]
+        if not unknown.any():
+            return same
+        own = self.vectors(0)
+        for start in range(0, len(images), CHUNK):
+            rows = slice(start, start + CHUNK)
+            near = inner_products(images.block(0, rows), own)
+            same[rows] |= unknown[rows] & (near.max(axis=1) >= SAME)
+        return same
 
 
 def open_examples(
@@ -106,26 +103,13 @@ def open_examples(
     images = open_images(spec, models, cache, options).embed()
     truth = truth_of(images.paths, labels)
     if truth is None:
-        above = next((path.rpartition("/")[0] for path in images.paths if "/" in path), "")
-        folder = plain_name(above.rpartition("/")[2])
-        held = f"no folder in {spec} is called as a label, such as {labels.names[0]!r}"
-        raise ClipkitError(
-            f"{held}{did_you_mean(folder, labels.names) if folder else ''}; examples lie in such folders"
-        )
-    left_out = [{"key": line["key"], "reason": line["reason"]} for line in images.unreadable]
+        raise ClipkitError(_no_folder(spec, images, labels))
     if nowhere := int((truth < 0).sum()):
         note(f"{nowhere:,} images of {spec} are no examples, as they stand in no folder that is called as a label")
-    known: dict[int, set[bytes]] = defaultdict(set)
-    by_content: dict[bytes, list[int]] = defaultdict(list)
-    for at in np.flatnonzero(truth >= 0).tolist():
-        content = None if images.source is None else _content(images, at)
-        if content is None:
-            by_content[b"%d" % at].append(at)
-            continue
-        known[len(content)].add(content_hash(content))
-        by_content[content_hash(content)].append(at)
+    left_out = [{"key": line["key"], "reason": line["reason"]} for line in images.unreadable]
+    copies_of, hashes = _by_content(images, np.flatnonzero(truth >= 0).tolist())
     places, groups = [], []
-    for number, copies in enumerate(by_content.values()):
+    for number, copies in enumerate(copies_of):
         classes = sorted({labels.names[truth[at]] for at in copies})
         if len(classes) > 1:
             reason = f"is an example of {' and of '.join(classes)}"
@@ -134,12 +118,36 @@ def open_examples(
         places += copies
         groups += [number] * len(copies)
     if not places:
-        raise ClipkitError(
-            f"no example in {spec} can be used; the first: {left_out[0]['key']}: {left_out[0]['reason']}"
-        )
+        first = left_out[0]
+        raise ClipkitError(f"no example in {spec} can be used; the first: {first['key']}: {first['reason']}")
     order = np.argsort(places)
     used = np.array(places, np.int64)[order]
-    return Examples(spec, images, used, truth[used], np.array(groups, np.int64)[order], left_out, dict(known))
+    return Examples(spec, images, used, truth[used], np.array(groups, np.int64)[order], left_out, hashes)
+
+
+def _no_folder(spec: str, images: Images, labels: LabelSet) -> str:
+    above = next((path.rpartition("/")[0] for path in images.paths if "/" in path), "")
+    folder = plain_name(above.rpartition("/")[2])
+    hint = did_you_mean(folder, labels.names) if folder else ""
+    return f"no folder in {spec} is called as a label, such as {labels.names[0]!r}{hint}; examples lie in such folders"
+
+
+def _by_content(images: Images, places: Sequence[int]) -> tuple[list[list[int]], dict[int, set[bytes]]]:
+    """The images that are copies of each other, and the hashes of all contents by their size in bytes.
+
+    Of embeddings and an index no file is read: each image is one of its own.
+    """
+    copies: dict[bytes, list[int]] = defaultdict(list)
+    hashes: dict[int, set[bytes]] = defaultdict(set)
+    for at in places:
+        content = None if images.source is None else _content(images, at)
+        if content is None:
+            copies[b"%d" % at].append(at)
+            continue
+        digest = content_hash(content)
+        hashes[len(content)].add(digest)
+        copies[digest].append(at)
+    return list(copies.values()), dict(hashes)
 
 
 def _content(images: Images, at: int) -> bytes | None:

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from clipkit.classification import few_shot
 from clipkit.classification.classifier import Classifier, zero_shot
 from clipkit.classification.examples import Examples
-from clipkit.classification.few_shot import FewShot
+from clipkit.classification.few_shot import FewShot, Shots
 from clipkit.classification.labels import LabelSet
 from clipkit.classification.logistic import folds_of
 from clipkit.core import ClipkitError
@@ -27,9 +27,10 @@ from clipkit.models import LazyModel, fused, probabilities
 from clipkit.storage import Cache, hash_of
 
 __all__ = [
-    "METHODS",
+    "LEARNERS",
     "Fit",
     "Judged",
+    "Learning",
     "Threshold",
     "fit_classifiers",
     "held_out_temperature",
@@ -38,8 +39,8 @@ __all__ = [
 ]
 
 Array = np.ndarray
-Learn = Callable[..., FewShot]
-METHODS: dict[str, Learn | None] = {
+Learn = Callable[[Shots], FewShot]
+LEARNERS: dict[str, Learn | None] = {
     "zero-shot": None,  # examples are for calibration and thresholds only
     "prototypes": few_shot.prototypes,
     "tip-adapter": few_shot.tip_adapter,
@@ -47,6 +48,21 @@ METHODS: dict[str, Learn | None] = {
 }
 FOLDS = 5
 LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How classifiers come of class names and of examples."""
+
+    method: str | None = None
+    """``zero-shot`` (by the names; examples serve for calibration), ``prototypes``, ``tip-adapter`` or ``linear``, see
+    `clipkit.classification.few_shot`; when not given the last one where there are examples, else the first."""
+    calibrate: bool = False
+    """Fit a temperature to the examples, or take the kept one where there are none."""
+    temperature: float | None = None
+    """Of one's own, for every model."""
+    several: bool = False
+    """See `zero_shot`."""
 
 
 class Judged(NamedTuple):
@@ -118,13 +134,8 @@ def fit_classifiers(
     prompts: Sequence[str],
     models: Sequence[LazyModel],
     cache: Cache,
-    *,
+    learning: Learning | None = None,
     examples: Examples | None = None,
-    method: str | None = None,
-    calibrate: bool = False,
-    temperature: float | None = None,
-    several: bool = False,
-    weights: Sequence[float] | None = None,
 ) -> Fit:
     """A classifier for each model.
 
@@ -137,80 +148,90 @@ def fit_classifiers(
         labels, prompts: what the classes are called.
         models: one or several.
         cache: of texts and temperatures.
+        learning: how; by the names alone where neither it nor examples are given.
         examples: embedded by the same models.
-        method: ``zero-shot`` (by the names; examples serve for calibration), ``prototypes``, ``tip-adapter`` or
-            ``linear``, see `clipkit.classification.few_shot`; the last one where there are examples, when not given.
-        calibrate: fit a temperature to the examples, or take the kept one where there are none.
-        temperature: of one's own, for every model.
-        several: see `zero_shot`.
-        weights: of the models, see `fused`.
 
     Raises:
         ClipkitError: where options do not go together, or there is no temperature to take.
     """
-    if method is None:
-        method = "linear" if examples is not None else "zero-shot"
-    learn = METHODS[method]
-    if several and (examples is not None or calibrate or temperature is not None):
+    learning = learning or Learning()
+    method = learning.method or ("zero-shot" if examples is None else "linear")
+    _refuse_contradictions(learning, method, examples)
+    learned = []
+    for number, model in enumerate(models):
+        names = zero_shot(labels, prompts, model, cache, several=learning.several)
+        learned.append(_learned(names, model, number, examples, LEARNERS[method]))
+    temperatures = [1.0 if learning.temperature is None else learning.temperature] * len(models)
+    if learning.calibrate:
+        temperatures = [_fitted_temperature(each, examples, labels, prompts, cache) for each in learned]
+    classifiers = []
+    for each, temperature in zip(learned, temperatures, strict=True):
+        if each.few is not None:
+            classifiers.append(Classifier(each.names.vectors, _shares_of(each.few, temperature)))
+        elif temperature == 1:
+            classifiers.append(each.names)
+        else:
+            scale = each.model.facts.scale / temperature
+            classifiers.append(zero_shot(labels, prompts, each.model, cache, scale=scale, several=learning.several))
+    judged = None if examples is None else _judged(examples, learned, temperatures, learning.calibrate)
+    chosen = [{} if each.few is None else each.few.chosen for each in learned]
+    return Fit(classifiers, method, chosen, temperatures, learning.calibrate, examples, judged)
+
+
+def _refuse_contradictions(learning: Learning, method: str, examples: Examples | None) -> None:
+    calibrate, temperature = learning.calibrate, learning.temperature
+    if learning.several and (examples is not None or calibrate or temperature is not None):
         raise ClipkitError("examples and temperatures are for images of one label each, not for --multi-label")
     if temperature is not None and (calibrate or not (temperature > 0 and np.isfinite(temperature))):
         wrong = "is not fitted too" if calibrate else "is above 0"
         raise ClipkitError(f"a temperature of one's own, {temperature:g}, {wrong}; 1 is the model's own")
-    if learn is not None and examples is None:
+    if LEARNERS[method] is not None and examples is None:
         raise ClipkitError(f"{method} learns from labelled examples; name them: --examples FOLDER")
-    made, chosen, temperatures, held = [], [], [], []
-    for number, model in enumerate(models):
-        plain = zero_shot(labels, prompts, model, cache, several=several)
-        scale = model.facts.scale
-        few, by_name = None, None
-        if examples is not None:
-            features = examples.vectors(number)
-            by_name = scale * inner_products(features, plain.vectors)
-            if learn is not None:
-                few = learn(features, examples.truth, plain.vectors, scale, groups=examples.groups)
-            held.append((by_name, by_name if few is None else few.held_out))
-        found = 1.0 if temperature is None else temperature
-        if calibrate:
-            found = _fitted(model, labels, prompts, cache, examples, by_name, few)
-        temperatures.append(found)
-        chosen.append({} if few is None else few.chosen)
-        if few is not None:
-            made.append(Classifier(plain.vectors, _shares_of(few, found)))
-        else:
-            again = None if found == 1 else scale / found
-            made.append(zero_shot(labels, prompts, model, cache, scale=again, several=several))
-    judged = None
-    if examples is not None:
-        counted = _judged(examples, alone=learn is None)
-        if counted.any():
-            judged = _told(examples, counted, held, temperatures, calibrate, weights)
-    return Fit(made, method, chosen, temperatures, calibrate, examples, judged)
+
+
+class _Learned(NamedTuple):
+    """What one model makes of the names and of the examples."""
+
+    model: LazyModel
+    names: Classifier
+    by_name: Float[Array, "n classes"] | None
+    """Logits of the examples by the names; None where there are no examples."""
+    few: FewShot | None
+    """None where nothing is learned from them."""
+
+    def held_out(self) -> Float[Array, "n classes"]:
+        """Logits of the examples, each without its own part in them."""
+        logits = self.by_name if self.few is None else self.few.held_out
+        if logits is None:
+            raise ValueError("there are no examples")
+        return logits
+
+
+def _learned(
+    names: Classifier, model: LazyModel, number: int, examples: Examples | None, learn: Learn | None
+) -> _Learned:
+    if examples is None:
+        return _Learned(model, names, None, None)
+    scale, features = model.facts.scale, examples.vectors(number)
+    by_name = scale * inner_products(features, names.vectors)
+    few = None
+    if learn is not None:
+        few = learn(Shots(features, examples.truth, names.vectors, scale, examples.groups))
+    return _Learned(model, names, by_name, few)
 
 
 def _shares_of(few: FewShot, temperature: float) -> Callable[[Array, Array], Array]:
     return lambda block, _: probabilities(few.logits(block), 1 / temperature)
 
 
-def _judged(examples: Examples, alone: bool) -> Array:
-    """Which examples say how well it does: one of several copies, with another of its class if not judged `alone`."""
-    first = np.unique(examples.groups, return_index=True)[1]
-    found = np.zeros(len(examples), bool)
-    found[first] = True
-    return found & (alone | (np.bincount(examples.truth[first])[examples.truth] > 1))
-
-
-def _fitted(
-    model: LazyModel,
-    labels: LabelSet,
-    prompts: Sequence[str],
-    cache: Cache,
-    examples: Examples | None,
-    by_name: Array | None,
-    few: FewShot | None,
+def _fitted_temperature(
+    learned: _Learned, examples: Examples | None, labels: LabelSet, prompts: Sequence[str], cache: Cache
 ) -> float:
+    """That the examples tell, or, without any, that examples once told of the names."""
+    model, few = learned.model, learned.few
     texts = [label.texts(prompts) for label in labels.labels]
     key = hash_of("temperature", model.facts.fingerprint, model.facts.precision, texts)
-    if examples is None or by_name is None:
+    if examples is None or learned.by_name is None:
         kept = cache.fact(key)
         if kept is None:
             raise ClipkitError(
@@ -218,7 +239,7 @@ def _fitted(
                 "--examples FOLDER --calibrate"
             )
         return float(kept)
-    of_names = held_out_temperature(by_name, examples.truth)
+    of_names = held_out_temperature(learned.by_name, examples.truth)
     cache.keep_fact(key, of_names)
     if few is None:
         return of_names
@@ -235,19 +256,17 @@ def held_out_temperature(logits: Float[Array, "n classes"], labels: Int[Array, "
     return found if 1.01 * COLDEST < found < 0.99 * HOTTEST else 1.0
 
 
-def _told(
-    examples: Examples,
-    counted: Array,
-    held: Sequence[tuple[Array, Array]],
-    temperatures: Sequence[float],
-    calibrated: bool,
-    weights: Sequence[float] | None,
-) -> Judged:
+def _judged(
+    examples: Examples, learned: Sequence[_Learned], temperatures: Sequence[float], calibrated: bool
+) -> Judged | None:
+    counted = _counted(examples, alone=all(each.few is None for each in learned))
+    if not counted.any():
+        return None
     truth = examples.truth[counted]
     fold = folds_of(truth, FOLDS, groups=examples.groups[counted])
 
-    def together(each: Sequence[Array]) -> Array:
-        return each[0] if len(each) == 1 else fused(each, weights)
+    def together(shares: Sequence[Array]) -> Array:
+        return shares[0] if len(shares) == 1 else fused(shares)
 
     def crossed(logits: Array) -> Array:
         """By a temperature for each fold, fitted to the others."""
@@ -257,12 +276,21 @@ def _told(
             shares[out] = probabilities(logits[out], 1 / held_out_temperature(logits[~out], truth[~out]))
         return shares
 
-    names = together([probabilities(by_name[counted], 1.0) for by_name, _ in held])
-    logits = [each[counted] for _, each in held]
+    by_name = [each.by_name[counted] for each in learned if each.by_name is not None]
+    logits = [each.held_out()[counted] for each in learned]
+    names = together([probabilities(each, 1.0) for each in by_name])
     shares = together([probabilities(each, 1 / heat) for each, heat in zip(logits, temperatures, strict=True)])
     before = together([probabilities(each, 1.0) for each in logits]) if calibrated else shares
     after = together([crossed(each) for each in logits]) if calibrated else shares
     return Judged(truth, names, before, after, shares)
+
+
+def _counted(examples: Examples, alone: bool) -> Array:
+    """Which examples say how well it does: one of several copies, with another of its class if not judged `alone`."""
+    first = np.unique(examples.groups, return_index=True)[1]
+    counted = np.zeros(len(examples), bool)
+    counted[first] = True
+    return counted & (alone | (np.bincount(examples.truth[first])[examples.truth] > 1))
 
 
 class Threshold(NamedTuple):

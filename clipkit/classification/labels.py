@@ -81,8 +81,9 @@ class LabelSet:
                     found.setdefault(label.groups[level], []).append(at)
         return found
 
-    def with_background(self, names: Sequence[str]) -> "LabelSet":
-        """The same and further names for "none of these"."""
+    def with_background(self, given: str | None) -> "LabelSet":
+        """The same and further names for "none of these", with commas between them; None for no more."""
+        names = [name.strip() for name in (given or "").split(",") if name.strip()]
         return replace(self, labels=(*self.labels, *(Label(name, background=True) for name in names)))
 
 

@@ -1,6 +1,7 @@
 """Linear probes: multinomial logistic regression on embeddings, from zero or from weights that are known to be good."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -8,11 +9,11 @@ from jaxtyping import Float, Int
 
 from clipkit.core import ClipkitError
 
-__all__ = ["CLOSE", "STRENGTHS", "Linear", "Sweep", "choose_strength", "fit_linear", "folds_of"]
+__all__ = ["CLOSE_LOSS", "STRENGTHS", "Linear", "Sweep", "SweepOptions", "choose_strength", "fit_linear", "folds_of"]
 
 Array = np.ndarray
 STRENGTHS = tuple(10.0**power for power in range(-6, 7))  # CLIP sweeps over the same range
-CLOSE = 0.01  # nats: losses no further apart are about as good, and the gentler choice is taken
+CLOSE_LOSS = 0.01  # nats: losses no further apart are about as good, and the gentler choice is taken
 PATIENCE = 2  # strengths that grow worse in turn end the search
 STEPS = 5000  # of L-BFGS; the strongest fits of separable samples take some hundred
 GRADIENT, ROUGHLY = 1e-8, 1e-6  # of the mean loss, at which a fit is done; when strengths are compared
@@ -145,17 +146,28 @@ class Sweep(NamedTuple):
     """bool ``[n]``: whose class has samples in other folds; the losses are of these."""
 
 
+@dataclass(frozen=True)
+class SweepOptions:
+    """Which strengths are compared, and on what."""
+
+    strengths: Sequence[float] = STRENGTHS
+    """To choose from, rising."""
+    folds: int = 5
+    """See `folds_of`, also of the seed."""
+    seed: int = 0
+    missing: float = 0.0
+    """Share of the loss that is of samples whose class is held out with them, so that it has only its start: such as
+    the share of classes that have no samples, which a strong fit would forget. For fits with a start."""
+
+
 def choose_strength(
     features: Float[Array, "n dim"],
     labels: Int[Array, " n"],
     classes: int,
+    options: SweepOptions | None = None,
     *,
     start: Linear | None = None,
-    strengths: Sequence[float] = STRENGTHS,
-    folds: int = 5,
     groups: Int[Array, " n"] | None = None,
-    missing: float = 0.0,
-    seed: int = 0,
 ) -> Sweep:
     """Choose how strongly `fit_linear` is to fit, by the loss on folds that are held out (see `folds_of`).
 
@@ -164,34 +176,34 @@ def choose_strength(
 
     Args:
         features, labels, classes, start: see `fit_linear`.
-        strengths: to choose from, rising.
-        folds, groups, seed: see `folds_of`.
-        missing: share of the loss that is of samples whose class is held out with them, so that it has only its start:
-            such as the share of classes that have no samples, which a strong fit would forget. For fits with a start.
+        options: which strengths, and on what they are compared.
+        groups: see `folds_of`.
 
     Raises:
         ClipkitError: as `fit_linear`, or where no class has samples in two folds.
     """
+    options = options or SweepOptions()
+    strengths, missing = options.strengths, options.missing
     _refuse(features, labels, classes, start)
-    fold = folds_of(labels, folds, groups=groups, seed=seed)
+    fold = folds_of(labels, options.folds, groups=groups, seed=options.seed)
     features = features.astype(np.float64)
     judged = np.zeros(len(labels), bool)
     for number in np.unique(fold):
         judged[fold == number] = np.isin(labels[fold == number], labels[fold != number])
     if not judged.any():
         raise ClipkitError("no class has two samples, so nothing can be held out; give more, or name the strength")
-    about = (features, labels, classes, strengths, start)
-    held = _held_out(*about, fold)
-    unmet = _held_out(*about, np.unique(labels, return_inverse=True)[1] % folds) if missing else None
+    held_out = _held_out(features, labels, classes, strengths, start, fold)
+    by_class = np.unique(labels, return_inverse=True)[1] % options.folds
+    unmet = _held_out(features, labels, classes, strengths, start, by_class) if missing else None
     losses, logits = np.full(len(strengths), np.nan), []
-    for at, found in enumerate(held):
-        logits.append(found)
-        losses[at] = _loss(found[judged], labels[judged])
+    for at, each in enumerate(held_out):
+        logits.append(each)
+        losses[at] = _loss(each[judged], labels[judged])
         if unmet is not None:
             losses[at] += missing * (_loss(next(unmet), labels) - losses[at])
         if at - int(np.nanargmin(losses)) == PATIENCE:  # the strongest take longest, and the loss has one valley
             break
-    best = int(np.flatnonzero(losses <= np.nanmin(losses) + CLOSE)[0])
+    best = int(np.flatnonzero(losses <= np.nanmin(losses) + CLOSE_LOSS)[0])
     return Sweep(float(strengths[best]), losses, logits[best], judged)
 
 

@@ -7,38 +7,25 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from clipkit.classification.decisions import OK, Decisions
+from clipkit.classification.classified import Classified, accuracy
+from clipkit.classification.decisions import UNSURE, Decisions
 from clipkit.classification.fit import Fit, Threshold, ranked
 from clipkit.classification.images import Images
-from clipkit.classification.labels import LabelSet
 from clipkit.core import BadSample, Report, confusion_figure, reliability_figure
 from clipkit.images import decode
-from clipkit.metrics import Interval, confusion_matrix, reliability, wilson_interval
+from clipkit.metrics import confusion_matrix, reliability
 
-__all__ = ["accuracy", "pictures", "write_report"]
+__all__ = ["pictures", "write_report"]
 
+Picture = Callable[[int], Image.Image | None]
+"""Gives an image by its number, or None where it is not at hand."""
 SHOWN = 24  # pictures of a class; more would not be looked at, and each takes some kilobytes
 SIDE = 256  # pixels of a picture that is kept for the sheet, which shows half of it
+LISTED = 1000  # unreadable files
 NAMED = 30  # classes in the confusion matrix; with more of them nothing could be read, and a table lists the pairs
 
 
-def accuracy(truth: np.ndarray, decisions: Decisions, *, sure: bool = False) -> tuple[Interval, int]:
-    """Share of images whose first class is theirs with its 95 % interval (Wilson 1927), and how many were counted.
-
-    Args:
-        truth: int ``[n]``, -1 where it is not known.
-        decisions: on the same images.
-        sure: count those with the status ``ok`` only.
-    """
-    counted = truth >= 0
-    if sure:
-        counted = counted & (decisions.statuses == OK)
-    right = int((decisions.classes[counted, 0] == truth[counted]).sum())
-    count = int(counted.sum())
-    return wilson_interval(right, count), count
-
-
-def pictures(images: Images) -> Callable[[int], Image.Image | None]:
+def pictures(images: Images) -> Picture:
     """Gives an image by its number, or None where it is not at hand."""
 
     def show(at: int) -> Image.Image | None:
@@ -52,54 +39,49 @@ def pictures(images: Images) -> Callable[[int], Image.Image | None]:
 
 def write_report(
     path: Path,
-    images: Images,
-    labels: LabelSet,
-    decisions: Decisions,
+    classified: Classified,
     *,
     about: str,
-    truth: np.ndarray | None = None,
-    picture: Callable[[int], Image.Image | None],
-    fit: Fit | None = None,
-    threshold: Threshold | None = None,
+    picture: Picture | None = None,
 ) -> None:
     """Write a self-contained page.
 
     Args:
         path: of the page.
-        images, labels, decisions: what was classified, as what, and how.
+        classified: what it shows.
         about: the model and the source in a line.
-        truth: int ``[n]``: the class of each image where it is known, else -1; None where nothing is.
-        picture: image number `n`, or None where it is not at hand.
-        fit: where the classifiers are from, which is shown where there are examples or temperatures.
-        threshold: that was fitted to a wanted precision.
+        picture: image number `n`, or None where it is not at hand; read from its source when not given.
     """
     page = Report("Classified", about)
-    counts = {name: int((decisions.statuses == at).sum()) for at, name in enumerate(("sure", "unsure", "background"))}
-    cards = [("images", f"{len(images):,}", f"{len(labels.labels)} labels")]
+    page.figures(_cards(classified))
+    if classified.fit is not None:
+        _examples(page, classified.fit, classified.threshold)
+    if classified.truth is not None:
+        _confusion(page, classified.labels.names, classified.truth, classified.decisions)
+    for at in range(len(classified.labels.labels)):
+        _sheet(page, classified, at, picture or pictures(classified.images))
+    unreadable = classified.images.unreadable
+    if unreadable:
+        page.heading("Unreadable")
+        page.table([{"path": line["key"], "reason": line["reason"]} for line in unreadable[:LISTED]], words=True)
+        if len(unreadable) > LISTED:
+            page.text(f"and {len(unreadable) - LISTED:,} more")
+    page.write(path)
+
+
+def _cards(classified: Classified) -> list[tuple[str, str, str]]:
+    images, statuses = classified.images, classified.decisions.statuses
+    counts = {name: int((statuses == at).sum()) for at, name in enumerate(("sure", "unsure", "background"))}
+    cards = [("images", f"{len(images):,}", f"{len(classified.labels.labels)} labels")]
     cards += [(name, f"{count:,}", f"{count / max(len(images), 1):.1%}") for name, count in counts.items() if count]
     if images.unreadable:
         cards.append(("unreadable", f"{len(images.unreadable):,}", "listed below"))
-    if truth is not None:
-        for name, sure in (("accuracy", False), ("accuracy of the sure", True)):
-            (share, low, high), count = accuracy(truth, decisions, sure=sure)
-            if count and (not sure or counts["sure"] < len(images)):
-                cards.append((name, f"{share:.1%}", f"95 % interval {low:.1%} to {high:.1%}, {count:,} images"))
-    page.figures(cards)
-    if fit is not None:
-        _examples(page, fit, threshold)
-    if truth is not None:
-        _confusion(page, labels.names, truth, decisions)
-    first = decisions.classes[:, 0]
-    for at, label in enumerate(labels.labels):
-        own = np.flatnonzero(first == at)
-        if len(own):
-            _sheet(page, label.name, own, images, decisions, truth, picture, labels.names)
-    if images.unreadable:
-        page.heading("Unreadable")
-        page.table([{"path": line["key"], "reason": line["reason"]} for line in images.unreadable[:1000]], words=True)
-        if len(images.unreadable) > 1000:
-            page.text(f"and {len(images.unreadable) - 1000:,} more")
-    page.write(path)
+    for name, sure in (("accuracy", False), ("accuracy of the sure", True)):
+        right = accuracy(classified, sure=sure)
+        if right is not None and right[1] and (not sure or counts["sure"] < len(images)):
+            (share, low, high), count = right
+            cards.append((name, f"{share:.1%}", f"95 % interval {low:.1%} to {high:.1%}, {count:,} images"))
+    return cards
 
 
 def _examples(page: Report, fit: Fit, threshold: Threshold | None) -> None:
@@ -155,33 +137,31 @@ def _confusion(page: Report, names: Sequence[str], truth: np.ndarray, decisions:
         page.table(rows)
 
 
-def _sheet(
-    page: Report,
-    name: str,
-    own: np.ndarray,
-    images: Images,
-    decisions: Decisions,
-    truth: np.ndarray | None,
-    picture: Callable[[int], Image.Image | None],
-    names: Sequence[str],
-) -> None:
-    page.heading(name, f"{len(own):,} images, least certain first" + (f"; {SHOWN} of them" if len(own) > SHOWN else ""))
+def _sheet(page: Report, classified: Classified, label: int, picture: Picture) -> None:
+    """The images whose first class is this one."""
+    decisions, truth, paths = classified.decisions, classified.truth, classified.images.paths
+    names = classified.labels.names
+    own = np.flatnonzero(decisions.classes[:, 0] == label)
+    if not len(own):
+        return
+    cut = f"; {SHOWN} of them" if len(own) > SHOWN else ""
+    page.heading(names[label], f"{len(own):,} images, least certain first{cut}")
     shown: list[tuple[Image.Image | Path, str, bool]] = []
     away = []
     least = own[np.argsort(decisions.probabilities[own, 0], kind="stable")][:SHOWN]
     for at in map(int, least):
-        said = f"{decisions.probabilities[at, 0]:.0%} {images.paths[at]}"
-        if decisions.statuses[at] == 1:
-            said = f"unsure {said}"
-        right = truth is not None and truth[at] == decisions.classes[at, 0]
+        caption = f"{decisions.probabilities[at, 0]:.0%} {paths[at]}"
+        if decisions.statuses[at] == UNSURE:
+            caption = f"unsure {caption}"
+        right = truth is not None and truth[at] == label
         if truth is not None and truth[at] >= 0 and not right:
-            said = f"{said} (is {names[truth[at]]})"
-        found = picture(at)
-        if found is None:
-            away.append({"image": images.paths[at], "probability": f"{decisions.probabilities[at, 0]:.0%}"})
+            caption = f"{caption} (is {names[truth[at]]})"
+        image = picture(at)
+        if image is None:
+            away.append({"image": paths[at], "probability": f"{decisions.probabilities[at, 0]:.0%}"})
         else:
-            found.thumbnail((SIDE, SIDE))  # photos take 70 MB each, and the sheet holds all that it shows at once
-            shown.append((found, said, right))
+            image.thumbnail((SIDE, SIDE))  # photos take 70 MB each, and the sheet holds all that it shows at once
+            shown.append((image, caption, right))
     if shown:
         page.sheet(shown)
     if away:

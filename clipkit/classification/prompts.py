@@ -66,14 +66,16 @@ def class_vectors(
     return means / np.linalg.norm(means, axis=1, keepdims=True)
 
 
-def cached_prompts(name: str, cache: Cache) -> list[str]:
-    """As `clipkit.classification.prompt_set`; those that another library ships, which takes seconds to import, are
-    kept."""
-    if name != "openai80":
-        return prompt_set(name)
-    key = hash_of(name, version("open_clip_torch"))
-    found = cache.fact(key)
-    if found is None:
-        found = prompt_set(name)
-        cache.keep_fact(key, found)
-    return found
+def cached_prompts(given: str | Sequence[str], cache: Cache) -> Sequence[str]:
+    """As `clipkit.classification.prompt_set`; templates that another library ships, which takes seconds to import, are
+    kept. Templates that are given themselves stay as they are."""
+    if not isinstance(given, str):
+        return given
+    if given != "openai80":
+        return prompt_set(given)
+    key = hash_of(given, version("open_clip_torch"))
+    templates = cache.fact(key)
+    if templates is None:
+        templates = prompt_set(given)
+        cache.keep_fact(key, templates)
+    return templates

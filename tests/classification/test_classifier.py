@@ -20,6 +20,7 @@ from clipkit.classification import (
     prompt_set,
     write_report,
 )
+from clipkit.classification.classified import Classified
 from clipkit.classification.classifier import zero_shot
 from clipkit.classification.decisions import decide
 from clipkit.classification.images import Images
@@ -307,7 +308,8 @@ def test_pictures_of_a_page_are_small_as_soon_as_they_are_read(monkeypatch, tmp_
     images = Images([f"{n}.png" for n in range(5)], lambda *_: np.zeros((5, 2)))
     decisions = decide(np.full((5, 2), 0.5), None, Rule())
     picture = {0: Image.new("RGB", (3000, 600)), 1: Image.new("L", (20, 30)), 2: Image.new("RGB", (600, 3000))}.get
-    write_report(tmp_path / "a.html", images, as_label_set(LABELS[:2]), decisions, about="", picture=picture)
+    classified = Classified(images, as_label_set(LABELS[:2]), decisions)
+    write_report(tmp_path / "a.html", classified, about="", picture=picture)
     assert sizes == [(256, 51), (20, 30), (51, 256)]
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipkit.classification import Rule, classify_images, fit_classifiers, open_examples, wanted_threshold
+from clipkit.classification import Learning, Rule, classify_images, fit_classifiers, open_examples, wanted_threshold
 from clipkit.classification.examples import Examples
-from clipkit.classification.fit import METHODS
+from clipkit.classification.fit import LEARNERS
 from clipkit.classification.images import Images
 from clipkit.classification.labels import Label, LabelSet, as_label_set
 from clipkit.core import ClipkitError
@@ -180,15 +180,15 @@ def test_a_known_temperature_is_found_and_kept(own_cache, temperature):
     scale, cache = 10.0, Cache(own_cache)
     model = Fake(scale, TEXT)
     images, truth = drawn(TEXT, temperature, scale, 4000, 1)
-    fit = fit_classifiers(LABELS, ["{}"], [model], cache, examples=examples_of(images, truth), method="zero-shot",
-                          calibrate=True)  # fmt: skip
+    fit = fit_classifiers(LABELS, ["{}"], [model], cache, Learning("zero-shot", calibrate=True),
+                          examples_of(images, truth))  # fmt: skip
     # Of 4,000 samples the temperature's relative standard error is below 3 %.
     assert fit.temperatures[0] == pytest.approx(temperature, rel=0.1)
     assert fit.judged is not None
     assert fit.judged.error(fit.judged.after) < 0.03
     if temperature != 1:
         assert fit.judged.error(fit.judged.before) > 0.1
-    later = fit_classifiers(LABELS, ["{}"], [model], cache, calibrate=True)
+    later = fit_classifiers(LABELS, ["{}"], [model], cache, Learning(calibrate=True))
     assert later.temperatures == fit.temperatures
     plain = fit_classifiers(LABELS, ["{}"], [model], cache)
     others = Images([""] * 500, lambda _, at: drawn(TEXT, 1, scale, 500, 9)[0][at])
@@ -196,7 +196,7 @@ def test_a_known_temperature_is_found_and_kept(own_cache, temperature):
     assert np.array_equal(hot.classes, cold.classes)
     assert np.array_equal(hot.probabilities, cold.probabilities) == (fit.temperatures[0] == 1)
     with pytest.raises(ClipkitError, match="no temperature is kept"):
-        fit_classifiers(LABELS, ["a {}"], [model], cache, calibrate=True)
+        fit_classifiers(LABELS, ["a {}"], [model], cache, Learning(calibrate=True))
 
 
 def test_the_command_keeps_a_temperature_and_changes_no_label(run, photos, model_dir, tmp_path):
@@ -218,23 +218,23 @@ def test_the_command_keeps_a_temperature_and_changes_no_label(run, photos, model
     assert [row["probability"] for row in own] == pytest.approx([row["probability"] for row in later], rel=1e-2)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LEARNERS)
 def test_calibration_changes_no_order(method):
     images, truth = drawn(TEXT, 2.0, 10.0, 60, 3)
     examples = examples_of(images, truth)
     others = Images([""] * 300, lambda _, at: drawn(TEXT, 2.0, 10.0, 300, 4)[0][at])
     decided = []
     for calibrate in (False, True):
-        how = {"examples": examples, "method": method, "calibrate": calibrate}
-        fit = fit_classifiers(LABELS, ["{}"], [Fake(10.0, TEXT)], Cache(None), **how)
+        learning = Learning(method, calibrate=calibrate)
+        fit = fit_classifiers(LABELS, ["{}"], [Fake(10.0, TEXT)], Cache(None), learning, examples)
         decided.append(classify_images(others, fit.classifiers, Rule(), top=4))
     assert np.array_equal(decided[0].classes, decided[1].classes)
     assert not np.array_equal(decided[0].probabilities, decided[1].probabilities)
 
 
 def test_examples_that_are_all_right_give_no_temperature():
-    fit = fit_classifiers(LABELS, ["{}"], [Fake(10.0, TEXT)], Cache(None), examples=examples_of(TEXT, np.arange(4)),
-                          method="zero-shot", calibrate=True)  # fmt: skip
+    fit = fit_classifiers(LABELS, ["{}"], [Fake(10.0, TEXT)], Cache(None), Learning("zero-shot", calibrate=True),
+                          examples_of(TEXT, np.arange(4)))  # fmt: skip
     assert fit.temperatures == [1.0]
 
 
@@ -244,8 +244,8 @@ def test_a_wanted_precision_is_kept_on_others(calibrate):
     wanted, missed, covered = 0.85, 0, []
     for seed in range(60):
         images, truth = drawn(TEXT, 1.0, 12.0, 300, seed)
-        fit = fit_classifiers(LABELS, ["{}"], [Fake(12.0, TEXT)], Cache(None), examples=examples_of(images, truth),
-                              method="zero-shot", calibrate=calibrate)  # fmt: skip
+        fit = fit_classifiers(LABELS, ["{}"], [Fake(12.0, TEXT)], Cache(None), Learning("zero-shot", calibrate),
+                              examples_of(images, truth))  # fmt: skip
         found = wanted_threshold(fit, [], wanted)
         others, own = drawn(TEXT, 1.0, 12.0, 4000, 1000 + seed)
         decided = classify_images(Images([""] * 4000, lambda _, at, o=others: o[at]), fit.classifiers,
@@ -261,8 +261,8 @@ def test_a_wanted_precision_is_kept_on_others(calibrate):
 def test_a_threshold_passes_what_it_says_and_no_background():
     labels = LabelSet((*(Label(name) for name in NAMES[:3]), Label(NAMES[3], background=True)))
     images, truth = drawn(TEXT, 1.0, 12.0, 800, 0)
-    fit = fit_classifiers(labels, ["{}"], [Fake(12.0, TEXT)], Cache(None), examples=examples_of(images, truth),
-                          method="zero-shot")  # fmt: skip
+    fit = fit_classifiers(labels, ["{}"], [Fake(12.0, TEXT)], Cache(None), Learning("zero-shot"),
+                          examples_of(images, truth))  # fmt: skip
     found = wanted_threshold(fit, labels.background, 0.8)
     decided = classify_images(Images([""] * 800, lambda _, at: images[at]), fit.classifiers,
                               Rule(found.probability, background=labels.background), top=1)  # fmt: skip
@@ -300,8 +300,8 @@ def test_classes_never_shown_are_told_from_known_ones(method):
         text = unit(means[:4] + 2 * rng.normal(size=(4, 12)))
         images = [unit(np.repeat(means[some], each, 0) + rng.normal(size=(len(some) * each, 12)))
                   for some, each in ((range(4), 10), (range(4), 100), (range(4, 6), 200))]  # fmt: skip
-        fit = fit_classifiers(LABELS, ["{}"], [Fake(10.0, text)], Cache(None), calibrate=True, method=method,
-                              examples=examples_of(images[0], np.repeat(np.arange(4), 10)))  # fmt: skip
+        fit = fit_classifiers(LABELS, ["{}"], [Fake(10.0, text)], Cache(None), Learning(method, calibrate=True),
+                              examples_of(images[0], np.repeat(np.arange(4), 10)))  # fmt: skip
         decided = [classify_images(Images([""] * 400, lambda _, at, own=own: own[at]), fit.classifiers, Rule(), top=1)
                    for own in images[1:]]  # fmt: skip
         scores = [each.probabilities[:, 0] for each in decided]

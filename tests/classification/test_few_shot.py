@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from clipkit.classification import Linear, fit_linear, folds_of
-from clipkit.classification.few_shot import FewShot, lifted, linear, prototypes, tip_adapter
-from clipkit.classification.logistic import CLOSE
+from clipkit.classification.few_shot import FewShot, Shots, lifted, linear, prototypes, tip_adapter
+from clipkit.classification.logistic import CLOSE_LOSS
 from clipkit.core import ClipkitError
 from clipkit.metrics import fit_temperature, log_loss
 
@@ -47,7 +47,7 @@ def test_examples_beat_the_names_alone(method):
         world = World(seed)
         features, labels = world.draw(8)
         others, truth = world.draw(100)
-        found = method(features, labels, world.text, SCALE)
+        found = method(Shots(features, labels, world.text, SCALE))
         gains.append(accuracy(found.logits(others), truth) - accuracy(others @ world.text.T, truth))
         judged.append(accuracy(found.held_out, labels) - accuracy(found.logits(others), truth))
         assert found.judged.all()
@@ -64,7 +64,7 @@ def test_an_example_has_no_part_in_its_own_judgement(method, copies):
     features, labels = world.draw(5)
     groups = np.arange(len(labels)) // (2 if copies else 1)
     groups = groups + 100 * labels  # copies are of one class
-    found = method(features, labels, world.text, SCALE, groups=groups)
+    found = method(Shots(features, labels, world.text, SCALE, groups))
     for at in (0, 7, len(labels) - 1):
         rest = groups != groups[at]
         if method is linear:
@@ -106,7 +106,7 @@ def by_hand(method, features, labels, text, chosen, image, usual):
 def test_the_formulas_read_aloud(method):
     world = World(2)
     features, labels = world.draw(3)
-    found = method(features, labels, world.text, SCALE)
+    found = method(Shots(features, labels, world.text, SCALE))
     for image in world.draw(1)[0]:
         wanted = by_hand(method, features, labels, world.text, found.chosen, image, usual=3)
         assert np.allclose(found.logits(image[None])[0], wanted, atol=1e-5)
@@ -118,7 +118,7 @@ def test_a_class_without_examples_is_still_found(method):
     features, labels = world.draw(8)
     seen = labels != 2
     others, truth = world.draw(100)
-    found = method(features[seen], labels[seen], world.text, SCALE)
+    found = method(Shots(features[seen], labels[seen], world.text, SCALE))
     logits, base = found.logits(others), SCALE * (others @ world.text.T).astype(np.float64)
     known = [0, 1, 3, 4, 5]
     mean = (logits - base)[:, known].mean(axis=1)
@@ -135,9 +135,9 @@ def test_what_is_tried_is_not_kept(method, missing):
     features, labels = world.draw(3)
     some = labels < len(world.text) - missing
     features, labels = features[some], labels[some]
-    method(features, labels, world.text, SCALE)
+    method(Shots(features, labels, world.text, SCALE))
     tracemalloc.start()
-    method(features, labels, world.text, SCALE)
+    method(Shots(features, labels, world.text, SCALE))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 20 * len(labels) * len(world.text) * 8
@@ -166,8 +166,8 @@ def test_of_what_is_tried_the_gentlest_of_the_likeliest_is_taken(missing):
         heat = max(1.0, fit_temperature(np.array(met), labels))
         parts = [log_loss(np.array(each), labels, heat) for each in (met, unmet)]
         losses[alpha, beta] = parts[0] + (1 - has.mean()) * (parts[1] - parts[0])
-    wanted = min(choice for choice, loss in losses.items() if loss <= min(losses.values()) + CLOSE)
-    found = tip_adapter(features, labels, world.text, SCALE, alphas=alphas, betas=betas)
+    wanted = min(choice for choice, loss in losses.items() if loss <= min(losses.values()) + CLOSE_LOSS)
+    found = tip_adapter(Shots(features, labels, world.text, SCALE), alphas=alphas, betas=betas)
     assert (found.chosen["alpha"], found.chosen["beta"]) == wanted
 
 
@@ -175,14 +175,14 @@ def test_of_what_is_tried_the_gentlest_of_the_likeliest_is_taken(missing):
 def test_one_example_of_each_class_and_one_class_alone(method):
     world = World(4)
     features, labels = world.draw(1)
-    found = method(features, labels, world.text, SCALE)
+    found = method(Shots(features, labels, world.text, SCALE))
     assert not found.judged.any()
     others, truth = world.draw(50)
     assert accuracy(found.logits(others), truth) > accuracy(others @ world.text.T, truth) - 0.02
-    alone = method(features[:1], labels[:1], world.text, SCALE)
+    alone = method(Shots(features[:1], labels[:1], world.text, SCALE))
     assert np.isfinite(alone.logits(others)).all()
     assert alone.logits(others[:0]).shape == (0, 6)
-    same = method(features[:1].repeat(3, 0), labels[:1].repeat(3), world.text, SCALE, groups=np.zeros(3, int))
+    same = method(Shots(features[:1].repeat(3, 0), labels[:1].repeat(3), world.text, SCALE, np.zeros(3, int)))
     assert not same.judged.any()  # copies of one image are one example
 
 
@@ -193,7 +193,7 @@ def test_unequal_numbers_favour_no_class():
     labels = np.array([0] * 30 + [1] * 2)
     middle = unit(np.eye(8)[2:3] + np.eye(8)[3:4]).astype(np.float32)
     for method in (prototypes, tip_adapter):
-        logits = method(features, labels, text, SCALE).logits(middle)[0]
+        logits = method(Shots(features, labels, text, SCALE)).logits(middle)[0]
         assert logits[0] == pytest.approx(logits[1])
 
 
@@ -215,14 +215,14 @@ def test_unusable_examples_are_refused(method):
         ((features, labels + 1), "from 0 to 5"),
     ]:
         with pytest.raises(ClipkitError, match=told):
-            method(*about, world.text, SCALE)
+            method(Shots(*about, world.text, SCALE))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_examples_give_the_same_classifier(method):
     world = World(5)
     features, labels = world.draw(4)
-    one, two = (method(features, labels, world.text, SCALE) for _ in range(2))
+    one, two = (method(Shots(features, labels, world.text, SCALE)) for _ in range(2))
     assert isinstance(one, FewShot)
     assert one.chosen == two.chosen
     assert np.array_equal(one.held_out, two.held_out)

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from clipkit.classification import class_folders, classes_of, truth_of
-from clipkit.classification.folder_classes import plain_name
+from clipkit.classification import class_folders, classes_of
+from clipkit.classification.folder_classes import plain_name, truth_of
 from clipkit.classification.labels import Label, LabelSet, as_label_set
 from clipkit.core import ClipkitError
 from clipkit.data.sources import open_source

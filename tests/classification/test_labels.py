@@ -45,7 +45,7 @@ def test_names_with_commas_a_text_file_and_a_bare_list_are_the_same(tmp_path):
     wanted = LabelSet((Label("red heart"), Label("blue star")))
     for given in ("red heart, blue star,", str(tmp_path / "labels.txt"), str(tmp_path / "labels.yml")):
         assert parse_labels(given) == wanted
-    more = wanted.with_background(["nothing"])
+    more = wanted.with_background("nothing")
     assert (more.names, more.background) == (["red heart", "blue star", "nothing"], [2])
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from clipkit.classification import Linear, choose_strength, fit_linear, folds_of
+from clipkit.classification import Linear, SweepOptions, choose_strength, fit_linear, folds_of
 from clipkit.core import ClipkitError
 
 
@@ -114,7 +114,7 @@ def test_what_cannot_be_fitted_is_refused():
         (lambda: fit_linear(features, labels, 3, start=Linear(np.zeros((3, 5)), np.zeros(3))), "3 × 4 are wanted"),
         (lambda: fit_linear(features, labels, 3, start=Linear(np.full((3, 4), np.nan), np.zeros(3))), "start holds"),
         (lambda: choose_strength(features[:3], np.arange(3), 3), "no class has two samples"),
-        (lambda: choose_strength(features, labels, 3, folds=1), "hold nothing out"),
+        (lambda: choose_strength(features, labels, 3, SweepOptions(folds=1)), "hold nothing out"),
     ]:
         with pytest.raises(ClipkitError, match=told):
             call()
@@ -124,7 +124,7 @@ def test_the_strength_is_the_one_with_the_least_loss_held_out():
     features, labels = samples(60, 20, 4, apart=0.7)
     start = Linear(np.random.default_rng(0).normal(size=(4, 20)), np.zeros(4))
     grid = [0.001, 0.03, 1.0, 30.0]
-    found = choose_strength(features, labels, 4, start=start, strengths=grid, folds=4, seed=3)
+    found = choose_strength(features, labels, 4, SweepOptions(grid, folds=4, seed=3), start=start)
     fold = folds_of(labels, 4, seed=3)
     losses, held = [], []
     for strength in grid:
@@ -143,7 +143,7 @@ def test_the_strength_is_the_one_with_the_least_loss_held_out():
     assert found.strength == grid[best]
     assert np.allclose(found.logits, held[best], atol=1e-2)
     assert found.judged.all()
-    again = choose_strength(features, labels, 4, start=start, strengths=grid, folds=4, seed=3)
+    again = choose_strength(features, labels, 4, SweepOptions(grid, folds=4, seed=3), start=start)
     assert all(np.array_equal(a, b) for a, b in zip(found, again, strict=True))
 
 
@@ -154,7 +154,7 @@ def test_a_strength_is_weaker_where_classes_are_missing():
     means = np.stack([features[labels == at].mean(0) for at in range(6)])
     start = Linear(0.1 * (means + rng.normal(size=means.shape)), np.zeros(6))
     grid = [0.001, 0.01, 0.1, 1.0]
-    plain, half = (choose_strength(features, labels, 6, start=start, strengths=grid, missing=m) for m in (0.0, 0.5))
+    plain, half = (choose_strength(features, labels, 6, SweepOptions(grid, missing=m), start=start) for m in (0.0, 0.5))
     fold = labels % 5
     for at, strength in enumerate(grid[:2]):
         logits = np.empty((48, 6))
@@ -177,7 +177,7 @@ def test_a_sample_without_its_like_is_not_judged():
 
 def test_the_search_ends_where_stronger_fits_only_grow_worse():
     features, labels = samples(40, 30, 3, apart=0.0)  # noise: the weakest is the best
-    found = choose_strength(features, labels, 3, strengths=[1e-4, 1e-2, 1.0, 1e2, 1e4])
+    found = choose_strength(features, labels, 3, SweepOptions([1e-4, 1e-2, 1.0, 1e2, 1e4]))
     assert found.strength == 1e-4
     assert np.isnan(found.losses).tolist() == [False, False, False, True, True]
 

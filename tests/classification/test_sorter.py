@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from clipkit.classification import Rule
+from clipkit.classification.classified import Classified
 from clipkit.classification.decisions import decide
 from clipkit.classification.images import Images
 from clipkit.classification.labels import as_label_set
@@ -238,7 +239,7 @@ def test_what_was_taken_back_meanwhile_is_not_said_to_be_moved(photos, tmp_path)
     undo(out)
     images = Images(["0.png"], lambda *_: np.zeros((1, 2)), rows=[0], source=open_source(photos))
     decisions = decide(np.array([[0.1, 0.9]]), None, Rule())
-    (found,) = sorter.sort(images, as_label_set(["cat", "dog"]), decisions)
+    (found,) = sorter.sort(Classified(images, as_label_set(["cat", "dog"]), decisions))
     assert found.to == ["dog/0.png"]
     assert files(out) == ["dog/0.png"]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from clipkit.classification import STRENGTHS, Linear, fit_linear
+from clipkit.classification import Linear, SweepOptions, fit_linear
 from clipkit.core import ClipkitError
 from clipkit.evaluation.probe.attention import Attention, Training, attend, attention_fusion, begin, fit_attention
 from clipkit.evaluation.probe.fusion import (
@@ -155,7 +155,7 @@ def test_the_strength_is_the_best_of_all_by_cross_validation():
     for scale in (1.0, 0.02, 40.0):  # so that weak and strong ones are best
         samples, labels = halves(90, 5)
         features = scale * np.concatenate([samples.image, samples.text], axis=1)
-        wanted = choose_strength(features, labels, CLASSES, strengths=STRENGTHS, folds=3)
+        wanted = choose_strength(features, labels, CLASSES, SweepOptions(folds=3))
         found = fit_head(features, labels, CLASSES)
         assert found.strength == wanted.strength
         assert np.allclose(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipkit.classification import choose_strength, fit_linear
+from clipkit.classification import SweepOptions, choose_strength, fit_linear
 from clipkit.core import ClipkitError
 from clipkit.data.sources import Selected, Source, open_source, sample_id
 from clipkit.evaluation import SharedWork
@@ -106,7 +106,7 @@ def test_a_linear_probe_is_the_fit_on_the_embeddings(kinds, model):
     lazy = LazyModel.of(model)
     found = evaluate_probe(SharedWork(lazy), task, (1, 2))
     train, test = (SharedWork(lazy).images(part.source).vectors for part in task)
-    strength = choose_strength(train, task.train.labels, 4, groups=task.train.groups, folds=3).strength
+    strength = choose_strength(train, task.train.labels, 4, SweepOptions(folds=3), groups=task.train.groups).strength
     logits = fit_linear(train, task.train.labels, 4, strength=strength).logits(test)
     order = np.argsort(-logits, axis=1)
     right = order[:, 0] == task.test.labels

@@ -9,7 +9,7 @@ from PIL import Image
 
 from clipkit.classification import Rule, classify_images
 from clipkit.classification.classifier import Classifier
-from clipkit.classification.few_shot import linear, prototypes, tip_adapter
+from clipkit.classification.few_shot import Shots, linear, prototypes, tip_adapter
 from clipkit.classification.images import Images
 from clipkit.data.sources import Globs, open_source
 from clipkit.embedding import Embeddings, EmbedOptions, embed
@@ -97,7 +97,7 @@ def classifiers():
     background = Rule(background=[CLASSES - 1], several=True, threshold=0.5)
     yield "beside", Classifier(text, lambda _, near: beside_background(near, 50.0, [CLASSES - 1])), background
     for learn in (prototypes, tip_adapter, linear):
-        few = learn(examples, truth, text, 100.0)
+        few = learn(Shots(examples, truth, text, 100.0))
         shares = Classifier(text, lambda rows, _, few=few: probabilities(few.logits(rows), 1.0))
         yield learn.__name__, shares, Rule(threshold=0.3, min_margin=0.1)
 

@@ -17,7 +17,7 @@ from clipkit.storage import one_at_a_time
 __all__ = ["JOURNAL", "Journal", "Record", "is_begun"]
 
 JOURNAL = ".clipkit-sort.jsonl"
-VERSION = 1
+JOURNAL_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Journal:
             try:
                 said = json.loads(line)
                 if number == 1:
-                    if said["sort"] > VERSION:
+                    if said["sort"] > JOURNAL_VERSION:
                         raise ClipkitError(f"{self.root / JOURNAL} was written by a newer clipkit; update")
                     self.token, self.made_root = said["token"], said["made"]
                 elif "label" in said:
@@ -204,7 +204,9 @@ def is_begun(root: Path) -> bool:
 
 
 def _prepare(root: Path) -> None:
-    header = json.dumps({"sort": VERSION, "token": secrets.token_hex(6), "made": not os.path.lexists(root)}) + "\n"
+    header = (
+        json.dumps({"sort": JOURNAL_VERSION, "token": secrets.token_hex(6), "made": not os.path.lexists(root)}) + "\n"
+    )
     try:
         if not os.path.lexists(root):
             _beside(root).mkdir()

@@ -12,14 +12,25 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
 
-__all__ = ["BACKGROUND", "UNSURE", "How", "Item", "Step", "folders_of", "numbered", "plain_form", "plan", "safe_name"]
+__all__ = [
+    "BACKGROUND_FOLDER",
+    "UNSURE_FOLDER",
+    "How",
+    "Item",
+    "Step",
+    "folders_of",
+    "numbered",
+    "plain_form",
+    "plan",
+    "safe_name",
+]
 
 How = Literal["copy", "link", "move"]
-UNSURE, BACKGROUND = "unsure", "background"
+UNSURE_FOLDER, BACKGROUND_FOLDER = "unsure", "background"
 LONGEST = 120  # bytes of a folder's name; file systems take 255, and paths must stay short as a whole
 NAME_MAX = 255
 FORBIDDEN = frozenset('/\\<>:"|?*')  # somewhere; a sorted folder may go to another system
-RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
+DEVICE_NAMES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,7 @@ def safe_name(label: str) -> str:
     text = text.strip().rstrip(". ")
     if text.startswith("."):
         text = "_" + text.lstrip(".")
-    if not text or text.partition(".")[0].lower() in RESERVED:
+    if not text or text.partition(".")[0].lower() in DEVICE_NAMES:
         text += "_"
     if len(text.encode()) > LONGEST:
         mark = hashlib.blake2b(label.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
@@ -79,7 +90,7 @@ def folders_of(labels: Sequence[str], known: Mapping[str, str], is_file: Callabl
         is_file: whether a name in the sorted folder is taken by something that is no folder.
     """
     found = dict(known)
-    taken = {plain_form(name) for name in (UNSURE, BACKGROUND, *known.values())}
+    taken = {plain_form(name) for name in (UNSURE_FOLDER, BACKGROUND_FOLDER, *known.values())}
     for label in labels:
         if label not in found:
             name = safe_name(label)

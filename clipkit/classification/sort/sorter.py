@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from clipkit.classification.classified import Classified
 from clipkit.classification.decisions import STATUSES, Decisions
-from clipkit.classification.images import ImageOptions, Images, OpenedImages, open_images
+from clipkit.classification.images import ImageOptions, OpenedImages, open_images
 from clipkit.classification.labels import LabelSet
 from clipkit.classification.sort.journal import Journal, is_begun
-from clipkit.classification.sort.plan import BACKGROUND, UNSURE, How, Item, Step, folders_of, plan
+from clipkit.classification.sort.plan import BACKGROUND_FOLDER, UNSURE_FOLDER, How, Item, Step, folders_of, plan
 from clipkit.classification.sort.transfer import Refused, carry_out, settle, undo
 from clipkit.core import ClipkitError, meter, note, warn
 from clipkit.data.sources import Globs, Selected, Source, open_source, utf8_name
@@ -62,7 +63,7 @@ class Sorter:
             raise ClipkitError(f"{into} is a file; name a folder to sort into")
         self.into, self.yes = into.resolve(), yes
         self.how: How = how
-        for name in (UNSURE, BACKGROUND):
+        for name in (UNSURE_FOLDER, BACKGROUND_FOLDER):
             if self._is_taken(name):
                 raise ClipkitError(f"{self.into / name} is a file, and a folder of that name is needed; rename it")
         self._parents: dict[str, str] = {}
@@ -130,17 +131,16 @@ class Sorter:
         inside = (Path(path).relative_to(folder) for path in self._moved if Path(path).is_relative_to(folder))
         return folder.is_dir() and any(globs.passes(path.as_posix()) for path in inside)
 
-    def sort(self, images: Images, labels: LabelSet, decisions: Decisions) -> list[Sorted]:
+    def sort(self, classified: Classified) -> list[Sorted]:
         """Do it, or say what would be done.
 
         Args:
-            images: that were classified.
-            labels: the classes.
-            decisions: on the images.
+            classified: images that `open` gave, and what was decided of them.
 
         Raises:
             ClipkitError: where the disk is full, or another process sorts into the folder.
         """
+        images, labels, decisions = classified.images, classified.labels, classified.decisions
         places = [self._real(Path(images.place(at) or "")) for at in range(len(images))]
         if self.yes:
             with Journal.open(self.into, create=True) as journal:
@@ -255,7 +255,7 @@ def _counted(steps: Sequence[Step]) -> str:
 def _own(decisions: Decisions, at: int, names: Sequence[str], folders: dict[str, str]) -> tuple[str, ...]:
     status = STATUSES[decisions.statuses[at]]
     if status != "ok":
-        return (BACKGROUND if status == "background" else UNSURE,)
+        return (BACKGROUND_FOLDER if status == "background" else UNSURE_FOLDER,)
     if decisions.present.shape[1]:
         return tuple(folders[names[c]] for c in np.flatnonzero(decisions.present[at]).tolist())
     return (folders[names[int(decisions.classes[at, 0])]],)

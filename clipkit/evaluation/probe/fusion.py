@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from clipkit.classification import STRENGTHS, Linear, choose_strength, fit_linear
+from clipkit.classification import Linear, SweepOptions, choose_strength, fit_linear
 from clipkit.core import ClipkitError
 from clipkit.metrics import fit_temperature, log_loss
 
@@ -145,8 +145,8 @@ def fit_head(
     strength, judged, logits = 1.0, some[:0], np.zeros((0, classes))
     try:
         of = None if groups is None else groups[some]
-        how = {"strengths": STRENGTHS, "folds": FOLDS, "groups": of, "seed": seed}
-        best = choose_strength(features[some], labels[some], classes, **how)
+        sweep = SweepOptions(folds=FOLDS, seed=seed)
+        best = choose_strength(features[some], labels[some], classes, sweep, groups=of)
         strength, judged, logits = best.strength, some[best.judged], best.logits[best.judged]
     except ClipkitError:
         pass  # no class has two samples, or what is wrong otherwise the fit says too

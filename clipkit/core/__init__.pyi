@@ -29,6 +29,7 @@ from .html_report import Report as Report
 from .launcher import PREEMPTED as PREEMPTED
 from .launcher import StopRequest as StopRequest
 from .launcher import launch as launch
+from .loader_processes import LoaderOptions as LoaderOptions
 from .loader_processes import in_loader_processes as in_loader_processes
 from .log import FORMATS as FORMATS
 from .log import emit as emit

@@ -201,45 +201,49 @@ def heat_figure(
     from matplotlib.colors import Normalize
 
     pyplot = _pyplot()
-    height, width = image.shape[:2]
-    columns = min(len(heats) + 1, 4 if width <= 1.6 * height else 3)
-    rows = -(-(len(heats) + 1) // columns)
-    panel = 3.0 if width >= height else 3.0 * max(0.6, width / height)
-    figure, grid = pyplot.subplots(
-        rows,
-        columns,
-        figsize=(columns * panel, rows * (panel * height / width + 0.75) + 0.9),
-        layout="constrained",
-        squeeze=False,
-    )
+    figure, grid = _image_grid(len(heats) + 1, image.shape[0], image.shape[1])
     most = float(np.nanmax(np.abs(heats))) or 1.0
     colours = pyplot.get_cmap("RdBu_r" if signed else "inferno")
     scale = Normalize(-most if signed else 0.0, most)
     grey = np.repeat(image @ np.array([0.299, 0.587, 0.114]), 3).reshape(image.shape) / 255
     hidden = np.isnan(heats[0])
     seen = np.where(hidden[..., None], 0.35 * image / 255 + 0.65, image / 255)
-
-    def entitle(axes: Any, name: str, about: str) -> None:
-        axes.set_title(f"{textwrap.fill(name, 34)}\n", fontsize=10, weight="bold")
-        axes.text(0.5, 1.02, about, transform=axes.transAxes, ha="center", va="bottom", fontsize=9, color="#444")
-
-    for axes in grid.flat:
-        axes.axis("off")
-    for at, axes in zip(range(len(heats) + 1), grid.flat, strict=False):
-        if at == 0:
-            axes.imshow(seen)
-            entitle(axes, "the image", "pale: not seen by the model" if hidden.any() else "")
-            continue
-        values = np.nan_to_num(heats[at - 1])
+    first, *others = grid.flat
+    first.imshow(seen)
+    _entitle(first, "the image", "pale: not seen by the model" if hidden.any() else "")
+    for axes, heat, title in zip(others, heats, titles, strict=False):
+        values = np.nan_to_num(heat)
         strength = np.abs(values) / most if signed else np.full_like(values, 0.7)
         strength[hidden] = 0
         backdrop = np.where(hidden[..., None], 0.35 * grey + 0.65, 0.3 + 0.7 * grey if signed else grey)
         axes.imshow(backdrop + strength[..., None] * (colours(scale(values))[..., :3] - backdrop))
-        entitle(axes, *titles[at - 1])
+        _entitle(axes, *title)
     bar = figure.colorbar(ScalarMappable(scale, colours), ax=grid, location="bottom", shrink=0.6, aspect=40, pad=0.02)
     bar.set_label(f"{ends[0]}  \N{LEFTWARDS ARROW}   \N{RIGHTWARDS ARROW}  {ends[1]}\n{note}", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     return figure
+
+
+def _image_grid(count: int, height: int, width: int) -> tuple[Any, Any]:
+    """Panels without axes for so many images of a size in pixels."""
+    columns = min(count, 4 if width <= 1.6 * height else 3)
+    rows = -(-count // columns)
+    panel = 3.0 if width >= height else 3.0 * max(0.6, width / height)
+    figure, grid = _pyplot().subplots(
+        rows,
+        columns,
+        figsize=(columns * panel, rows * (panel * height / width + 0.75) + 0.9),
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes in grid.flat:
+        axes.axis("off")
+    return figure, grid
+
+
+def _entitle(axes: Any, name: str, about: str) -> None:
+    axes.set_title(f"{textwrap.fill(name, 34)}\n", fontsize=10, weight="bold")
+    axes.text(0.5, 1.02, about, transform=axes.transAxes, ha="center", va="bottom", fontsize=9, color="#444")
 
 
 def confusion_figure(counts: np.ndarray, names: Sequence[str], title: str) -> Any:

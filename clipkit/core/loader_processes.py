@@ -4,6 +4,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -14,7 +15,7 @@ from clipkit.core.errors import ClipkitError
 from clipkit.core.parallel import stay
 from clipkit.core.process import end_with_parent
 
-__all__ = ["in_loader_processes"]
+__all__ = ["LoaderOptions", "in_loader_processes"]
 
 
 class _HeldBack:
@@ -60,16 +61,24 @@ class _HeldBack:
 _HELD_BACK = _HeldBack()  # one for all: a process has one handler
 
 
+@dataclass(frozen=True)
+class LoaderOptions:
+    """How loader processes work."""
+
+    ahead: int
+    """How much each of them makes ahead."""
+    timeout: float = 0.0
+    """Seconds that one item may take; 0 for as long as it wants."""
+    pin_memory: bool = False
+    """For copies to a GPU that do not wait."""
+    seed: int = 0
+    """Of the processes' own generators."""
+    start: str | None = None
+    """How processes are started, see `multiprocessing.get_context`; as this platform does when not given."""
+
+
 def in_loader_processes(
-    made: Dataset[Any],
-    wanted: Iterable[Any],
-    workers: int,
-    *,
-    ahead: int,
-    timeout: float = 0.0,
-    pin_memory: bool = False,
-    seed: int = 0,
-    start: str | None = None,
+    made: Dataset[Any], wanted: Iterable[Any], workers: int, options: LoaderOptions
 ) -> Iterator[Any]:
     """``made[each]`` for each that is wanted, in order. Tensors come through shared memory.
 
@@ -77,11 +86,7 @@ def in_loader_processes(
         made: makes them, in processes that share what it refers to.
         wanted: what to ask it for.
         workers: how many processes.
-        ahead: how much each of them makes ahead.
-        timeout: seconds that one may take; 0 for as long as it wants.
-        pin_memory: for copies to a GPU that do not wait.
-        seed: of the processes' own generators.
-        start: how processes are started, see `multiprocessing.get_context`; as this platform does when not given.
+        options: how they work.
 
     Raises:
         ClipkitError: where a process is killed, or takes too long.
@@ -93,13 +98,13 @@ def in_loader_processes(
             batch_size=None,
             sampler=wanted,  # type: ignore[arg-type]
             num_workers=workers,
-            prefetch_factor=ahead,
-            pin_memory=pin_memory,
+            prefetch_factor=options.ahead,
+            pin_memory=options.pin_memory,
             worker_init_fn=_begin,
-            timeout=timeout,
-            multiprocessing_context=start,
+            timeout=options.timeout,
+            multiprocessing_context=options.start,
             # Of its own: an iterator draws a seed, and from the global generator that would shift the model's dropout.
-            generator=torch.Generator().manual_seed(seed),
+            generator=torch.Generator().manual_seed(options.seed),
         )
         given = iter(loader)
     _HELD_BACK.take_over()

@@ -14,7 +14,7 @@ import sys
 __all__ = ["end_with_parent", "give_back_freed_memory", "keep_freed_memory", "launched", "local_rank", "processes_here"]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-LARGEST = 1 << 30  # they are C ints
+LARGEST_THRESHOLD = 1 << 30  # they are C ints
 
 
 def keep_freed_memory() -> bool:
@@ -27,7 +27,7 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # another C library, or another system
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST) and mallopt(M_TRIM_THRESHOLD, LARGEST))
+    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_THRESHOLD) and mallopt(M_TRIM_THRESHOLD, LARGEST_THRESHOLD))
 
 
 def give_back_freed_memory() -> None:

@@ -14,6 +14,7 @@ from clipkit.core import (
     FEW_CORES,
     BadSample,
     ClipkitError,
+    LoaderOptions,
     UnreadSample,
     cores,
     in_loader_processes,
@@ -134,7 +135,7 @@ def _most_workers(model: DualEncoder, batch_size: int) -> int:
 def _in_groups(load: Callable[[int], Loaded], rows: range, workers: int) -> Iterator[Loaded]:
     """As `in_threads` does, in forked processes, with which `load` and all that it refers to is shared."""
     groups = [rows[start : start + GROUP] for start in range(0, len(rows), GROUP)]
-    for group in in_loader_processes(_Groups(load), groups, workers, ahead=GROUPS_AHEAD, start="fork"):
+    for group in in_loader_processes(_Groups(load), groups, workers, LoaderOptions(GROUPS_AHEAD, start="fork")):
         if isinstance(group, str):
             raise ClipkitError(group)
         loaded, pixels = group

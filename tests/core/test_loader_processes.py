@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from torch.utils.data import Dataset
 
-from clipkit.core import ClipkitError, in_loader_processes
+from clipkit.core import ClipkitError, LoaderOptions, in_loader_processes
 from clipkit.data.sources import open_source
 from clipkit.embedding import EncodeOptions, embed_source
 from clipkit.embedding import loading as room_of
@@ -103,7 +103,7 @@ class Faulty(Dataset):
 
 def test_a_defect_within_a_process_is_no_process_that_is_gone():
     with pytest.raises(RuntimeError, match="sizes do not match"):
-        list(in_loader_processes(Faulty(), range(2), 1, ahead=1))
+        list(in_loader_processes(Faulty(), range(2), 1, LoaderOptions(1)))
 
 
 def test_the_command_decodes_in_processes(run, refused, broken, model_dir, tmp_path):
@@ -137,7 +137,7 @@ class Killed(Dataset):
 
 def test_a_process_that_is_killed_is_named_in_a_line():
     with pytest.raises(ClipkitError, match="^a loader process is gone or stuck: .*") as told:
-        list(in_loader_processes(Killed(), range(5), 1, ahead=1))
+        list(in_loader_processes(Killed(), range(5), 1, LoaderOptions(1)))
     assert "\n" not in str(told.value)
 
 
@@ -148,7 +148,7 @@ class Faultless(Dataset):
 
 def ended_meanwhile():
     """Items of a process, and the process killed while nobody waits for one: this is where torch would raise."""
-    items = in_loader_processes(Faultless(), range(5), 1, ahead=1)
+    items = in_loader_processes(Faultless(), range(5), 1, LoaderOptions(1))
     assert next(items) == 0
     (child,) = multiprocessing.active_children()
     child.kill()
@@ -159,12 +159,16 @@ def ended_meanwhile():
 def test_a_death_is_told_where_an_item_is_waited_for_and_nowhere_else():
     with pytest.raises(ClipkitError, match="^a loader process is gone or stuck: DataLoader worker .* killed by signal"):
         list(ended_meanwhile())
-    assert list(in_loader_processes(Faultless(), range(3), 1, ahead=1)) == [0, 1, 2]  # the one before left nothing
+    assert list(in_loader_processes(Faultless(), range(3), 1, LoaderOptions(1))) == [
+        0,
+        1,
+        2,
+    ]  # the one before left nothing
 
 
 def test_nobody_hears_of_a_death_who_asks_for_nothing_more():
     ended_meanwhile().close()
-    assert list(in_loader_processes(Faultless(), range(3), 1, ahead=1)) == [0, 1, 2]
+    assert list(in_loader_processes(Faultless(), range(3), 1, LoaderOptions(1))) == [0, 1, 2]
 
 
 class Large(Dataset):
@@ -175,7 +179,7 @@ class Large(Dataset):
 
 
 def _asks_no_more(told):
-    items = in_loader_processes(Large(), range(20), 2, ahead=2)
+    items = in_loader_processes(Large(), range(20), 2, LoaderOptions(2))
     next(items)
     time.sleep(0.5)  # the pipe is full, and whoever fills it waits
     os.write(told, b".")

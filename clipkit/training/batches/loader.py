@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from clipkit.core import FEW_CORES, BadSample, ClipkitError, Threads, cores, in_loader_processes, processes_here
+from clipkit.core import (
+    FEW_CORES,
+    BadSample,
+    ClipkitError,
+    LoaderOptions,
+    Threads,
+    cores,
+    in_loader_processes,
+    processes_here,
+)
 from clipkit.data.shards import Shards
 from clipkit.data.sources import text_id
 from clipkit.images import Augmentation, Encoded, Preprocess, Waiting, augmented_pixels, can_wait, decode_waiting
@@ -299,8 +308,8 @@ def train_batches(
 def _from_processes(batches: Batches, positions: _Positions, pin_memory: bool) -> Iterator["Batch | str"]:
     # A worker gives up by itself; this timeout is for one that cannot even do that.
     timeout = 2 * batches.config.timeout + 60
-    how = {"ahead": AHEAD, "timeout": timeout, "pin_memory": pin_memory, "seed": batches.seed}
-    return in_loader_processes(batches, positions, batches.workers, **how)
+    options = LoaderOptions(AHEAD, timeout, pin_memory, batches.seed)
+    return in_loader_processes(batches, positions, batches.workers, options)
 
 
 def _from_threads(batches: Batches, positions: _Positions, pin_memory: bool) -> Iterator["Batch | str"]:

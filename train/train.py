@@ -10,12 +10,15 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from clipkit.cli import Job, find_recipe
 from clipkit.options import format_option
+
+if TYPE_CHECKING:
+    from clipkit.training import TrainConfig
 
 
 @click.command(cls=Job)
@@ -34,14 +37,11 @@ def main(
     recipe: str,
     out: Path | None,
     overrides: tuple[str, ...],
-    resume: bool,
     init_from: str | None,
     gpus: int | None,
     processes: int | None,
-    plan: bool,
     show_config: bool,
-    overwrite: bool,
-    fmt: str,
+    **how: Any,
 ) -> int:
     """Train RECIPE (a name from `clipkit recipes`, or a YAML file) on shards.
 
@@ -68,10 +68,10 @@ def main(
         raise ClipkitError("--gpus and --processes say the same thing of other devices; keep one")
     if (gpus or processes) and not launched():
         return launch(__file__, sys.argv[1:], gpus or processes or 1, gpus=gpus is not None)
-    return train(config, out, resume=resume, overwrite=overwrite, plan=plan, fmt=fmt)
+    return train(config, out, **how)
 
 
-def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, fmt: str) -> int:
+def train(config: "TrainConfig", out: Path, *, resume: bool, overwrite: bool, plan: bool, fmt: str) -> int:
     from clipkit.core import PREEMPTED, ClipkitError, StopRequest, emit, meter, note, warn
     from clipkit.models import create_model, load_model
     from clipkit.storage import MODEL_FOLDER
@@ -185,7 +185,7 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
             step, position = state["step"], (state["step"] + state["jumped"]) * size
             gradient, norm = gradient_of(maker, batch, step)
 
-            # The one message and the one wait for the device of a step: what is so on one rank holds for all.
+            # The one message and the one wait for the device of a step: all ranks decide alike.
             broken = not (math.isfinite(norm.item()) and math.isfinite(gradient.loss.item()))
             late = time.monotonic() - saved_at > 60 * (config.checkpoint.every_minutes or math.inf)
             broken, stopping, due = distributed.any([broken, stop.requested, distributed.is_main and late])
@@ -228,7 +228,7 @@ def train(config: Any, out: Path, *, resume: bool, overwrite: bool, plan: bool, 
                 found = validate(validation, learner.final_model(), distributed.share())
                 named = {f"val_{name}": value for name, value in found.items()}
                 log.write(step=done, samples=state["samples"], **named)
-                score = found.get(config.validation.best)
+                score = found.get(config.validation.best or "")
                 best = score is not None and (state["best"] is None or score > state["best"])
                 state["best"] = score if best else state["best"]
                 pace.pause(time.perf_counter() - before)

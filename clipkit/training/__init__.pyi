@@ -14,6 +14,7 @@ from .recipe import dump_yaml as dump_yaml
 from .recipe import load_config as load_config
 from .run_folder import Run as Run
 from .run_folder import refuse_too_many as refuse_too_many
+from .settings import TrainConfig as TrainConfig
 from .train_state import Learner as Learner
 from .train_state import prepare_towers as prepare_towers
 from .validation import open_validation as open_validation

@@ -35,10 +35,10 @@ from clipkit.models import BACKBONE, STATE, DualEncoder, checkpoints
 from clipkit.storage import MODEL_FOLDER
 from clipkit.training.checkpoint_files import clear_scratch, prune, publish, scratch_folder, seal
 
-__all__ = ["Saver", "Snapshot", "checkpoint_bytes", "load_checkpoint", "take_snapshot"]
+__all__ = ["Saver", "Snapshot", "TrainedTensors", "checkpoint_bytes", "load_checkpoint", "take_snapshot"]
 
-WEIGHTS = "weights.safetensors"
-OPTIMIZER = "optimizer.safetensors"
+WEIGHTS_FILE = "weights.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
 
 
 @dataclass
@@ -64,16 +64,22 @@ class Snapshot:
         return sum(tensor.nbytes for part in parts for tensor in part.values())
 
 
+@dataclass(frozen=True)
+class TrainedTensors:
+    """The tensors that a checkpoint is made of, or that are filled from one; the same names on every rank."""
+
+    weights: Iterable[tuple[str, Tensor]]
+    """Trained ones by the names of the model's ``state_dict()``, all of them; fp32 masters where the towers compute in
+    less."""
+    optimizers: Sequence[Optimizer]
+    names: Mapping[int, str]
+    """Of the optimizers' parameters, by ``id(parameter)``."""
+    average: Iterable[tuple[str, Tensor]] | None = None
+    """The moving average, under the names of the weights."""
+
+
 def take_snapshot(
-    step: int,
-    weights: Iterable[tuple[str, Tensor]],
-    optimizers: Sequence[Optimizer],
-    names: Mapping[int, str],
-    state: dict[str, Any],
-    average: Iterable[tuple[str, Tensor]] | None = None,
-    *,
-    is_main: bool,
-    spare: Snapshot | None = None,
+    trained: TrainedTensors, state: dict[str, Any], *, is_main: bool, spare: Snapshot | None = None
 ) -> Snapshot | None:
     """Copy everything that a checkpoint holds to the memory of the main rank; the run may go on at once.
 
@@ -81,13 +87,8 @@ def take_snapshot(
     them), each is gathered from all ranks, one after another. It takes as long as the copy from the device.
 
     Args:
-        step: done so far.
-        weights: trained tensors by the names of the model's ``state_dict()``, all of them; fp32 masters where the
-            towers compute in less.
-        optimizers: after a step or before the first.
-        names: of the optimizers' parameters, by ``id(parameter)``.
-        state: JSON-able; copied.
-        average: the moving average, under the same names.
+        trained: after a step of the optimizers, or before the first.
+        state: JSON-able, with ``step``, the number of steps done; copied.
         is_main: whether this is rank 0.
         spare: an old snapshot whose memory may be overwritten (`Saver.spare`); fresh memory must first be found by the
             kernel, page by page, which takes several times as long as the copy.
@@ -96,15 +97,15 @@ def take_snapshot(
         The snapshot on the main rank, None on the others.
     """
     old = spare or Snapshot(0, {}, {}, {}, [], {})
-    trained = {name: _whole(tensor, is_main, old.weights.get(name)) for name, tensor in weights}
-    averaged = None
-    if average is not None:
-        averaged = {name: _whole(tensor, is_main, (old.average or {}).get(name)) for name, tensor in average}
+    weights = {name: _whole(tensor, is_main, old.weights.get(name)) for name, tensor in trained.weights}
+    average = None
+    if trained.average is not None:
+        average = {name: _whole(tensor, is_main, (old.average or {}).get(name)) for name, tensor in trained.average}
     moments = {}
-    for optimizer in optimizers:
+    for optimizer in trained.optimizers:
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             for key, value in sorted(optimizer.state.get(parameter, {}).items()):
-                entry = f"{names[id(parameter)]}:{key}"
+                entry = f"{trained.names[id(parameter)]}:{key}"
                 if isinstance(value, Tensor):
                     moments[entry] = _whole(value, is_main, old.optimizer.get(entry))
                 elif value is not None:
@@ -112,7 +113,7 @@ def take_snapshot(
     rng = _gather_generators(is_main)
     if not is_main:
         return None
-    return Snapshot(step, trained, averaged, moments, rng, copy.deepcopy(state))
+    return Snapshot(state["step"], weights, average, moments, rng, copy.deepcopy(state))
 
 
 def _whole(tensor: Tensor, wanted: bool, spare: Tensor | None) -> Tensor:
@@ -229,8 +230,8 @@ class Saver:
 def _write_files(scratch: Path, snapshot: Snapshot, model: DualEncoder) -> None:
     model.save(scratch / MODEL_FOLDER, snapshot.weights if snapshot.average is None else snapshot.average)
     if snapshot.average is not None:
-        save_file(snapshot.weights, scratch / WEIGHTS)
-    save_file(snapshot.optimizer, scratch / OPTIMIZER)
+        save_file(snapshot.weights, scratch / WEIGHTS_FILE)
+    save_file(snapshot.optimizer, scratch / OPTIMIZER_FILE)
     for rank, states in enumerate(snapshot.rng):
         save_file(states, scratch / _rng_name(rank))
 
@@ -253,25 +254,16 @@ def _reason(error: Exception) -> str:
     return getattr(cause, "strerror", None) or " ".join(str(cause).split())
 
 
-def load_checkpoint(
-    folder: Path,
-    named: Iterable[tuple[str, Tensor]],
-    optimizers: Sequence[Optimizer],
-    names: Mapping[int, str],
-    rank: int,
-    average: Iterable[tuple[str, Tensor]] | None = None,
-) -> dict[str, Any]:
+def load_checkpoint(folder: Path, trained: TrainedTensors, rank: int) -> dict[str, Any]:
     """Put everything back in place: weights, average, the optimizers' state and this rank's random generators.
 
     Every rank reads the files and keeps its part of what is sharded; nothing is sent between them.
 
     Args:
         folder: a whole checkpoint (`newest_usable`).
-        named: the tensors to fill with the trained weights, by their names in the snapshot.
-        optimizers: over the parameters that `names` has names for; what state they had is dropped.
-        names: as in `take_snapshot`.
+        trained: what is filled. State that the optimizers had is dropped, and an average is filled with the trained
+            weights where the run kept none.
         rank: whose generators to set. A rank that the saved run did not have keeps its own.
-        average: the tensors of the moving average; filled with the trained weights where the run kept none.
 
     Returns:
         The `state` that was saved.
@@ -279,24 +271,24 @@ def load_checkpoint(
     Raises:
         ClipkitError: where a file is missing or broken, or does not fit the model.
     """
-    own = folder / WEIGHTS
+    own = folder / WEIGHTS_FILE
     published = folder / MODEL_FOLDER / "model.safetensors"
-    _fill(own if own.is_file() else published, named)
-    if average is not None:
-        _fill(published, average)
+    _fill(own if own.is_file() else published, trained.weights)
+    if trained.average is not None:
+        _fill(published, trained.average)
     owners = {
-        names[id(parameter)]: (parameter, optimizer, group)
-        for optimizer in optimizers
+        trained.names[id(parameter)]: (parameter, optimizer, group)
+        for optimizer in trained.optimizers
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
-    for optimizer in optimizers:
+    for optimizer in trained.optimizers:
         optimizer.state.clear()
-    with _reading(folder / OPTIMIZER) as file:
+    with _reading(folder / OPTIMIZER_FILE) as file:
         for entry in sorted(file.keys()):
             name, _, key = entry.rpartition(":")
             if name not in owners:
-                raise ClipkitError(f"{folder / OPTIMIZER} has state for {name}, which is not trained here")
+                raise ClipkitError(f"{folder / OPTIMIZER_FILE} has state for {name}, which is not trained here")
             parameter, optimizer, group = owners[name]
             optimizer.state[parameter][key] = _state_of(parameter, group, key, file.get_tensor(entry))
     if (folder / _rng_name(rank)).is_file():

@@ -67,8 +67,20 @@ def compute_gradient(
         loss.backward()
         collect()
         return Gradient(loss.detach(), image.detach(), text.detach())
+    return _cached_gradient(forward, pixels, tokens, objective, micro_batch, collect)
 
+
+def _cached_gradient(
+    forward: Forward,
+    pixels: Tensor,
+    tokens: Tensor,
+    objective: Objective,
+    micro_batch: int,
+    collect: Callable[[], None],
+) -> Gradient:
     pieces = list(zip(pixels.split(micro_batch), tokens.split(micro_batch), strict=True))
+
+    # 1. All embeddings, without activations; what each piece draws is remembered.
     generators: list[dict[str, Tensor]] = []
     images, texts = [], []
     scale = bias = None
@@ -79,12 +91,15 @@ def compute_gradient(
             images.append(image)
             texts.append(text)
     after = _random_states(pixels.device)
+
+    # 2. The loss over all of them, and its gradient for each embedding.
     leaves = [torch.cat(images), torch.cat(texts), scale, bias]
     leaves = [None if leaf is None else leaf.detach().requires_grad_() for leaf in leaves]
     loss = objective(*leaves)  # type: ignore[arg-type]
     loss.backward()
     gradients = [None if leaf is None or leaf.grad is None else leaf.grad for leaf in leaves]
 
+    # 3. Each piece once more, with the same draws, and backward from its embeddings' gradients.
     start = 0
     for number, (piece, states) in enumerate(zip(pieces, generators, strict=True)):
         _set_random_states(states)

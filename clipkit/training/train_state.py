@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from clipkit.core import keep_freed_memory
 from clipkit.models import DualEncoder, TowersConfig
-from clipkit.training.checkpoint import Snapshot, load_checkpoint, take_snapshot
+from clipkit.training.checkpoint import Snapshot, TrainedTensors, load_checkpoint, take_snapshot
 from clipkit.training.distributed import Distributed, full_tensor
 from clipkit.training.gradient import Gradient, Objective, clip_gradients, compute_gradient
 from clipkit.training.master_weights import Weights
@@ -125,16 +125,7 @@ class Learner:
             state: kept with it, JSON-able.
             spare: an old one to write over, which saves finding the memory anew.
         """
-        return take_snapshot(
-            state["step"],
-            self.weights.named_tensors(),
-            self.optimizers,
-            self._names,
-            state,
-            average=self.weights.named_average(),
-            is_main=self.distributed.is_main,
-            spare=spare,
-        )
+        return take_snapshot(self._trained(), state, is_main=self.distributed.is_main, spare=spare)
 
     def restore(self, folder: Path) -> dict[str, Any]:
         """Go back to a checkpoint; returns the state that was saved with it.
@@ -142,16 +133,13 @@ class Learner:
         Raises:
             ClipkitError: where it is broken.
         """
-        state = load_checkpoint(
-            folder,
-            self.weights.named_tensors(),
-            self.optimizers,
-            self._names,
-            self.distributed.rank,
-            average=self.weights.named_average(),
-        )
+        state = load_checkpoint(folder, self._trained(), self.distributed.rank)
         self.weights.publish()
         return state
+
+    def _trained(self) -> TrainedTensors:
+        weights = self.weights
+        return TrainedTensors(weights.named_tensors(), self.optimizers, self._names, weights.named_average())
 
     def final_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What the run publishes: the average where one is kept, else the weights; whole, every rank must ask."""

@@ -16,7 +16,7 @@ from clipkit.core import ClipkitError
 from clipkit.models import best_checkpoint, checkpoints, load_model
 from clipkit.models.model_spec import model_folder
 from clipkit.training import Run, Saver, checkpoint, newest_usable
-from clipkit.training.checkpoint import checkpoint_bytes, load_checkpoint, take_snapshot
+from clipkit.training.checkpoint import TrainedTensors, checkpoint_bytes, load_checkpoint, take_snapshot
 from clipkit.training.optim import parameter_groups
 from clipkit.training.settings import TrainConfig
 from tests.conftest import TINY_VIT, tiny_model
@@ -77,19 +77,17 @@ class Training:
         return self
 
     def snapshot(self, is_main=True, spare=None):
-        average = None if self.average is None else self.average.items()
         state = {"step": self.step, "samples": 16 * self.step, "phases": (1, 2), "seen": {10: "a", 9: "b"}}
-        trained = self.model.state_dict().items()
-        return take_snapshot(
-            self.step, trained, self.optimizers, self.names, state, average, is_main=is_main, spare=spare
-        )
+        return take_snapshot(self.tensors(), state, is_main=is_main, spare=spare)
 
     def load(self, folder, rank=0):
-        average = None if self.average is None else self.average.items()
-        trained = self.model.state_dict().items()
-        self.state = load_checkpoint(folder, trained, self.optimizers, self.names, rank, average)
+        self.state = load_checkpoint(folder, self.tensors(), rank)
         self.step = self.state["step"]
         return self
+
+    def tensors(self):
+        average = None if self.average is None else self.average.items()
+        return TrainedTensors(self.model.state_dict().items(), self.optimizers, self.names, average)
 
     def facts(self):
         """Everything, whole, to be compared."""
@@ -194,13 +192,13 @@ def test_masters_of_a_hugging_face_model_in_bf16_are_saved_whole(tmp_path, kind)
     expected = model.fingerprint()
     model.bfloat16()
     saver = Saver(tmp_path, model, keep=1)
-    saver.save(take_snapshot(1, masters.items(), [], {}, {"step": 1}, is_main=True))
+    saver.save(take_snapshot(TrainedTensors(masters.items(), [], {}), {"step": 1}, is_main=True))
     saver.wait(final=True)
     loaded = load_model(f"{tmp_path}@step-1")
     assert loaded.fingerprint() == expected != model.fingerprint()
     for tensor in masters.values():
         tensor.zero_()
-    load_checkpoint(checkpoints(tmp_path)[0], masters.items(), [], {}, 0)
+    load_checkpoint(checkpoints(tmp_path)[0], TrainedTensors(masters.items(), [], {}), 0)
     assert_equal(masters, dict(loaded.state_dict()))
 
 

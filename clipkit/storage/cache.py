@@ -21,7 +21,7 @@ __all__ = ["Cache", "Entry"]
 Value = TypeVar("Value")
 AT_ONCE = 500  # keys in one query; SQLite takes 32,766 variables at the most, and older ones 999
 DAY = 86_400
-TABLES = """
+SCHEMA = """
 PRAGMA auto_vacuum = INCREMENTAL;
 CREATE TABLE IF NOT EXISTS entries (key BLOB PRIMARY KEY, vector BLOB, reason TEXT, used INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS facts (key BLOB PRIMARY KEY, value TEXT NOT NULL, used INTEGER NOT NULL);
@@ -111,7 +111,7 @@ class Cache:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with closing(sqlite3.connect(self.path, timeout=60)) as base:
                     if base.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] == 0:
-                        base.executescript(TABLES)
+                        base.executescript(SCHEMA)
                     with base:
                         return work(base)
             except (OSError, sqlite3.OperationalError) as error:  # full, read-only, or locked for a minute

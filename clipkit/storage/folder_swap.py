@@ -20,13 +20,13 @@ from clipkit.core import ClipkitError, sync_folder
 
 __all__ = [
     "PLAN",
-    "beside",
     "is_held",
     "mend",
     "one_at_a_time",
     "others",
     "put_in_place",
     "remove_folder",
+    "replacement_folder",
     "share",
     "tidy",
 ]
@@ -80,7 +80,7 @@ def _remove(folder: Path, of: Path) -> None:
         raise ClipkitError(f"cannot remove {folder}: {error.strerror or error}") from error
 
 
-def beside(folder: Path, identity: str) -> Path:
+def replacement_folder(folder: Path, identity: str) -> Path:
     """The hidden folder in which what will replace `folder` is made.
 
     Args:
@@ -97,7 +97,7 @@ def _hidden(folder: Path, what: str) -> list[Path]:
 
 def others(folder: Path, identity: str) -> list[Path]:
     """Hidden folders in which something else was made to replace `folder`, and has not replaced it."""
-    return [path for path in _hidden(folder, "update") if path != beside(folder, identity)]
+    return [path for path in _hidden(folder, "update") if path != replacement_folder(folder, identity)]
 
 
 def put_in_place(new: Path, folder: Path) -> None:
@@ -128,7 +128,7 @@ def mend(folder: Path) -> None:
     """Finish what a kill between the two renames of `put_in_place` left; within `one_at_a_time`."""
     if not folder.exists():
         for old in _hidden(folder, "before"):
-            new = beside(folder, old.name.rpartition(".")[2])
+            new = replacement_folder(folder, old.name.rpartition(".")[2])
             (new if new.is_dir() else old).rename(folder)
 
 

@@ -21,13 +21,13 @@ from filelock import FileLock, Timeout
 from clipkit.core import ClipkitError, read_json, write_json
 from clipkit.storage.folder_swap import (
     PLAN,
-    beside,
     is_held,
     mend,
     one_at_a_time,
     others,
     put_in_place,
     remove_folder,
+    replacement_folder,
     share,
     tidy,
 )
@@ -147,7 +147,7 @@ class Stage:
         real = self.place.resolve()
         if real.stat().st_dev != real.parent.stat().st_dev:
             raise ClipkitError(f"{self.place} is where a disk is mounted and cannot be replaced; use a folder below it")
-        self.folder = beside(real, self.identity)
+        self.folder = replacement_folder(real, self.identity)
         self.earlier = [self.place, *others(real, self.identity)]
         if any(is_held(folder) for folder in self.earlier):
             raise ClipkitError(f"another process makes {self.place} from other input right now; wait for it")

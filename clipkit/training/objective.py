@@ -24,7 +24,7 @@ from clipkit.training.settings import DataConfig, TrainConfig
 
 __all__ = ["check_teacher", "make_objective"]
 
-PROBES = 256  # samples of which a teacher's embeddings are looked for before training
+CHECKED_SAMPLES = 256  # samples of which a teacher's embeddings are looked for before training
 
 
 def make_objective(
@@ -89,7 +89,7 @@ def check_teacher(teacher: TeacherEmbeddings, data: TrainData, config: DataConfi
         first: the position where the run begins.
 
     Raises:
-        ClipkitError: where one of `PROBES` samples was not embedded, or captions are put into other words.
+        ClipkitError: where one of `CHECKED_SAMPLES` samples was not embedded, or captions are put into other words.
     """
     if set(config.templates) - {"{caption}"}:
         raise ClipkitError(
@@ -98,7 +98,7 @@ def check_teacher(teacher: TeacherEmbeddings, data: TrainData, config: DataConfi
         )
     if data.size is None:
         return  # a stream cannot be looked into and read again
-    references = data.first(range(first, first + min(PROBES, data.size)))
+    references = data.first(range(first, first + min(CHECKED_SAMPLES, data.size)))
     rows = teacher.rows(np.array([data.image_id(reference) for reference in references]))
     if (rows < 0).any():
         shard, key = data.name(references[int(np.flatnonzero(rows < 0)[0])])

@@ -18,7 +18,7 @@ UNDECAYED = (
     *("class_embedding", "cls_token", "cls_emb", "reg_token", "token_type_embeddings", "head_scale"),
 )
 # Two-dimensional all the same: tables that are looked up, one row per token, type or relative position.
-TABLES = ("embed", "relative", "rel_pos")
+LOOKED_UP_TABLES = ("embed", "relative", "rel_pos")
 FUSED_QKV = ("in_proj_weight", "qkv.weight")
 
 Depths = Mapping[str, tuple[str | None, int]]
@@ -192,7 +192,7 @@ def _tops(depths: Depths) -> dict[str, int]:
 def _is_hidden_matrix(name: str, tensor: Tensor, depths: Depths) -> bool:
     side, depth = depths[name]
     kernel = tensor.ndim > 2 and tensor.shape[1] > 1
-    if side is None or not (kernel or tensor.ndim == 2) or any(table in name for table in TABLES):
+    if side is None or not (kernel or tensor.ndim == 2) or any(table in name for table in LOOKED_UP_TABLES):
         return False
     return 0 < depth < _tops(depths)[side]
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "refuse_too_many"]
 
-CONFIG = "config.yaml"
-PLAN = "plan.json"
+CONFIG_FILE = "config.yaml"
+PLAN_FILE = "plan.json"
 
 
 class Run:
@@ -84,26 +84,26 @@ class Run:
             self.metrics_path.touch()
         except OSError as error:
             raise ClipkitError(f"cannot make {self.folder}: {error.strerror or error}") from error
-        with atomic_write(self.folder / CONFIG, "w") as handle:
+        with atomic_write(self.folder / CONFIG_FILE, "w") as handle:
             handle.write(dump_yaml(self.config))
 
     def pin_plan(self, excluded: list[list[int]], left_out: Sequence[dict[str, Any]]) -> None:
         """Keep what this run leaves out of its data from the start, and begin the ledger with it."""
         write_ledger(self.folder, left_out)
-        write_json(self.folder / PLAN, {"excluded": excluded})
+        write_json(self.folder / PLAN_FILE, {"excluded": excluded})
 
     @property
     def excluded(self) -> list[list[int]] | None:
         """What `pin_plan` kept; None for a run that has not come that far."""
-        path = self.folder / PLAN
+        path = self.folder / PLAN_FILE
         return read_json(path)["excluded"] if path.is_file() else None
 
     @property
     def _stands(self) -> bool:
-        return (self.folder / CONFIG).is_file() and self.metrics_path.is_file()
+        return (self.folder / CONFIG_FILE).is_file() and self.metrics_path.is_file()
 
     def _check_unchanged(self) -> None:
-        changed = changed_keys(load_config(self.folder / CONFIG), self.config)
+        changed = changed_keys(load_config(self.folder / CONFIG_FILE), self.config)
         if changed:
             raise ClipkitError(
                 f"{self.folder} was started with other settings: {', '.join(changed)}; "

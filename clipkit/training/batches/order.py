@@ -14,7 +14,7 @@ from clipkit.core import ClipkitError
 
 __all__ = ["Mixture", "Order", "permuted"]
 
-ROUNDS = 8
+FEISTEL_ROUNDS = 8
 BLOCK = 4096  # positions over which a mixture keeps its weights exactly
 
 
@@ -49,7 +49,7 @@ def permuted(positions: np.ndarray, size: int, key: Sequence[int]) -> np.ndarray
 
 @lru_cache(64)
 def _round_keys(key: tuple[int, ...]) -> np.ndarray:
-    return np.random.SeedSequence(key).generate_state(ROUNDS, np.uint64)
+    return np.random.SeedSequence(key).generate_state(FEISTEL_ROUNDS, np.uint64)
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:

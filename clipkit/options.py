@@ -183,6 +183,12 @@ task_options = _together(
         help="Of zeroshot: plain, photo, openai80, or your own: 'a drawing of a {}.|a {}.' [default: the dataset's, "
         "else plain, a bare name].",
     ),
+    click.option(
+        "--unknown",
+        metavar="SOURCE",
+        help="Of zeroshot: images that show none of the classes (a folder, list, shards or embeddings): also how well "
+        "the probabilities tell them from those that do.",
+    ),
     click.option("--through-index", is_flag=True, help="Of retrieval on an index: also what its own answers find."),
     click.option(
         "--compat",

@@ -75,6 +75,9 @@ def main(task: str, source: str, models: tuple[str, ...], **asked: Any) -> int:
     layout: zeroshot_acc@k is the share of images with their class among the k nearest, zeroshot_mean_per_class_recall
     the mean over the classes of the share with it nearest. Where an image has several labels,
     zeroshot_mean_average_precision is the mean over classes of the average precision of the images sorted by score.
+    With --unknown, unknown_auroc is the chance that an image of a class has a higher largest probability than one that
+    shows none (Hendrycks & Gimpel 2017), unknown_fpr95 the share of those that pass where 95 % of the others do;
+    unknown_max_cosine_… the same of the largest cosine.
 
     choice, on a list or JSON with image, caption and negative (as SugarCrepe has it), or image_0, caption_0, image_1,
     caption_1 (Winoground), or shards in that layout with the right caption in the first line: choice_acc is the share

@@ -31,6 +31,7 @@ HOOKED = [
     "clipkit.models.dual_encoder",
     "clipkit.metrics.accuracy",
     "clipkit.metrics.selective",
+    "clipkit.metrics.roc",
     "clipkit.models.probability",
     "clipkit.classification.prompt_ablation",
 ]

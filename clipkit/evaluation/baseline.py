@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from clipkit.core import ClipkitError
+from clipkit.evaluation.measuring import paired_differences
 from clipkit.evaluation.results import Result
-from clipkit.metrics import Interval, differences, lower_is_better, unpacked
+from clipkit.metrics import Interval, is_rank, lower_is_better
 
-__all__ = ["Change", "beside", "changes", "changes_of_all", "matches", "matching"]
+__all__ = ["Change", "changes", "changes_of_all", "matches", "matching", "with_baseline"]
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,7 @@ def changes(result: Result, baseline: Result, tolerance: float = 0.0) -> list[Ch
         baseline: what it is held against.
         tolerance: how much worse is no matter: of the figures a fraction, of a median rank a share of the baseline's.
     """
-    paired: dict[str, Interval] = {}
-    if result.found.samples and baseline.found.samples:
-        paired = differences(unpacked(result.found.samples), unpacked(baseline.found.samples)) or {}
+    paired = paired_differences(result.found, baseline.found)
     found = []
     for name, value in result.found.figures.items():
         if name not in baseline.found.figures:
@@ -109,7 +108,7 @@ def changes(result: Result, baseline: Result, tolerance: float = 0.0) -> list[Ch
             low, high = result.found.intervals.get(name, [value, value])
             apart = Interval(value - held, low - held, high - held)
         if lower_is_better(name):
-            worse = apart.low > tolerance * held
+            worse = apart.low > (tolerance * held if is_rank(name) else tolerance)
         else:
             worse = apart.high < -tolerance
         found.append(Change(result.name, name, result.model, value, held, apart, told, worse))
@@ -128,7 +127,7 @@ def changes_of_all(
     ]
 
 
-def beside(rows: Sequence[dict[str, Any]], changed: Sequence[Change]) -> list[dict[str, Any]]:
+def with_baseline(rows: Sequence[dict[str, Any]], changed: Sequence[Change]) -> list[dict[str, Any]]:
     """Rows of `clipkit.evaluation.side_by_side` with each model's baseline and the difference from it."""
     if not changed:
         return list(rows)

@@ -19,7 +19,7 @@ from clipkit.data.sources import Sample, ShardSource, Source, Stamp
 __all__ = ["Benchmark", "CaptionLines", "is_benchmark", "open_benchmark"]
 
 CLASSES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
-KINDS = ("classification", "multilabel", "retrieval", "image_caption_selection")
+DATASET_TYPES = ("classification", "multilabel", "retrieval", "image_caption_selection")
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def open_benchmark(folder: Path, split: str = "test") -> Benchmark:
         ClipkitError: where something is missing or contradicts the rest.
     """
     kind = (_lines(folder / TYPE) or ["classification"])[0].lower()
-    if kind not in KINDS:
-        raise ClipkitError(f"{folder / TYPE} says {kind!r}; it can be {', '.join(KINDS)}")
+    if kind not in DATASET_TYPES:
+        raise ClipkitError(f"{folder / TYPE} says {kind!r}; it can be {', '.join(DATASET_TYPES)}")
     if not (folder / split).is_dir():
         splits = sorted(path.name for path in folder.iterdir() if path.is_dir() and any(path.glob("*.tar")))
         has = f"it has {', '.join(splits)}" if splits else "it has no folder of tar files"

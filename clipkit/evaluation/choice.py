@@ -24,10 +24,10 @@ from clipkit.storage import digest
 
 __all__ = ["Instances", "evaluate_choice", "open_instances"]
 
-IMAGES = ("image", "path", "filename", "file_name", "image_path", "filepath")
-CAPTIONS = ("caption", "text", "sentence")
-NEGATIVES = ("negative", "negative_caption", "false_caption", "foil")
-PAIR = ("image_0", "caption_0", "image_1", "caption_1")
+IMAGE_NAMES = ("image", "path", "filename", "file_name", "image_path", "filepath")
+CAPTION_NAMES = ("caption", "text", "sentence")
+NEGATIVE_NAMES = ("negative", "negative_caption", "false_caption", "foil")
+PAIR_COLUMNS = ("image_0", "caption_0", "image_1", "caption_1")
 
 
 @dataclass(frozen=True)
@@ -72,21 +72,21 @@ def open_instances(
         return _of_shards(path, split)
     if path.suffix.lower() not in LIST_SUFFIXES or not path.is_file():
         raise ClipkitError(
-            f"{spec} poses no choices; give a list with the columns image, caption and negative, or {', '.join(PAIR)}; "
-            "SugarCrepe's JSON; or shards in CLIP_benchmark's layout"
+            f"{spec} poses no choices; give a list with the columns image, caption and negative, or "
+            f"{', '.join(PAIR_COLUMNS)}; SugarCrepe's JSON; or shards in CLIP_benchmark's layout"
         )
     rows = _sugarcrepe(path) or read_rows(spec)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     root = image_root or path.parent
-    if all(name in columns for name in PAIR):
+    if all(name in columns for name in PAIR_COLUMNS):
         if image_column is not None or caption_column is not None:
             raise ClipkitError(
-                f"{spec} has the columns {', '.join(PAIR)}; leave --image-column and --caption-column out"
+                f"{spec} has the columns {', '.join(PAIR_COLUMNS)}; leave --image-column and --caption-column out"
             )
         return _of_rows(spec, rows, ["image_0", "image_1"], ["caption_0", "caption_1"], root)
-    image = _found(spec, columns, image_column, IMAGES, "image")
-    caption = _found(spec, columns, caption_column, CAPTIONS, "caption")
-    negative = _found(spec, columns, None, NEGATIVES, "negative")
+    image = _found(spec, columns, image_column, IMAGE_NAMES, "image")
+    caption = _found(spec, columns, caption_column, CAPTION_NAMES, "caption")
+    negative = _found(spec, columns, None, NEGATIVE_NAMES, "negative")
     return _of_rows(spec, rows, [image], [caption, negative], root)
 
 
@@ -96,7 +96,7 @@ def _found(spec: str, columns: Sequence[str], wanted: str | None, usual: Sequenc
     if found is None:
         raise ClipkitError(
             f"{spec} has no {what} column ({', '.join(names)}); its columns are {', '.join(columns)}. A choice needs "
-            f"image, caption and negative, or {', '.join(PAIR)}"
+            f"image, caption and negative, or {', '.join(PAIR_COLUMNS)}"
         )
     return found
 

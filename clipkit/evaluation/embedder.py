@@ -13,7 +13,7 @@ import numpy as np
 from clipkit.core import ClipkitError, Gather, gathering, together
 from clipkit.data.sources import Source
 from clipkit.embedding import Embedded, EncodeOptions, cached_images, cached_texts
-from clipkit.models import LazyModel
+from clipkit.models import LazyModel, ModelFacts
 from clipkit.storage import Cache, digest
 
 __all__ = ["SharedImages", "SharedWork", "nothing_usable", "samples_hash"]
@@ -81,6 +81,11 @@ class SharedWork:
     @functools.cached_property
     def _towers(self) -> _Towers:
         return _towers_of(self.model, self.cache, self.threads)
+
+    @functools.cached_property
+    def facts(self) -> ModelFacts:
+        """What is known of the model: its fingerprint, and the scale of its probabilities."""
+        return (self.model if isinstance(self.model, LazyModel) else LazyModel.of(self.model)).facts
 
     def own(self, count: int, block: int) -> range:
         """This rank's part of so many items, in whole blocks; the ranks' parts follow each other."""

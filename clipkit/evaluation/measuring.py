@@ -13,8 +13,10 @@ from clipkit.core import ClipkitError
 from clipkit.metrics import (
     MEAN_AVERAGE_PRECISION,
     WINOGROUND_CHANCE,
-    Samples,
-    Vectors,
+    Interval,
+    PerSample,
+    VectorBlocks,
+    auroc,
     chance_of,
     choice_per_sample,
     choice_scores,
@@ -24,6 +26,8 @@ from clipkit.metrics import (
     clip_benchmark_mean_average_precision,
     clip_benchmark_retrieval,
     confusion_matrix,
+    differences,
+    fpr_at_tpr,
     guessed_retrieval,
     inner_products,
     intervals_of,
@@ -35,6 +39,7 @@ from clipkit.metrics import (
     retrieval_per_sample,
     retrieval_ranks,
     served_share,
+    unpacked,
     winoground_per_sample,
     zeroshot_chance,
     zeroshot_figures,
@@ -49,7 +54,9 @@ __all__ = [
     "measure_classes",
     "measure_labels",
     "measure_retrieval",
+    "measure_unknown",
     "measured_values",
+    "paired_differences",
 ]
 
 Array = np.ndarray
@@ -76,6 +83,8 @@ class Evaluation:
     """The 95 % interval of each figure, low and high; none where there is too little to tell."""
     samples: dict[str, Any] | None = None
     """What the model made of each sample, see `clipkit.metrics.packed`."""
+    unknown_samples: dict[str, Any] | None = None
+    """The same of the samples that are told from those of no class, see `measure_unknown`."""
     compat: dict[str, float] = field(default_factory=dict)
     """What CLIP_benchmark's definitions say, under its own names."""
     confused: list[dict[str, Any]] = field(default_factory=list)
@@ -105,7 +114,7 @@ def _evaluation(
     figures: dict[str, float],
     chance: dict[str, float],
     counts: dict[str, int],
-    samples: Callable[[str], Samples],
+    samples: Callable[[str], PerSample],
     further: Further,
 ) -> Evaluation:
     found = Evaluation(figures, chance, counts, [])
@@ -121,8 +130,8 @@ def _evaluation(
 
 
 def measure_retrieval(
-    image: Vectors,
-    text: Vectors,
+    image: VectorBlocks,
+    text: VectorBlocks,
     image_of_text: Array,
     ks: Sequence[int],
     further: Further = Further(),
@@ -154,17 +163,17 @@ def measure_retrieval(
         figures,
         chance,
         {"images": images, "captions": len(image_of_text)},
-        lambda of: Samples.of_retrieval(ranks, list(ks), of, served),
+        lambda of: PerSample.of_retrieval(ranks, list(ks), of, served),
         further,
     )
     if further.compat:
-        sides = whole(image), whole(text)
+        sides = _as_one_array(image), _as_one_array(text)
         fitting = [k for k in ks if k not in clamped(ks, min(map(len, sides)))]
         found.compat = clip_benchmark_retrieval(*sides, image_of_text, fitting) if fitting else {}
     return found
 
 
-def whole(vectors: Vectors) -> Array:
+def _as_one_array(vectors: VectorBlocks) -> Array:
     """All of it in memory as float32, for definitions that need it so.
 
     Raises:
@@ -180,7 +189,7 @@ def whole(vectors: Vectors) -> Array:
 
 
 def measure_classes(
-    image: Vectors,
+    image: VectorBlocks,
     vectors: Array,
     labels: Array,
     ks: Sequence[int],
@@ -202,18 +211,18 @@ def measure_classes(
         zeroshot_figures(ranks, labels, ks),
         zeroshot_chance(len(names), ks),
         {"images": len(labels), "classes": len(names)},
-        lambda of: Samples.of_classes(ranks, labels, list(ks), of),
+        lambda of: PerSample.of_classes(ranks, labels, list(ks), of),
         further,
     )
     if further.of is not None:
         found.confused = _confused(_nearest(image, vectors), labels, names)
     if further.compat:
-        theirs = clip_benchmark_classification(whole(image), vectors, labels)
+        theirs = clip_benchmark_classification(_as_one_array(image), vectors, labels)
         found.compat = {name: value for name, value in theirs.items() if value == value}
     return found
 
 
-def _nearest(image: Vectors, vectors: Array) -> Array:
+def _nearest(image: VectorBlocks, vectors: Array) -> Array:
     parts = [image] if isinstance(image, np.ndarray) else image
     blocks = (part[at : at + CHUNK] for part in parts for at in range(0, len(part), CHUNK))
     return np.concatenate([inner_products(block, vectors).argmax(axis=1) for block in blocks])
@@ -247,11 +256,46 @@ def measure_labels(image: Array, vectors: Array, labels: Array, further: Further
         {MEAN_AVERAGE_PRECISION: mean_average_precision(scores, labels)},
         {MEAN_AVERAGE_PRECISION: chance_of(labels)},
         {"images": len(labels), "classes": labels.shape[1]},
-        lambda of: Samples.of_labels(scores, labels, of),
+        lambda of: PerSample.of_labels(scores, labels, of),
         further,
     )
     if further.compat:
         found.compat = {"mean_average_precision": clip_benchmark_mean_average_precision(scores, labels)}
+    return found
+
+
+def measure_unknown(
+    known: Mapping[str, Array], unknown: Mapping[str, Array], further: Further = Further()
+) -> Evaluation:
+    """How well scores tell samples of known classes from those that show none of them.
+
+    ``…_auroc`` is the chance that a known one scores higher than an unknown one, ties counting half (Mann & Whitney
+    1947); ``…_fpr95`` the share of the unknown that pass where 95 % of the known do, which is better the lower it is
+    (Liang et al. 2018). Guessing scores 0.5 and 0.95.
+
+    Args:
+        known: float64 ``[n]``, the higher the surer, by the name that the figures begin with.
+        unknown: the same of the others ``[m]``.
+        further: what else is wanted.
+    """
+    figures, chance = {}, {}
+    for name, scores in known.items():
+        figures |= {f"{name}_auroc": auroc(scores, unknown[name]), f"{name}_fpr95": fpr_at_tpr(scores, unknown[name])}
+        chance |= {f"{name}_auroc": 0.5, f"{name}_fpr95": 0.95}
+    counts = {"unknown_images": len(next(iter(unknown.values())))}
+    return _evaluation(figures, chance, counts, lambda of: PerSample.of_unknown(known, unknown, of), further)
+
+
+def paired_differences(first: Evaluation, second: Evaluation) -> dict[str, Interval]:
+    """How much larger each figure of the first is (`clipkit.metrics.differences`).
+
+    Figures are left out whose samples are not kept by both, or are not the same ones.
+    """
+    pairs = ((first.samples, second.samples), (first.unknown_samples, second.unknown_samples))
+    found: dict[str, Interval] = {}
+    for ours, theirs in pairs:
+        if ours and theirs:
+            found |= differences(unpacked(ours), unpacked(theirs)) or {}
     return found
 
 
@@ -286,4 +330,4 @@ def measured_values(
         further: what else is wanted.
     """
     figures = {name: mean(of_samples) for name, of_samples in values.items()}
-    return _evaluation(figures, dict(chance), counts, lambda of: Samples.of_values(values, of), further)
+    return _evaluation(figures, dict(chance), counts, lambda of: PerSample.of_values(values, of), further)

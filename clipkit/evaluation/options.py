@@ -48,6 +48,8 @@ class TaskOptions:
     """Of a dataset in CLIP_benchmark's layout; ``test`` when not given."""
     templates: str | None = None
     """See `clipkit.classification.prompt_set`."""
+    unknown: str | None = None
+    """Of zeroshot: images that show none of the classes."""
     compat: bool = False
     """Also the figures of CLIP_benchmark's definitions."""
     through_index: bool = False
@@ -71,7 +73,7 @@ class TaskOptions:
 
     def given(self) -> list[str]:
         """The flags of what is said about the data and the task, which is all but `compat`."""
-        own = [name for name in ("split", "templates") if getattr(self, name) is not None]
+        own = [name for name in ("split", "templates", "unknown") if getattr(self, name) is not None]
         own += ["through_index"] if self.through_index else []
         return flags(own) + flags(self.columns) + flags(self.probe) + (["-k"] if self.ks else [])
 

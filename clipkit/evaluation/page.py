@@ -8,10 +8,10 @@ from clipkit.core import ClipkitError, Report, atomic_write, whisker_figure, wri
 from clipkit.evaluation.baseline import Change
 from clipkit.evaluation.measuring import COMPAT
 from clipkit.evaluation.results import Differences, Result, as_clip_benchmark
-from clipkit.evaluation.tables import markdown, readable
-from clipkit.metrics import lower_is_better
+from clipkit.evaluation.tables import markdown, readable_table
+from clipkit.metrics import is_rank
 
-__all__ = ["SUFFIXES", "check_name", "write_page", "write_results"]
+__all__ = ["SUFFIXES", "check_name", "write_evaluation_page", "write_results"]
 
 SUFFIXES = (".json", ".md", ".html")
 
@@ -39,7 +39,7 @@ def write_results(
     """Write results in the form that the name says: a list in CLIP_benchmark's form, a Markdown table, or a page.
 
     Args:
-        path, results, apart, changes, failures: see `write_page`.
+        path, results, apart, changes, failures: see `write_evaluation_page`.
     """
     if path.suffix == ".json":
         write_json(path, [as_clip_benchmark(result) for result in results])
@@ -51,10 +51,10 @@ def write_results(
             if failures:
                 handle.write("\nNot measured:\n\n" + "".join(f"- {line}\n" for line in failures))
     else:
-        write_page(path, results, apart, changes=changes, failures=failures)
+        write_evaluation_page(path, results, apart, changes=changes, failures=failures)
 
 
-def write_page(
+def write_evaluation_page(
     path: Path,
     results: Sequence[Result],
     apart: Differences,
@@ -71,9 +71,7 @@ def write_page(
         changes: beside a baseline.
         failures: what could not be measured, a line each.
     """
-    # Names are paths, mostly: what they have in common only takes up room.
-    models = _short([result.model for result in results])
-    datasets = _short([result.name for result in results])
+    models, datasets = _short([result.model for result in results]), _short([result.name for result in results])
     page = Report("Evaluation", f"{_number(datasets, 'dataset')}, {_number(models, 'model')}; intervals are of 95 %")
     if failures:
         page.heading("Not measured")
@@ -82,12 +80,29 @@ def write_page(
         worse = sum(change.worse for change in changes)
         page.heading("Beside the baseline", f"{worse} of {len(changes)} figures are worse than chance would have it.")
         page.table([_change(change.row(), datasets, models) for change in changes])
+    _add_figures(page, results, datasets, models)
+    if apart:
+        _add_differences(page, results, apart, datasets, models)
+    for name, task in dict.fromkeys((result.name, result.task) for result in results):
+        own = [result for result in results if (result.name, result.task) == (name, task)]
+        counts = ", ".join(f"{count:,} {what}" for what, count in own[0].found.counts.items())
+        page.heading(f"{datasets[name]}: {task}", f"{counts}. A dotted tick is chance.")
+        _bars(page, name, own, models)
+        for result in own:
+            if result.found.confused:
+                page.subheading(f"What {models[result.model]} takes for what most often")
+                page.table(result.found.confused)
+    _add_left_out(page, results)
+    page.write(path)
+
+
+def _add_figures(page: Report, results: Sequence[Result], datasets: dict[str, str], models: dict[str, str]) -> None:
     page.heading(
         "All figures",
         "Fractions, but for median ranks, which count from 1. In brackets stands where a figure may lie; chance is "
         "what guessing scores.",
     )
-    rows = readable(results)
+    rows = readable_table(results)
     names = {**models, **{f"{model}, {COMPAT}": f"{short}, {COMPAT}" for model, short in models.items()}}
     columns = [name for name in names if any(name in row for row in rows)]
     page.table(
@@ -98,30 +113,28 @@ def write_page(
             for row in rows
         ]
     )
-    if apart:
-        page.heading(
-            f"Beside {models[results[0].model]}",
-            "How much larger a figure is than that model's, on the same samples: a difference whose brackets leave out "
-            "0 is more than chance.",
-        )
-        told = {model: f"{model}, difference" for model in models}
-        page.table(
-            [
-                {"figure": f"{datasets[row['dataset']]}: {row['figure']}"}
-                | {models[model]: row.get(column, "") for model, column in told.items() if model != results[0].model}
-                for row in readable(results, apart)
-                if any(column in row for column in told.values())
-            ]
-        )
-    for name, task in dict.fromkeys((result.name, result.task) for result in results):
-        own = [result for result in results if (result.name, result.task) == (name, task)]
-        counts = ", ".join(f"{count:,} {what}" for what, count in own[0].found.counts.items())
-        page.heading(f"{datasets[name]}: {task}", f"{counts}. A dotted tick is chance.")
-        _bars(page, name, own, models)
-        for result in own:
-            if result.found.confused:
-                page.subheading(f"What {models[result.model]} takes for what most often")
-                page.table(result.found.confused)
+
+
+def _add_differences(
+    page: Report, results: Sequence[Result], apart: Differences, datasets: dict[str, str], models: dict[str, str]
+) -> None:
+    page.heading(
+        f"Beside {models[results[0].model]}",
+        "How much larger a figure is than that model's, on the same samples: a difference whose brackets leave out "
+        "0 is more than chance.",
+    )
+    columns = {model: f"{model}, difference" for model in models}
+    page.table(
+        [
+            {"figure": f"{datasets[row['dataset']]}: {row['figure']}"}
+            | {models[model]: row.get(column, "") for model, column in columns.items() if model != results[0].model}
+            for row in readable_table(results, apart)
+            if any(column in row for column in columns.values())
+        ]
+    )
+
+
+def _add_left_out(page: Report, results: Sequence[Result]) -> None:
     left_out = [
         {
             "dataset": result.name,
@@ -135,7 +148,6 @@ def write_page(
     if left_out:
         page.heading("Left out")
         page.table(left_out, words=True)
-    page.write(path)
 
 
 def _number(names: Sequence[Any] | dict[str, str], what: str) -> str:
@@ -143,7 +155,7 @@ def _number(names: Sequence[Any] | dict[str, str], what: str) -> str:
 
 
 def _short(names: Sequence[str]) -> dict[str, str]:
-    """The fewest last parts of each path that tell it from all others."""
+    """The fewest last parts of each name that tell it from all others: most are paths, which share their first ones."""
     different = list(dict.fromkeys(names))
     for parts in range(1, 20):
         short = ["/".join(name.rstrip("/").split("/")[-parts:]) for name in different]
@@ -168,7 +180,7 @@ def _change(row: dict[str, Any], datasets: dict[str, str], models: dict[str, str
 def _bars(page: Report, name: str, results: Sequence[Result], models: dict[str, str]) -> None:
     figures = list(dict.fromkeys(figure for result in results for figure in result.found.figures))
     for ranks in (False, True):
-        own = [figure for figure in figures if lower_is_better(figure) == ranks]
+        own = [figure for figure in figures if is_rank(figure) == ranks]
         if not own:
             continue
         series = {models[result.model]: [_told(result, figure) for figure in own] for result in results[:BESIDE]}

@@ -55,6 +55,7 @@ class DatasetConfig(BaseModel):
     split: str | None = None
     """Of a dataset in CLIP_benchmark's layout; ``test`` when not given."""
     templates: str | None = None
+    unknown: str | None = None
     image_column: str | None = None
     caption_column: str | None = None
     image_root: str | None = None

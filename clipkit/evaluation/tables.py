@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from clipkit.core import emit
-from clipkit.evaluation.baseline import Change, beside
-from clipkit.evaluation.measuring import COMPAT
+from clipkit.evaluation.baseline import Change, with_baseline
+from clipkit.evaluation.measuring import COMPAT, paired_differences
 from clipkit.evaluation.probe import probe_rows, readable_rows
 from clipkit.evaluation.results import THEIR_FIGURES, Differences, Result
-from clipkit.metrics import Interval, differences, unpacked
+from clipkit.metrics import Interval
 
-__all__ = ["differences_from_first", "emit_results", "markdown", "readable", "side_by_side"]
+__all__ = ["differences_from_first", "emit_results", "markdown", "readable_table", "side_by_side"]
 
 
 def differences_from_first(results: Sequence[Result]) -> Differences:
@@ -25,10 +25,8 @@ def differences_from_first(results: Sequence[Result]) -> Differences:
         base = first.setdefault((result.name, result.task), result)
         if base is result or base.model != results[0].model:
             continue
-        if base.found.samples and result.found.samples:
-            told = differences(unpacked(result.found.samples), unpacked(base.found.samples))
-            if told is not None:
-                found[result.name, result.task, result.model] = told
+        if paired := paired_differences(result.found, base.found):
+            found[result.name, result.task, result.model] = paired
     return found
 
 
@@ -72,7 +70,7 @@ def _ends(interval: Interval) -> list[tuple[str, float | None]]:
     return [("", interval.value), ("_low", low), ("_high", high)]
 
 
-def readable(results: Sequence[Result], apart: Differences | None = None) -> list[dict[str, str]]:
+def readable_table(results: Sequence[Result], apart: Differences | None = None) -> list[dict[str, str]]:
     """As `side_by_side`, with each interval in the cell of its figure, for people."""
     models = list(dict.fromkeys(result.model for result in results))
     found = []
@@ -97,7 +95,7 @@ def _cell(row: dict[str, Any], column: str, sign: str = "") -> str:
 
 def markdown(results: Sequence[Result], apart: Differences | None = None) -> str:
     """The same as a table in Markdown."""
-    rows = readable(results, apart)
+    rows = readable_table(results, apart)
     heads = list(rows[0]) if rows else []
     lines = [f"| {' | '.join(_escaped(head) for head in heads)} |", f"|{'---|' * 2}{'---:|' * (len(heads) - 2)}"]
     lines += [f"| {' | '.join(_escaped(cell) for cell in row.values())} |" for row in rows]
@@ -131,13 +129,13 @@ def emit_results(
     probe = alone and results[0].task == "probe"
     if fmt == "human":
         title = ", ".join(f"{count:,} {what}" for what, count in first.counts.items()) if alone else ""
-        emit(readable_rows(first) if probe else readable(results, apart), fmt, title)
+        emit(readable_rows(first) if probe else readable_table(results, apart), fmt, title)
         if changes:
             emit([change.row() for change in changes], fmt, f"beside {baseline}")
     elif probe and fmt != "json":
         emit(probe_rows(first), fmt)
     elif not alone:
-        emit(beside(side_by_side(results, apart), changes), fmt)
+        emit(with_baseline(side_by_side(results, apart), changes), fmt)
     else:
         row = first.flat() | {name: value for change in changes for name, value in change.flat().items()}
         regressions = {"regressions": [change.figure for change in changes if change.worse]} if changes else {}

@@ -21,6 +21,7 @@ from clipkit.evaluation.probe import PROBE_KS, evaluate_probe, open_probe
 from clipkit.evaluation.results import known_or_new
 from clipkit.evaluation.retrieval import RETRIEVAL_KS, evaluate_retrieval, evaluate_stored_retrieval
 from clipkit.evaluation.stored import Stored, open_stored
+from clipkit.evaluation.unknown import open_unknown
 from clipkit.evaluation.zeroshot import (
     ZEROSHOT_KS,
     ClassLabels,
@@ -99,6 +100,8 @@ def _refuse_options(name: str, source: str, kind: str | None, options: TaskOptio
     """Raise for the first option that does not suit the task or the data."""
     if name != "zeroshot" and options.templates is not None:
         raise ClipkitError(f"--templates is of zeroshot; {name} takes the captions as they are")
+    if name != "zeroshot" and options.unknown is not None:
+        raise ClipkitError(f"--unknown is of zeroshot, which names what an image shows; {name} does not")
     if name == "zeroshot" and flags(options.columns):
         raise ClipkitError("--image-column, --caption-column and --image-root are of lists; zeroshot takes a folder")
     if name != "probe" and flags(options.probe):
@@ -143,16 +146,20 @@ def _open_retrieval(source: str, options: TaskOptions, stored: Stored | None) ->
 def _open_zeroshot(source: str, options: TaskOptions, stored: Stored | None) -> Task:
     ks, compat = options.lengths(ZEROSHOT_KS), options.compat
     prompts = prompt_set(options.templates or "plain")
+    unknown = None if options.unknown is None else open_unknown(options.unknown)
+    more = [] if unknown is None else ["unknown", unknown.identity()]
+    own = () if unknown is None else unknown.sources()
     if stored is not None:
-        labelled = LabelledEmbeddings(stored, ClassLabels(*classes_of(source, stored.paths())))
+        labelled = LabelledEmbeddings(stored, ClassLabels(*classes_of(source, stored.paths())), unknown)
         names = labelled.classes.names
         tell_clamped(source, len(names), ks)
-        about = ["stored zeroshot", stored.identity(), ks, names, prompts, compat]
+        about = ["stored zeroshot", stored.identity(), ks, names, prompts, compat, *more]
         return Task(
             "zeroshot",
             about,
             lambda work: evaluate_stored_zeroshot(work, labelled, prompts, ks, compat=compat),
             stored,
+            own,
         )
     dataset = _benchmark(source, options, ["classification", "multilabel"], "zeroshot")
     if dataset is None:
@@ -163,15 +170,18 @@ def _open_zeroshot(source: str, options: TaskOptions, stored: Stored | None) -> 
             prompts = dataset.prompts
         if dataset.kind == "multilabel" and options.ks:
             raise ClipkitError(f"{source} has several labels for an image, whose figure is mAP; leave -k out")
+        if dataset.kind == "multilabel" and unknown is not None:
+            raise ClipkitError(f"{source} has several labels for an image, or none; --unknown asks for one each")
         if dataset.kind == "classification":
             tell_clamped(source, len(dataset.classes), ks)
+    images = replace(images, unknown=unknown)
     names, labels = images.classes.names, images.classes.labels
-    about = ["zeroshot", images.source.identity(), ks, names, prompts, labels.tolist(), compat]
+    about = ["zeroshot", images.source.identity(), ks, names, prompts, labels.tolist(), compat, *more]
     return Task(
         "zeroshot",
         about,
         lambda work: evaluate_zeroshot(work, images, prompts, ks, intervals=True, compat=compat),
-        sources=(images.source,),
+        sources=(images.source, *own),
     )
 
 

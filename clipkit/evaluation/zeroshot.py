@@ -16,6 +16,7 @@ from clipkit.evaluation.measuring import (
     measure_labels,
 )
 from clipkit.evaluation.stored import Stored
+from clipkit.evaluation.unknown import UnknownImages, with_unknown
 from clipkit.storage import digest
 
 __all__ = [
@@ -60,6 +61,8 @@ class LabelledImages:
 
     source: Source
     classes: ClassLabels
+    unknown: UnknownImages | None = None
+    """Others that show none of the classes, to be told from these."""
 
     @classmethod
     def in_folders(cls, source: Source, names: Sequence[str] | None = None) -> "LabelledImages":
@@ -83,7 +86,8 @@ def evaluate_zeroshot(
     """Zero-shot accuracy on images whose classes are known (`clipkit.metrics.zeroshot_figures`).
 
     Of images that may be of several classes each it is the mean average precision
-    (`clipkit.metrics.mean_average_precision`).
+    (`clipkit.metrics.mean_average_precision`). With images that show none of the classes also how well the scores tell
+    them apart (`clipkit.evaluation.unknown`).
 
     Args:
         work: see `evaluate_retrieval`.
@@ -116,7 +120,16 @@ def evaluate_zeroshot(
         result = work.by_the_first(lambda: measure_labels(embedded.vectors[known], vectors, several, further))
     else:
         labelled = embedded.vectors[known], vectors, labels[known], ks, names, further
-        result = work.by_the_first(lambda: measure_classes(*labelled))
+        unknown = None if images.unknown is None else images.unknown.embed(work)
+
+        def measured() -> Evaluation:
+            result = measure_classes(*labelled)
+            if unknown is None:
+                return result
+            return with_unknown(result, labelled[0], unknown, vectors, work.facts.scale, further.of)
+
+        result = work.by_the_first(measured)
+        left_out += [] if unknown is None else unknown.left_out
     return replace(result, left_out=left_out)
 
 
@@ -127,6 +140,7 @@ class LabelledEmbeddings:
     stored: Stored
     """With images."""
     classes: ClassLabels
+    unknown: UnknownImages | None = None
 
 
 def evaluate_stored_zeroshot(
@@ -149,6 +163,7 @@ def evaluate_stored_zeroshot(
     stored, names, labels = images.stored, images.classes.names, images.classes.labels
     vectors = class_vectors(names, prompts, work.texts)
     known = images.classes.known
+    unknown = None if images.unknown is None else images.unknown.embed(work)
 
     def measured() -> Evaluation:
         blocks = stored.image
@@ -156,11 +171,15 @@ def evaluate_stored_zeroshot(
             ends = np.cumsum([len(block) for block in blocks])[:-1]
             blocks = [block[own] for block, own in zip(blocks, np.split(known, ends), strict=True) if own.any()]
         further = Further(digest([stored.of(), names, labels.tolist()]), compat)
-        return measure_classes(blocks, vectors, labels[known], ks, names, further)
+        result = measure_classes(blocks, vectors, labels[known], ks, names, further)
+        if unknown is None:
+            return result
+        return with_unknown(result, blocks, unknown, vectors, work.facts.scale, further.of)
 
     result = work.by_the_first(measured)
     strays = [{"key": key, "reason": images.classes.missing} for key in _keys(stored, ~known)]
-    return replace(result, left_out=[*(line for line in stored.left_out if "row" in line), *strays])
+    left_out = [*(line for line in stored.left_out if "row" in line), *strays]
+    return replace(result, left_out=left_out + ([] if unknown is None else unknown.left_out))
 
 
 def _keys(stored: Stored, wanted: np.ndarray) -> list[str]:

@@ -24,9 +24,10 @@ from .intervals import mean_of as mean_of
 from .intervals import paired_bootstrap as paired_bootstrap
 from .intervals import wilson_interval as wilson_interval
 from .per_sample import MEAN_AVERAGE_PRECISION as MEAN_AVERAGE_PRECISION
-from .per_sample import Samples as Samples
+from .per_sample import PerSample as PerSample
 from .per_sample import differences as differences
 from .per_sample import intervals_of as intervals_of
+from .per_sample import is_rank as is_rank
 from .per_sample import lower_is_better as lower_is_better
 from .per_sample import packed as packed
 from .per_sample import served_share as served_share
@@ -34,7 +35,7 @@ from .per_sample import unpacked as unpacked
 from .products import inner_products as inner_products
 from .products import on_grid as on_grid
 from .products import paired_products as paired_products
-from .ranking import Vectors as Vectors
+from .ranking import VectorBlocks as VectorBlocks
 from .ranking import mean as mean
 from .ranking import rank_pairs as rank_pairs
 from .ranking import recall_at_k as recall_at_k
@@ -43,5 +44,6 @@ from .retrieval import guessed_retrieval as guessed_retrieval
 from .retrieval import retrieval_figures as retrieval_figures
 from .retrieval import retrieval_per_sample as retrieval_per_sample
 from .retrieval import retrieval_ranks as retrieval_ranks
-from .selective import auroc as auroc
+from .roc import auroc as auroc
+from .roc import fpr_at_tpr as fpr_at_tpr
 from .selective import precision_threshold as precision_threshold

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from clipkit.metrics.ranking import Ranks, Vectors, mean, rank_pairs, recall_at_k
+from clipkit.metrics.ranking import RankCounts, VectorBlocks, mean, rank_pairs, recall_at_k
 from clipkit.metrics.retrieval import Array
 
 __all__ = ["confusion_matrix", "zeroshot_accuracy", "zeroshot_chance", "zeroshot_figures", "zeroshot_per_sample"]
 
 
 def zeroshot_per_sample(
-    image: Vectors, classes: Vectors, labels: Int[Array, " n"], ks: Sequence[int] = (1, 5)
+    image: VectorBlocks, classes: VectorBlocks, labels: Int[Array, " n"], ks: Sequence[int] = (1, 5)
 ) -> dict[str, Float[Array, " n"]]:
     """``zeroshot_acc@k`` of each image, whose mean is the figure; arguments as in `zeroshot_accuracy`.
 
@@ -27,8 +27,8 @@ def zeroshot_per_sample(
 
 
 def zeroshot_accuracy(
-    image: Vectors,
-    classes: Vectors,
+    image: VectorBlocks,
+    classes: VectorBlocks,
     labels: Int[Array, " n"],
     ks: Sequence[int] = (1, 5),
 ) -> dict[str, float]:
@@ -54,7 +54,7 @@ def zeroshot_accuracy(
     return zeroshot_figures(ranks, labels, ks)
 
 
-def zeroshot_figures(ranks: Ranks, labels: Int[Array, " n"], ks: Sequence[int] = (1, 5)) -> dict[str, float]:
+def zeroshot_figures(ranks: RankCounts, labels: Int[Array, " n"], ks: Sequence[int] = (1, 5)) -> dict[str, float]:
     """The figures of `zeroshot_accuracy` from how each image's class ranks among all; empty where there are none."""
     if not len(labels):
         return {}

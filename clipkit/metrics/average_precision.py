@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from clipkit.metrics.ranking import TIE, mean, refuse_bad_scores
+from clipkit.metrics.ranking import TIE_WIDTH, mean, refuse_bad_scores
 
 __all__ = ["average_precision", "chance_of", "mean_average_precision", "mean_average_precision_of"]
 
@@ -86,9 +86,9 @@ def _sorted(scores: Array, positive: Array) -> tuple[Array, Array, Array]:
     """The order by falling score, where in it each tie begins, and which are positive in that order."""
     order = np.argsort(-scores.astype(np.float32), kind="stable")
     ordered = scores[order].astype(np.float32)
-    begins = np.append(True, ordered[:-1] - ordered[1:] > TIE)
+    begins = np.append(True, ordered[:-1] - ordered[1:] > TIE_WIDTH)
     tops = ordered[begins][np.cumsum(begins) - 1]
-    stretch = np.floor((tops - ordered) / TIE)
+    stretch = np.floor((tops - ordered) / TIE_WIDTH)
     begins[1:] |= stretch[1:] != stretch[:-1]
     return order, np.flatnonzero(begins), positive[order]
 

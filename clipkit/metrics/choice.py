@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 
 from clipkit.core import ClipkitError
 from clipkit.metrics.products import paired_products
-from clipkit.metrics.ranking import TIE, refuse_bad_scores
+from clipkit.metrics.ranking import TIE_WIDTH, refuse_bad_scores
 
 __all__ = ["WINOGROUND_CHANCE", "choice_per_sample", "choice_scores", "winoground_per_sample"]
 
@@ -57,7 +57,7 @@ def choice_per_sample(scores: Float[Array, "n choices"], right: Int[Array, " n"]
     if len(right) and not 0 <= right.min() <= right.max() < scores.shape[1]:
         raise ClipkitError(f"there are {scores.shape[1]} choices; the right one is a column from 0, not {right.max()}")
     apart = scores.astype(np.float32) - np.take_along_axis(scores, right[:, None], axis=1).astype(np.float32)
-    return np.where((apart > TIE).any(axis=1), 0.0, 1.0 / (np.abs(apart) <= TIE).sum(axis=1))
+    return np.where((apart > TIE_WIDTH).any(axis=1), 0.0, 1.0 / (np.abs(apart) <= TIE_WIDTH).sum(axis=1))
 
 
 def winoground_per_sample(scores: Float[Array, "n 2 2"]) -> dict[str, Float[Array, " n"]]:
@@ -80,7 +80,7 @@ def winoground_per_sample(scores: Float[Array, "n 2 2"]) -> dict[str, Float[Arra
     own, others = (scores[:, [0, 1], columns].astype(np.float32) for columns in ([0, 1], [1, 0]))
     least, most = own.min(axis=1), others.max(axis=1)
     # Where the worst of its own ties with the best of the others, all of its own that are tied have to come first.
-    tied = (own <= most[:, None] + TIE).sum(axis=1) + (others >= least[:, None] - TIE).sum(axis=1)
+    tied = (own <= most[:, None] + TIE_WIDTH).sum(axis=1) + (others >= least[:, None] - TIE_WIDTH).sum(axis=1)
     in_order = np.select([tied <= 2, tied == 3], [1 / 2, 1 / 3], 1 / 6)
-    group = np.select([least > most + TIE, least < most - TIE], [1.0, 0.0], in_order)
+    group = np.select([least > most + TIE_WIDTH, least < most - TIE_WIDTH], [1.0, 0.0], in_order)
     return {"winoground_text": text, "winoground_image": image, "winoground_group": group}

@@ -25,14 +25,16 @@ from clipkit.metrics.intervals import (
     unit_share_of,
     wilson_interval,
 )
-from clipkit.metrics.ranking import Ranks, median_rank_of, recall_at_k
+from clipkit.metrics.ranking import RankCounts, median_rank_of, recall_at_k
 from clipkit.metrics.retrieval import RetrievalRanks, retrieval_per_sample
+from clipkit.metrics.roc import auroc_of, fpr_at_tpr_of
 
 __all__ = [
     "MEAN_AVERAGE_PRECISION",
-    "Samples",
+    "PerSample",
     "differences",
     "intervals_of",
+    "is_rank",
     "lower_is_better",
     "packed",
     "served_share",
@@ -47,11 +49,11 @@ DRAWN = 2 * 10**8  # samples in all draws together, some seconds; the draws beco
 
 
 @dataclass(frozen=True)
-class Samples:
+class PerSample:
     """What a model made of each sample of some data."""
 
     form: str
-    """What is known of each; one of ``retrieval``, ``classes``, ``labels`` and ``values``, see `Samples.of_…`."""
+    """What is known of each: ``retrieval``, ``classes``, ``labels``, ``values`` or ``unknown``; see ``of_…``."""
     of: str
     """A hash of which samples they are, in which order: only of the same ones two models can be paired."""
     arrays: dict[str, Array]
@@ -60,7 +62,7 @@ class Samples:
     @classmethod
     def of_retrieval(
         cls, ranks: RetrievalRanks, ks: list[int], of: str, served: Mapping[str, Array] | None = None
-    ) -> "Samples":
+    ) -> "PerSample":
         """Where the right items rank, whose figures are those of `retrieval_figures`. An image is drawn with captions.
 
         `served` may add what else is a mean over the same queries, 0 or 1 of each, under names from ``served_``.
@@ -71,19 +73,29 @@ class Samples:
         return cls("retrieval", of, arrays, ks)
 
     @classmethod
-    def of_classes(cls, ranks: Ranks, labels: Array, ks: list[int], of: str) -> "Samples":
+    def of_classes(cls, ranks: RankCounts, labels: Array, ks: list[int], of: str) -> "PerSample":
         """Where the class of each image ranks, for `zeroshot_figures`."""
         return cls("classes", of, {**ranks._asdict(), "labels": labels}, ks)
 
     @classmethod
-    def of_labels(cls, scores: Array, labels: Array, of: str) -> "Samples":
+    def of_labels(cls, scores: Array, labels: Array, of: str) -> "PerSample":
         """The scores ``[n, classes]`` of images of which several classes may be true, for mean average precision."""
         return cls("labels", of, {"scores": scores, "labels": labels.astype(np.uint8)})
 
     @classmethod
-    def of_values(cls, values: Mapping[str, Array], of: str) -> "Samples":
+    def of_values(cls, values: Mapping[str, Array], of: str) -> "PerSample":
         """What each sample adds to figures that are means, by the figure's name: float ``[n]``, 0 to 1."""
         return cls("values", of, dict(values))
+
+    @classmethod
+    def of_unknown(cls, known: Mapping[str, Array], unknown: Mapping[str, Array], of: str) -> "PerSample":
+        """Scores ``[n]`` of samples of known classes and ``[m]`` of others, by the name that their figures begin with.
+
+        Places in their order are kept, from the lowest: neither figure depends on more.
+        """
+        arrays = {name: np.unique(np.append(known[name], unknown[name]), return_inverse=True)[1] for name in known}
+        counts = [len(next(iter(scores.values()))) for scores in (known, unknown)]
+        return cls("unknown", of, {**arrays, "known": np.repeat(np.array([1, 0], np.uint8), counts)})
 
     def statistics(self) -> tuple[int, dict[str, Statistic]]:
         """How many units can be drawn, and every figure as a function of how often each is."""
@@ -94,7 +106,7 @@ class Samples:
         if self.form == "values":
             return self.arrays
         if self.form == "classes":
-            ranks = Ranks(*(self.arrays[name] for name in Ranks._fields))
+            ranks = RankCounts(*(self.arrays[name] for name in RankCounts._fields))
             return {f"zeroshot_acc@{k}": recall_at_k(*ranks, k) for k in self.ks}
         if self.form == "retrieval":
             ranks = _retrieval_ranks(self)
@@ -112,15 +124,15 @@ def _ranks(ranks: RetrievalRanks, side: str) -> list[tuple[str, Array]]:
     return list(getattr(ranks, side)._asdict().items())
 
 
-def _retrieval_ranks(samples: Samples) -> RetrievalRanks:
+def _retrieval_ranks(samples: PerSample) -> RetrievalRanks:
     by_text, by_image = (
-        Ranks(*(samples.arrays[f"{side}_{name}"].astype(np.int64) for name in Ranks._fields))
+        RankCounts(*(samples.arrays[f"{side}_{name}"].astype(np.int64) for name in RankCounts._fields))
         for side in ("by_text", "by_image")
     )
     return RetrievalRanks(by_text, by_image, samples.arrays["image_of_text"])
 
 
-def _of_retrieval(samples: Samples) -> tuple[int, dict[str, Statistic]]:
+def _of_retrieval(samples: PerSample) -> tuple[int, dict[str, Statistic]]:
     by_text, by_image, image_of_text = ranks = _retrieval_ranks(samples)
     unit_of = np.unique(image_of_text, return_inverse=True)[1].reshape(-1)
     units = len(by_image.better)
@@ -148,38 +160,48 @@ def served_share(name: str) -> str:
     return f"{side}_served_share@{k}"
 
 
-def _of_classes(samples: Samples) -> tuple[int, dict[str, Statistic]]:
+def _of_classes(samples: PerSample) -> tuple[int, dict[str, Statistic]]:
     found: dict[str, Statistic] = {name: mean_of(values) for name, values in samples.shares().items()}
-    ranks = Ranks(*(samples.arrays[name].astype(np.int64) for name in Ranks._fields))
+    ranks = RankCounts(*(samples.arrays[name].astype(np.int64) for name in RankCounts._fields))
     labels = samples.arrays["labels"].astype(np.int64)
     found["zeroshot_mean_per_class_recall"] = class_mean_of(recall_at_k(*ranks, 1), labels)
     return len(labels), found
 
 
-def _of_labels(samples: Samples) -> tuple[int, dict[str, Statistic]]:
+def _of_labels(samples: PerSample) -> tuple[int, dict[str, Statistic]]:
     scores, labels = samples.arrays["scores"], samples.arrays["labels"].astype(bool)
     return len(scores), {MEAN_AVERAGE_PRECISION: mean_average_precision_of(scores, labels)}
 
 
-def _of_values(samples: Samples) -> tuple[int, dict[str, Statistic]]:
+def _of_values(samples: PerSample) -> tuple[int, dict[str, Statistic]]:
     found: dict[str, Statistic] = {name: mean_of(values) for name, values in samples.arrays.items()}
     return len(next(iter(samples.arrays.values()))), found
 
 
-FORMS: dict[str, Callable[[Samples], tuple[int, dict[str, Statistic]]]] = {
+def _of_unknown(samples: PerSample) -> tuple[int, dict[str, Statistic]]:
+    known = samples.arrays["known"].astype(bool)
+    statistics: dict[str, Statistic] = {}
+    for name, places in samples.arrays.items():
+        if name != "known":
+            statistics |= {f"{name}_auroc": auroc_of(places, known), f"{name}_fpr95": fpr_at_tpr_of(places, known)}
+    return len(known), statistics
+
+
+FORMS: dict[str, Callable[[PerSample], tuple[int, dict[str, Statistic]]]] = {
     "retrieval": _of_retrieval,
     "classes": _of_classes,
     "labels": _of_labels,
     "values": _of_values,
+    "unknown": _of_unknown,
 }
 
 
-def _draws(samples: Samples) -> int:
+def _draws(samples: PerSample) -> int:
     size = max(len(values.reshape(-1)) for values in samples.arrays.values())
     return min(1000, max(200, DRAWN // max(size, 1)))
 
 
-def intervals_of(samples: Samples, level: float = 0.95) -> dict[str, Interval]:
+def intervals_of(samples: PerSample, level: float = 0.95) -> dict[str, Interval]:
     """Every figure with its interval: Wilson's for shares of independent samples, else by the bootstrap over images.
 
     The bootstrap draws a thousand times, and down to 200 times where there are very many samples. The mean average
@@ -197,7 +219,7 @@ def intervals_of(samples: Samples, level: float = 0.95) -> dict[str, Interval]:
     return shares | drawn
 
 
-def differences(first: Samples, second: Samples, level: float = 0.95) -> dict[str, Interval] | None:
+def differences(first: PerSample, second: PerSample, level: float = 0.95) -> dict[str, Interval] | None:
     """How much larger each figure of the first model is than the second's, by the paired bootstrap.
 
     Returns:
@@ -218,11 +240,16 @@ def differences(first: Samples, second: Samples, level: float = 0.95) -> dict[st
 
 
 def lower_is_better(figure: str) -> bool:
-    """Whether a smaller value of this figure is the better one, as of a rank."""
+    """Whether a smaller value of this figure is the better one, as of a rank or of a rate of false positives."""
+    return is_rank(figure) or figure.endswith("_fpr95")
+
+
+def is_rank(figure: str) -> bool:
+    """Whether a figure counts from 1, and is no fraction."""
     return figure.endswith("_median_rank")
 
 
-def packed(samples: Samples) -> dict[str, Any] | None:
+def packed(samples: PerSample) -> dict[str, Any] | None:
     """As plain values for JSON: arrays as narrow as they can be, deflated, in base64; None where they are too large."""
     if samples.form == "labels" and samples.arrays["scores"].size > LARGEST:
         return None
@@ -236,7 +263,7 @@ def packed(samples: Samples) -> dict[str, Any] | None:
     return {"form": samples.form, "of": samples.of, "ks": samples.ks, "arrays": arrays}
 
 
-def unpacked(found: Mapping[str, Any]) -> Samples:
+def unpacked(found: Mapping[str, Any]) -> PerSample:
     """What `packed` gave.
 
     Raises:
@@ -250,6 +277,6 @@ def unpacked(found: Mapping[str, Any]) -> Samples:
             values = np.frombuffer(zlib.decompress(base64.b64decode(about["data"])), np.dtype(about["dtype"]))
             values = values.reshape(about["shape"])
             arrays[name] = values.astype(np.int64) if values.dtype.kind in "iu" else values
-        return Samples(found["form"], found["of"], arrays, list(found["ks"]))
+        return PerSample(found["form"], found["of"], arrays, list(found["ks"]))
     except (KeyError, TypeError, ValueError, AttributeError, zlib.error) as error:
         raise ClipkitError(f"what is kept of each sample cannot be read ({error}); evaluate it again") from error

@@ -17,9 +17,9 @@ from clipkit.core import ClipkitError
 from clipkit.metrics.products import on_grid, paired_products
 
 __all__ = [
-    "TIE",
-    "Ranks",
-    "Vectors",
+    "TIE_WIDTH",
+    "RankCounts",
+    "VectorBlocks",
     "guessed",
     "mean",
     "median_rank",
@@ -31,9 +31,9 @@ __all__ = [
 ]
 
 Array = np.ndarray
-Vectors = Float[Array, "_ _"] | Sequence[Float[Array, "_ _"]]
+VectorBlocks = Float[Array, "_ _"] | Sequence[Float[Array, "_ _"]]
 """Floats ``[rows, dim]`` of any precision, in one array or in several that follow each other; memory-mapped or not."""
-TIE = np.float32(1e-6)
+TIE_WIDTH = np.float32(1e-6)
 BLOCK = 4096  # rows of the left at a time, and half as many of the right: 64 MiB of scores
 STRIP = 128  # rows of scores that are counted at a time: 2 MiB stay in the cache. No more than a byte can count
 HALF = 1e-9  # a share that lies no further from a half is one
@@ -54,7 +54,7 @@ def refuse_bad_scores(scores: Float[Array, "n ..."]) -> None:
         raise ClipkitError(f"the scores hold NaN or infinity, first in row {int(np.argmin(whole)):,}; leave it out")
 
 
-class Ranks(NamedTuple):
+class RankCounts(NamedTuple):
     """For each of n queries, how its relevant items stand among all items: three counts, int64 ``[n]``."""
 
     better: Int[Array, " n"]
@@ -66,9 +66,9 @@ class Ranks(NamedTuple):
 
 
 class _Rows:
-    """Vectors in parts that follow each other, read as float32 where they are asked for."""
+    """VectorBlocks in parts that follow each other, read as float32 where they are asked for."""
 
-    def __init__(self, vectors: Vectors, name: str):
+    def __init__(self, vectors: VectorBlocks, name: str):
         self._parts = [vectors] if isinstance(vectors, np.ndarray) else list(vectors)
         self._ends = np.cumsum([len(part) for part in self._parts], dtype=np.int64)
         self._name = name
@@ -116,13 +116,13 @@ class _Rows:
 
 
 def rank_pairs(
-    left: Vectors,
-    right: Vectors,
+    left: VectorBlocks,
+    right: VectorBlocks,
     right_of_left: Int[Array, " left"],
     *,
     names: tuple[str, str] = ("left", "right"),
     advance: Callable[[int], object] | None = None,
-) -> tuple[Ranks, Ranks]:
+) -> tuple[RankCounts, RankCounts]:
     """Rank each left vector's own right one among all right ones, and the best own left one of each right among all.
 
     Captions are left and images right, or images left and classes right. Every score is computed once, for both
@@ -164,17 +164,19 @@ def rank_pairs(
             for top in range(0, len(scores), STRIP):
                 strip, rows = scores[top : top + STRIP], slice(start + top, min(start + top + STRIP, stop))
                 above = above_at[: strip.size].reshape(strip.shape)
-                for at, edge in enumerate((TIE, -TIE)):
+                for at, edge in enumerate((TIE_WIDTH, -TIE_WIDTH)):
                     np.greater(strip, own[rows, None] + edge, out=above)
                     found[0][at, rows] += _per_row(above)
                     np.greater(strip, best[None, first:last] + edge, out=above)
                     found[1][at, first:last] += above.view(np.uint8).sum(axis=0, dtype=np.uint8)
         if advance is not None:
             advance(stop - start)
-    tied = np.bincount(right_of_left, weights=own > best[right_of_left] - TIE, minlength=len(rights)).astype(np.int64)
+    tied = np.bincount(right_of_left, weights=own > best[right_of_left] - TIE_WIDTH, minlength=len(rights)).astype(
+        np.int64
+    )
     one, owns = np.ones(len(lefts), np.int64), tied > 0
     of_left, of_right = (
-        Ranks(better, up_to - better + relevant, relevant)
+        RankCounts(better, up_to - better + relevant, relevant)
         for (better, up_to), relevant in ((found[0], one), (found[1][:, owns], tied[owns]))
     )
     return of_left, of_right
@@ -211,14 +213,14 @@ def _per_row(flags: Array) -> Array:
     return np.fromiter((np.count_nonzero(row) for row in flags), np.int64, len(flags))
 
 
-def guessed(items: Int[Array, " n"], relevant: Int[Array, " n"]) -> Ranks:
+def guessed(items: Int[Array, " n"], relevant: Int[Array, " n"]) -> RankCounts:
     """The ranks of one who cannot tell any item from another, and so what guessing is worth.
 
     Args:
         items: how many there are for each query.
         relevant: how many of them are relevant; at least one.
     """
-    return Ranks(np.zeros(len(items), np.int64), items.astype(np.int64), relevant.astype(np.int64))
+    return RankCounts(np.zeros(len(items), np.int64), items.astype(np.int64), relevant.astype(np.int64))
 
 
 def recall_at_k(
@@ -230,7 +232,7 @@ def recall_at_k(
     """The chance that a relevant item is among the first k, when equal scores come in random order.
 
     Args:
-        better, tied, relevant_tied: see `Ranks`.
+        better, tied, relevant_tied: see `RankCounts`.
         k: length of the list; or several lengths.
 
     Returns:
@@ -256,7 +258,7 @@ def reciprocal_rank(
     """1 over the rank, from 1, of the first relevant item (Voorhees 1999), in the mean over random orders of ties.
 
     Args:
-        better, tied, relevant_tied: see `Ranks`.
+        better, tied, relevant_tied: see `RankCounts`.
     """
     result = 1.0 / (better + 1)
     mixed = np.flatnonzero(tied > relevant_tied)
@@ -273,7 +275,7 @@ def _mean_reciprocal(better: int, tied: int, relevant: int) -> float:
     return float((chance / (better + np.arange(1, len(chance) + 1))).sum())
 
 
-def median_rank_of(ranks: Ranks) -> Callable[[Int[Array, "draws n"]], Float[Array, " draws"]]:
+def median_rank_of(ranks: RankCounts) -> Callable[[Int[Array, "draws n"]], Float[Array, " draws"]]:
     """The median rank, from 1, as a function of how often each query counts; see `clipkit.metrics.bootstrap`.
 
     The rank of a query whose best relevant item is tied counts at every place that the item may take, with its chance:
@@ -282,7 +284,7 @@ def median_rank_of(ranks: Ranks) -> Callable[[Int[Array, "draws n"]], Float[Arra
     longest = int((ranks.better + ranks.tied).max(initial=1))
     # Queries that rank alike go together: there are no more kinds of them than there are items, but for ties.
     distinct, kind_of = np.unique(np.stack(ranks), axis=1, return_inverse=True)
-    kinds = Ranks(*distinct)
+    kinds = RankCounts(*distinct)
     order = np.argsort(kind_of.ravel(), kind="stable")
     starts = np.flatnonzero(np.diff(kind_of.ravel()[order], prepend=-1))
 
@@ -305,7 +307,7 @@ def median_rank_of(ranks: Ranks) -> Callable[[Int[Array, "draws n"]], Float[Arra
     return statistic
 
 
-def median_rank(ranks: Ranks) -> float:
+def median_rank(ranks: RankCounts) -> float:
     """The median over all queries, see `median_rank_of`. NaN for none."""
     if not len(ranks.better):
         return float("nan")

@@ -13,7 +13,16 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from clipkit.metrics.ranking import Ranks, Vectors, guessed, mean, median_rank, rank_pairs, recall_at_k, reciprocal_rank
+from clipkit.metrics.ranking import (
+    RankCounts,
+    VectorBlocks,
+    guessed,
+    mean,
+    median_rank,
+    rank_pairs,
+    recall_at_k,
+    reciprocal_rank,
+)
 
 __all__ = [
     "RetrievalRanks",
@@ -37,17 +46,17 @@ def clamped(ks: Sequence[int], items: int) -> list[int]:
 class RetrievalRanks(NamedTuple):
     """How the right items rank in retrieval in both directions."""
 
-    by_text: Ranks
+    by_text: RankCounts
     """Of each caption's image among all images."""
-    by_image: Ranks
+    by_image: RankCounts
     """Of the best caption of each image that has one, in the order of the images, among all captions."""
     image_of_text: Int[Array, " texts"]
     """The row of each caption's image: captions of one image stand and fall together (``groups`` of an interval)."""
 
 
 def retrieval_ranks(
-    image: Vectors,
-    text: Vectors,
+    image: VectorBlocks,
+    text: VectorBlocks,
     image_of_text: Int[Array, " texts"],
     *,
     advance: Callable[[int], object] | None = None,
@@ -121,8 +130,8 @@ def retrieval_figures(ranks: RetrievalRanks, ks: Sequence[int] = (1, 5, 10)) -> 
 
 
 def retrieval_recall(
-    image: Vectors,
-    text: Vectors,
+    image: VectorBlocks,
+    text: VectorBlocks,
     image_of_text: Int[Array, " texts"],
     ks: Sequence[int] = (1, 5, 10),
 ) -> dict[str, float]:

@@ -10,49 +10,7 @@ from clipkit.metrics.calibration import Array
 from clipkit.metrics.intervals import binomial_tail
 from clipkit.metrics.ranking import refuse_bad_scores
 
-__all__ = ["Acceptance", "auroc", "fpr_at_tpr", "precision_threshold", "risk_coverage"]
-
-
-def auroc(positive: Float[Array, " n"], negative: Float[Array, " m"]) -> float:
-    """The area under the receiver operating characteristic of a score that tells two kinds of samples apart.
-
-    It is the chance that a positive one scores higher than a negative one, ties counting half (Mann & Whitney 1947).
-    For abstention the positive are those classified rightly, or of known classes, and the score is the classifier's.
-
-    Returns:
-        0.5 for guessing; NaN where one side is empty.
-
-    Raises:
-        ClipkitError: where a score is not finite.
-    """
-    refuse_bad_scores(positive)
-    refuse_bad_scores(negative)
-    if not len(positive) or not len(negative):
-        return float("nan")
-    ordered = np.sort(negative)
-    below, up_to = (np.searchsorted(ordered, positive, side=side) for side in ("left", "right"))
-    return float((below + up_to).sum() / (2 * len(positive) * len(negative)))
-
-
-def fpr_at_tpr(positive: Float[Array, " n"], negative: Float[Array, " m"], tpr: float = 0.95) -> float:
-    """The share of negative samples that pass the highest threshold that such a share of the positive ones passes.
-
-    FPR at 95 % TPR (Liang et al. 2018, section 4.2); what scores as much as the threshold passes.
-
-    Returns:
-        About `tpr` for guessing; NaN where one side is empty.
-
-    Raises:
-        ClipkitError: where a score is not finite, or `tpr` is no share above 0.
-    """
-    refuse_bad_scores(positive)
-    refuse_bad_scores(negative)
-    if not 0 < tpr <= 1:
-        raise ClipkitError(f"a true positive rate of {tpr} is no share above 0; 0.95 is usual")
-    if not len(positive) or not len(negative):
-        return float("nan")
-    needed = max(1, int(np.ceil(tpr * len(positive) - CLOSE)))
-    return float((negative >= np.sort(positive)[-needed]).mean())
+__all__ = ["Acceptance", "precision_threshold", "risk_coverage"]
 
 
 def risk_coverage(
@@ -120,7 +78,7 @@ def precision_threshold(
         raise ClipkitError(f"a level of {level} is no share between 0 and 1; 0.95 is usual")
     values, accepted, hits = risk_coverage(scores, right)
     if level is None:
-        enough = np.flatnonzero(hits >= (wanted - CLOSE) * accepted)
+        enough = np.flatnonzero(hits >= (wanted - SHARE_TOLERANCE) * accepted)
         return _acceptance(scores, right, float(values[enough[-1]]) if len(enough) else np.inf)
     tried = _tried(len(scores), wanted, level)
     for count in reversed(tried):
@@ -139,7 +97,7 @@ def _tried(count: int, wanted: float, level: float) -> list[int]:
         return []
     numbers = [count]
     while numbers[-1] >= np.log((1 - level) / len(numbers)) / np.log(wanted):
-        numbers.append(min(int(numbers[-1] / GROWTH), numbers[-1] - 1))
+        numbers.append(min(int(numbers[-1] / COUNT_GROWTH), numbers[-1] - 1))
     return numbers[-2::-1]
 
 
@@ -149,5 +107,5 @@ def _acceptance(scores: Array, right: Array, threshold: float) -> Acceptance:
     return Acceptance(threshold, share, float(passed.mean()) if len(scores) else 0.0)
 
 
-GROWTH = 1.25  # from one number of accepted samples that is tried to the next
-CLOSE = 1e-9  # a share that lies no further below what is wanted reaches it
+COUNT_GROWTH = 1.25  # from one number of accepted samples that is tried to the next
+SHARE_TOLERANCE = 1e-9  # a share that lies no further below what is wanted reaches it

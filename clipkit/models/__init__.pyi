@@ -13,6 +13,7 @@ from .inference import compiling_pays as compiling_pays
 from .inference import evaluating as evaluating
 from .inference import find_batch_size as find_batch_size
 from .lazy import LazyModel as LazyModel
+from .lazy import ModelFacts as ModelFacts
 from .loading import create_model as create_model
 from .loading import load_model as load_model
 from .loading import load_model_of as load_model_of

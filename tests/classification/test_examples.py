@@ -16,8 +16,7 @@ from clipkit.classification.images import Images
 from clipkit.classification.labels import Label, LabelSet, as_label_set
 from clipkit.core import ClipkitError
 from clipkit.data import draw, random_scene
-from clipkit.metrics import auroc
-from clipkit.metrics.selective import fpr_at_tpr
+from clipkit.metrics import auroc, fpr_at_tpr
 from clipkit.models import LazyModel
 from clipkit.models.lazy import ModelFacts
 from clipkit.storage import Cache

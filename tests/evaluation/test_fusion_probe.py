@@ -8,13 +8,20 @@ import torch
 
 from clipkit.classification import Linear, SweepOptions, fit_linear
 from clipkit.core import ClipkitError
-from clipkit.evaluation.probe.attention import Attention, Training, attend, attention_fusion, begin, fit_attention
+from clipkit.evaluation.probe.attention import (
+    Attention,
+    Training,
+    attention_fusion,
+    attention_logits,
+    begin,
+    fit_attention,
+)
 from clipkit.evaluation.probe.fusion import (
     IMAGE,
     TEXT,
+    FusionHeads,
     Head,
-    Heads,
-    Samples,
+    PairedEmbeddings,
     choose_weight,
     early_fusion,
     fit_head,
@@ -33,7 +40,7 @@ def unit(x):
     return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
 
-def halves(n: int, seed: int, *, missing: float = 0.0) -> tuple[Samples, np.ndarray]:
+def halves(n: int, seed: int, *, missing: float = 0.0) -> tuple[PairedEmbeddings, np.ndarray]:
     """The image knows a colour, the text a shape, and the class is both."""
     fixed, rng = np.random.default_rng(99), np.random.default_rng(seed)
     colours, shapes = fixed.normal(size=(COLOURS, 7)), fixed.normal(size=(SHAPES, 10))
@@ -42,12 +49,12 @@ def halves(n: int, seed: int, *, missing: float = 0.0) -> tuple[Samples, np.ndar
     there = np.ones((n, 2), bool)
     lone = rng.random(n) < missing
     there[lone, rng.integers(2, size=lone.sum())] = False
-    return Samples(unit(image), unit(text), there), colour * SHAPES + shape
+    return PairedEmbeddings(unit(image), unit(text), there), colour * SHAPES + shape
 
 
 @pytest.fixture(scope="module")
 def learned():
-    """Samples of which some lack a side, and what was fitted to them."""
+    """PairedEmbeddings of which some lack a side, and what was fitted to them."""
     samples, labels = halves(180, 1, missing=0.2)
     return samples, labels, fit_heads(samples, labels, CLASSES)
 
@@ -122,9 +129,9 @@ def test_late_fusion_by_hand():
     assert np.exp(pooled(image, text, 0.5)) == pytest.approx(np.array([plain]) / sum(plain))
     weighted = 0.75**0.8 * 0.1**0.2, 0.25**0.8 * 0.9**0.2
     assert np.exp(pooled(image, text, 0.8)) == pytest.approx(np.array([weighted]) / sum(weighted))
-    heads = Heads(*(_always(shares) for shares in (image, text, image)), 0.8, np.log([0.5, 0.5]))
+    heads = FusionHeads(*(_always(shares) for shares in (image, text, image)), 0.8, np.log([0.5, 0.5]))
     there = np.array([[True, True], [True, False], [False, True], [False, False]])
-    samples = Samples(np.full((4, 3), 0.5), np.full((4, 2), 0.5), there)
+    samples = PairedEmbeddings(np.full((4, 3), 0.5), np.full((4, 2), 0.5), there)
     found = np.exp(late_fusion(heads, samples, 0.8))
     assert found == pytest.approx(np.array([np.array(weighted) / sum(weighted), [0.75, 0.25], [0.1, 0.9], [0.5, 0.5]]))
 
@@ -247,7 +254,7 @@ def test_attention_is_what_its_definition_says(seed):
     p = parameters_of(seed)
     sides, there = some_sides()
     wanted = torch.tensor(looped(p, sides, there), dtype=torch.float64)
-    assert torch.allclose(attend(p, sides, there), wanted, rtol=0, atol=1e-12)
+    assert torch.allclose(attention_logits(p, sides, there), wanted, rtol=0, atol=1e-12)
 
 
 def test_gradients_of_the_attention():
@@ -257,7 +264,7 @@ def test_gradients_of_the_attention():
     flat = [tensor.clone().requires_grad_() for tensor in p.tensors()]
 
     def logits(*t):
-        return attend(Attention(t[:2], t[2:4], t[4:6], t[6:8], t[8:10], t[10], t[11]), sides, there)
+        return attention_logits(Attention(t[:2], t[2:4], t[4:6], t[6:8], t[8:10], t[10], t[11]), sides, there)
 
     assert torch.autograd.gradcheck(logits, flat)
 
@@ -273,7 +280,7 @@ def test_training_begins_as_the_mean_of_the_heads_and_repeats_itself(learned):
     for side in (IMAGE, TEXT):
         has = torch.from_numpy(samples.there[:, side])
         only = has[:, None] & (torch.arange(2) == side)
-        said = attend(start.parameters, [each[has] for each in sides], only[has]).log_softmax(1).numpy()
+        said = attention_logits(start.parameters, [each[has] for each in sides], only[has]).log_softmax(1).numpy()
         assert np.allclose(said, pair[side][has.numpy()], atol=1e-4), "with one token its share is 1"
     one, two, other = (fit_attention(samples, labels, heads, how=Training(steps=30, seed=seed)) for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters.tensors(), two.parameters.tensors(), strict=True))

@@ -6,13 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import log_loss as sklearn_log_loss
-from sklearn.metrics import roc_auc_score, roc_curve
 
 from clipkit.core import ClipkitError
 from clipkit.metrics import (
     COLDEST,
     HOTTEST,
-    auroc,
     calibration,
     calibration_error,
     fit_temperature,
@@ -21,7 +19,7 @@ from clipkit.metrics import (
     reliability,
 )
 from clipkit.metrics.intervals import clopper_pearson_interval
-from clipkit.metrics.selective import fpr_at_tpr, risk_coverage
+from clipkit.metrics.selective import risk_coverage
 from clipkit.models import probabilities
 
 
@@ -125,33 +123,6 @@ def test_what_gives_no_temperature_is_refused():
     logits[1, 1] = np.nan
     with pytest.raises(ClipkitError, match="NaN or infinity, first in row 1"):
         fit_temperature(logits, np.arange(3))
-
-
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 10**6), st.sampled_from([1, 2, 1000]))
-@settings(max_examples=60, deadline=None)
-def test_abstention_is_scikit_learns(positive, negative, seed, levels):
-    rng = np.random.default_rng(seed)
-    truth = np.arange(positive + negative) < positive
-    scores = rng.integers(levels, size=positive + negative) / levels + 0.1 * truth * (levels > 1)
-    a, b = scores[truth], scores[~truth]
-    assert auroc(a, b) == pytest.approx(roc_auc_score(truth, scores))
-    assert auroc(a, b) == pytest.approx(np.mean((a[:, None] > b) + 0.5 * (a[:, None] == b)))
-    false, true, _ = roc_curve(truth, scores, drop_intermediate=False)
-    for tpr in (0.5, 0.95, 1.0):
-        assert fpr_at_tpr(a, b, tpr) == pytest.approx(false[np.argmax(true >= tpr - 1e-9)])
-    if levels == 1:
-        assert auroc(a, b) == 0.5
-
-
-def test_one_side_alone_has_no_curve():
-    one, none = np.ones(3), np.ones(0)
-    assert np.isnan([auroc(one, none), auroc(none, one), fpr_at_tpr(none, one), fpr_at_tpr(one, none)]).all()
-    with pytest.raises(ClipkitError, match="a true positive rate of 0.0 is no share"):
-        fpr_at_tpr(one, one, 0.0)
-    for function in (auroc, fpr_at_tpr):
-        for pair in ((one, np.array([np.nan])), (np.array([np.inf]), one)):
-            with pytest.raises(ClipkitError, match="NaN or infinity"):
-                function(*pair)
 
 
 @given(st.integers(0, 40), st.integers(0, 10**6), st.sampled_from([0.5, 0.8, 0.95, 1.0]))

@@ -20,7 +20,7 @@ from clipkit.metrics import (
 )
 from clipkit.metrics.average_precision import mean_average_precision_of
 from clipkit.metrics.intervals import binomial_tail, bootstrap_all, clopper_pearson_interval, unit_share_of
-from clipkit.metrics.ranking import Ranks, median_rank, median_rank_of
+from clipkit.metrics.ranking import RankCounts, median_rank, median_rank_of
 
 
 @given(st.integers(1, 400), st.floats(0, 1), st.sampled_from([0.5, 0.9, 0.95, 0.999]))
@@ -91,7 +91,7 @@ def drawn_one_by_one(n, draws, seed, groups=None):
 def statistics(rng, n):
     """Each statistic with the figure that it is of the samples in some rows."""
     values, labels = rng.random(n), rng.integers(4, size=n)
-    ranks = Ranks(rng.integers(9, size=n), *np.array([[3, 2, 1], [1, 2, 1]])[:, rng.integers(3, size=n)])
+    ranks = RankCounts(rng.integers(9, size=n), *np.array([[3, 2, 1], [1, 2, 1]])[:, rng.integers(3, size=n)])
     scores, wanted = rng.integers(6, size=(n, 3)) / 8, rng.random((n, 3)) < 0.3
     return {
         "mean": (mean_of(values), lambda rows: values[rows].mean()),
@@ -99,7 +99,7 @@ def statistics(rng, n):
             class_mean_of(values, labels),
             lambda rows: np.mean([values[rows][labels[rows] == c].mean() for c in np.unique(labels[rows])]),
         ),
-        "median rank": (median_rank_of(ranks), lambda rows: median_rank(Ranks(*(each[rows] for each in ranks)))),
+        "median rank": (median_rank_of(ranks), lambda rows: median_rank(RankCounts(*(each[rows] for each in ranks)))),
         "mAP": (
             mean_average_precision_of(scores, wanted),
             lambda rows: mean_average_precision(scores[rows], wanted[rows]),

@@ -10,7 +10,7 @@ from clipkit.evaluation import Evaluation, Result, changes_of_all, differences_f
 from clipkit.evaluation.baseline import changes, matching
 from clipkit.evaluation.measuring import Further, measure_classes, measure_labels, measure_retrieval
 from clipkit.metrics import (
-    Samples,
+    PerSample,
     bootstrap,
     choice_per_sample,
     differences,
@@ -48,7 +48,7 @@ def retrieval(seed, images=23, noise=0.8, of="x"):
 
 def test_intervals_of_retrieval_are_over_images_with_all_their_captions():
     ranks = retrieval(0)
-    found = intervals_of(Samples.of_retrieval(ranks, [1, 5], "x"))
+    found = intervals_of(PerSample.of_retrieval(ranks, [1, 5], "x"))
     values = retrieval_per_sample(ranks, [1, 5])
     for name, of_name in values.items():
         groups = ranks.image_of_text if name.startswith("image_") else None
@@ -62,7 +62,7 @@ def test_intervals_of_retrieval_are_over_images_with_all_their_captions():
 
 
 def test_differences_are_on_the_same_draws():
-    one, two = (Samples.of_retrieval(retrieval(seed, noise=noise), [1], "x") for seed, noise in ((0, 0.2), (1, 1.5)))
+    one, two = (PerSample.of_retrieval(retrieval(seed, noise=noise), [1], "x") for seed, noise in ((0, 0.2), (1, 1.5)))
     found = differences(one, two)
     values = [retrieval_per_sample(retrieval(seed, noise=noise), [1]) for seed, noise in ((0, 0.2), (1, 1.5))]
     groups = one.arrays["image_of_text"]
@@ -71,7 +71,7 @@ def test_differences_are_on_the_same_draws():
         assert found[name] == pytest.approx(paired_bootstrap(first, second, len(groups), groups=groups))
     assert found["image_retrieval_mrr"].low > 0  # so much noise is worse
     assert all(interval == (0, 0, 0) for interval in differences(one, one).values())
-    other = Samples.of_retrieval(retrieval(0), [1], "of other data")
+    other = PerSample.of_retrieval(retrieval(0), [1], "of other data")
     assert differences(one, other) is None
 
 
@@ -94,10 +94,10 @@ def test_what_is_kept_comes_back_from_json():
     ranks, _ = rank_pairs(unit(rng, 30), unit(rng, 400), rng.integers(400, size=30))
     values = choice_per_sample(rng.integers(3, size=(30, 2)) / 4)
     for samples in (
-        Samples.of_retrieval(retrieval(0), [1, 10], "a"),
-        Samples.of_classes(ranks, rng.integers(400, size=30), [1], "b"),
-        Samples.of_labels(rng.random((30, 3)).astype(np.float32), rng.random((30, 3)) < 0.5, "c"),
-        Samples.of_values({"choice_acc": values}, "d"),
+        PerSample.of_retrieval(retrieval(0), [1, 10], "a"),
+        PerSample.of_classes(ranks, rng.integers(400, size=30), [1], "b"),
+        PerSample.of_labels(rng.random((30, 3)).astype(np.float32), rng.random((30, 3)) < 0.5, "c"),
+        PerSample.of_values({"choice_acc": values}, "d"),
     ):
         told = packed(samples)
         assert told == packed(samples)
@@ -129,7 +129,7 @@ def test_the_interval_of_mean_average_precision_holds_it():
     rng = np.random.default_rng(0)
     labels = rng.random((20, 100)).argsort(axis=0) < 1
     scores = [rng.random((20, 100)).astype(np.float32) for _ in range(2)]
-    of = [Samples.of_labels(each, labels, "x") for each in scores]
+    of = [PerSample.of_labels(each, labels, "x") for each in scores]
     plain = bootstrap(mean_average_precision_of(scores[0], labels), 20)
     assert plain.value < plain.low
     (found,) = intervals_of(of[0]).values()
@@ -143,7 +143,7 @@ def test_the_interval_of_mean_average_precision_holds_it():
     # Shifted, it still is of shares.
     labels = np.eye(9, dtype=bool)
     for scores in (labels, ~labels):
-        (found,) = intervals_of(Samples.of_labels(scores.astype(np.float32), labels, "x")).values()
+        (found,) = intervals_of(PerSample.of_labels(scores.astype(np.float32), labels, "x")).values()
         assert 0 <= found.low <= found.value <= found.high <= 1
 
 
@@ -159,7 +159,7 @@ def test_what_an_index_serves_of_the_exact_has_an_interval_and_its_chance():
         }
         for _ in range(2)
     ]
-    of = [Samples.of_retrieval(ranks, [5], "x", each) for each in served]
+    of = [PerSample.of_retrieval(ranks, [5], "x", each) for each in served]
     found, apart = intervals_of(of[0]), differences(*of)
     captions = np.unique(ranks.image_of_text, return_inverse=True)[1]
     drawing, draws = np.random.default_rng(0), []
@@ -177,7 +177,7 @@ def test_what_an_index_serves_of_the_exact_has_an_interval_and_its_chance():
         change = changes(now, base) + changes(base, now)
         assert not any(each.worse for each in change)  # one of the two is the smaller one, by chance
         assert all(each.paired for each in change)
-    nothing = Samples.of_retrieval(ranks, [1], "x", {"served_text_retrieval_recall@1": np.zeros(units, np.uint8)})
+    nothing = PerSample.of_retrieval(ranks, [1], "x", {"served_text_retrieval_recall@1": np.zeros(units, np.uint8)})
     assert intervals_of(nothing)["text_retrieval_served_share@1"] == (0, 0, 0)
 
 
@@ -198,7 +198,7 @@ def result(figures, samples=None, intervals=None):
 def test_a_regression_is_more_than_chance_and_tolerance():
     values = np.random.default_rng(0).random(200) < 0.6
     good, bad = (
-        packed(Samples.of_values({"choice_acc": v * 1.0}, "x")) for v in (values, values & (np.arange(200) % 9 > 0))
+        packed(PerSample.of_values({"choice_acc": v * 1.0}, "x")) for v in (values, values & (np.arange(200) % 9 > 0))
     )
     means = [values.mean(), (values & (np.arange(200) % 9 > 0)).mean()]
     base, now = result({"choice_acc": means[0]}, good), result({"choice_acc": means[1]}, bad)
@@ -252,7 +252,7 @@ def test_a_baseline_of_one_dataset_is_not_that_of_another():
 
 
 def test_a_change_is_paired_only_where_the_pairs_tell_something():
-    alone = packed(Samples.of_values({"choice_acc": np.ones(1)}, "x"))
+    alone = packed(PerSample.of_values({"choice_acc": np.ones(1)}, "x"))
     (change,) = changes(named("a", samples=alone, value=1.0), named("a", samples=alone, value=1.0))
     assert not change.paired  # one sample has no interval
     assert "not paired" in change.line()
@@ -260,7 +260,7 @@ def test_a_change_is_paired_only_where_the_pairs_tell_something():
 
 def test_differences_are_from_one_model_throughout():
     def of(name, model, *values):
-        return named(name, model, samples=packed(Samples.of_values({"choice_acc": np.array(values)}, name)))
+        return named(name, model, samples=packed(PerSample.of_values({"choice_acc": np.array(values)}, name)))
 
     results = [of("a", "one", 0.0, 1.0), of("a", "two", 1.0, 1.0), of("b", "two", 1.0, 0.0), of("b", "three", 1.0, 1.0)]
     assert list(differences_from_first(results)) == [("a", "retrieval", "two")]

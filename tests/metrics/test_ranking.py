@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from clipkit.core import ClipkitError
 from clipkit.metrics import mean, rank_pairs, ranking, recall_at_k
-from clipkit.metrics.ranking import TIE, Ranks, guessed, median_rank, median_rank_of, reciprocal_rank, refuse_bad_scores
+from clipkit.metrics.ranking import (
+    TIE_WIDTH,
+    RankCounts,
+    guessed,
+    median_rank,
+    median_rank_of,
+    reciprocal_rank,
+    refuse_bad_scores,
+)
 
 
 def vectors(rng, rows, kind, dim=7):
@@ -26,8 +34,10 @@ def whole(scores, relevant):
     """The counts from all scores at once, for queries that have a relevant item."""
     scores, relevant = (each[relevant.any(axis=1)] for each in (scores, relevant))
     best = np.where(relevant, scores, -np.inf).max(axis=1, keepdims=True)
-    tied = np.abs(scores - best) <= TIE
-    return Ranks(((scores > best + TIE) & ~relevant).sum(axis=1), tied.sum(axis=1), (tied & relevant).sum(axis=1))
+    tied = np.abs(scores - best) <= TIE_WIDTH
+    return RankCounts(
+        ((scores > best + TIE_WIDTH) & ~relevant).sum(axis=1), tied.sum(axis=1), (tied & relevant).sum(axis=1)
+    )
 
 
 def in_parts(rows, count):
@@ -149,7 +159,7 @@ COUNTS = st.tuples(st.integers(0, 5), st.integers(1, 7), st.integers(1, 7)).map(
 @given(st.lists(COUNTS, min_size=1, max_size=6), st.integers(1, 14))
 @settings(max_examples=100, deadline=None)
 def test_ranks_are_worth_their_mean_over_all_orders(counts, k):
-    ranks = Ranks(*np.array(counts).T)
+    ranks = RankCounts(*np.array(counts).T)
     every = [orders(*each) for each in counts]
     assert recall_at_k(*ranks, k) == pytest.approx([np.mean(np.array(e) <= k) for e in every], abs=1e-12)
     assert reciprocal_rank(*ranks) == pytest.approx([np.mean(1 / np.array(e)) for e in every], rel=1e-12)
@@ -172,7 +182,7 @@ def exact_median(every, weights):
 @given(st.lists(COUNTS, min_size=1, max_size=8), st.integers(0, 10**6))
 @settings(max_examples=100, deadline=None)
 def test_the_median_is_that_of_all_orders(counts, seed):
-    ranks = Ranks(*np.array(counts).T)
+    ranks = RankCounts(*np.array(counts).T)
     every = [orders(*each) for each in counts]
     assert median_rank(ranks) == exact_median(every, [1] * len(counts))
     drawn = np.random.default_rng(seed).integers(4, size=(5, len(counts)))
@@ -183,7 +193,7 @@ def test_the_median_is_that_of_all_orders(counts, seed):
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=30))
 def test_without_ties_the_median_is_numpys(better):
     one = np.ones(len(better), np.int64)
-    assert median_rank(Ranks(np.array(better), one, one)) == np.median(np.array(better) + 1)
+    assert median_rank(RankCounts(np.array(better), one, one)) == np.median(np.array(better) + 1)
 
 
 def test_guessing_among_very_many():
@@ -193,7 +203,7 @@ def test_guessing_among_very_many():
     assert recall_at_k(*ranks, 10)[0] == 10 / 1_000_000
     harmonic = np.log(1e6) + np.euler_gamma + 5e-7
     assert reciprocal_rank(*ranks)[0] == pytest.approx(harmonic / 1e6, rel=1e-9)
-    single = Ranks(*(each[:1] for each in ranks))
+    single = RankCounts(*(each[:1] for each in ranks))
     assert median_rank(single) == 500_000.5
 
 

@@ -17,14 +17,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from clipkit.classification import Linear, fit_linear, folds_of
-from clipkit.evaluation.probe.fusion import IMAGE, TEXT, Heads, Samples, late_fusion
+from clipkit.evaluation.probe.fusion import IMAGE, TEXT, FusionHeads, PairedEmbeddings, late_fusion
 
-__all__ = ["Attention", "Fitted", "Training", "attend", "attention_fusion", "begin", "fit_attention"]
+__all__ = ["Attention", "Fitted", "Training", "attention_fusion", "attention_logits", "begin", "fit_attention"]
 
 Array = np.ndarray
 BELOW = 5.0  # logits
 EVERY = 10  # steps from one look at the held-out samples to the next
-FOLDS = 5  # of which one is held out
+HELD_OUT_FOLDS = 5  # of which one is held out
 BLOCK = 8192  # samples at a time where nothing is learned
 
 
@@ -47,7 +47,7 @@ class Attention(NamedTuple):
         return [*self.weights, *self.bias, *self.keys, *self.gates, *self.offset, self.query, self.gain]
 
 
-def attend(
+def attention_logits(
     parameters: Attention, sides: Sequence[Float[Tensor, "n _"]], there: Bool[Tensor, "n sides"]
 ) -> Float[Tensor, "n classes"]:
     """The logits: the mean of each side's ``weights · x + bias``, its share a softmax over the sides that are there.
@@ -94,7 +94,7 @@ class Fitted(NamedTuple):
     parameters: Attention
     steps: int
     """That it was trained for; 0 where training gained nothing on the held-out samples."""
-    heads: Heads
+    heads: FusionHeads
     """Where training began, and what is said of samples that lack a side."""
 
 
@@ -119,9 +119,9 @@ def begin(heads: Sequence[Linear], how: Training) -> Attention:
 
 
 def fit_attention(
-    samples: Samples,
+    samples: PairedEmbeddings,
     labels: Int[Array, " n"],
-    heads: Heads,
+    heads: FusionHeads,
     *,
     groups: Int[Array, " n"] | None = None,
     how: Training | None = None,
@@ -147,10 +147,12 @@ def fit_attention(
         torch.set_num_threads(threads)
 
 
-def _fitted(samples: Samples, labels: Array, heads: Heads, groups: Array | None, how: Training) -> Fitted:
+def _fitted(
+    samples: PairedEmbeddings, labels: Array, heads: FusionHeads, groups: Array | None, how: Training
+) -> Fitted:
     pair = (heads.image, heads.text)
     rows = np.flatnonzero(samples.there.any(axis=1))
-    held = folds_of(labels[rows], FOLDS, groups=None if groups is None else groups[rows], seed=how.seed) == 0
+    held = folds_of(labels[rows], HELD_OUT_FOLDS, groups=None if groups is None else groups[rows], seed=how.seed) == 0
     learn, judge = rows[~held], rows[held]
     steps = 0
     judge = judge[samples.there[judge].all(axis=1)]
@@ -168,7 +170,7 @@ def _fitted(samples: Samples, labels: Array, heads: Heads, groups: Array | None,
 
 
 def _best_steps(
-    heads: Sequence[Linear], samples: Samples, labels: Array, learn: Array, judge: Array, how: Training
+    heads: Sequence[Linear], samples: PairedEmbeddings, labels: Array, learn: Array, judge: Array, how: Training
 ) -> int:
     """After how many steps the loss on the held-out samples, which have both sides, is least."""
     sides, there = _tensors(samples, judge)
@@ -179,7 +181,7 @@ def _best_steps(
         if done % EVERY:
             continue
         with torch.no_grad():
-            loss = F.cross_entropy(attend(parameters, sides, there), truth).item()
+            loss = F.cross_entropy(attention_logits(parameters, sides, there), truth).item()
         if loss < least:
             best, least = done, loss
         if done - best >= how.patience * EVERY:
@@ -202,7 +204,9 @@ def _trained(
         loses = torch.rand(size, generator=rng) < how.dropout
         which = torch.randint(2, (size,), generator=rng)
         gone = F.one_hot(which, 2).bool() & (loses & there[some].all(1))[:, None]
-        loss = F.cross_entropy(attend(parameters, [side[some] for side in sides], there[some] & ~gone), labels[some])
+        loss = F.cross_entropy(
+            attention_logits(parameters, [side[some] for side in sides], there[some] & ~gone), labels[some]
+        )
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -211,18 +215,18 @@ def _trained(
     yield steps
 
 
-def _tensors(samples: Samples, rows: Array) -> tuple[list[Tensor], Tensor]:
+def _tensors(samples: PairedEmbeddings, rows: Array) -> tuple[list[Tensor], Tensor]:
     sides = [torch.from_numpy(samples.side(side)[rows]).float() for side in (IMAGE, TEXT)]
     # Numbers of about 1 in size, for which Adam's rates are meant.
     return [side * side.shape[1] ** 0.5 for side in sides], torch.from_numpy(samples.there[rows])
 
 
-def attention_fusion(fitted: Fitted, samples: Samples) -> Float[Array, "n classes"]:
+def attention_fusion(fitted: Fitted, samples: PairedEmbeddings) -> Float[Array, "n classes"]:
     """What the probe says of samples, logarithms of probabilities; what `late_fusion` says where a side is missing."""
     found = late_fusion(fitted.heads, samples)
     rows = np.flatnonzero(samples.there.all(axis=1))
     for start in range(0, len(rows), BLOCK):
         some = rows[start : start + BLOCK]
         with torch.no_grad():
-            found[some] = attend(fitted.parameters, *_tensors(samples, some)).double().log_softmax(1).numpy()
+            found[some] = attention_logits(fitted.parameters, *_tensors(samples, some)).double().log_softmax(1).numpy()
     return found

@@ -22,9 +22,9 @@ from clipkit.metrics import fit_temperature, log_loss
 __all__ = [
     "IMAGE",
     "TEXT",
+    "FusionHeads",
     "Head",
-    "Heads",
-    "Samples",
+    "PairedEmbeddings",
     "choose_weight",
     "early_fusion",
     "fit_head",
@@ -37,13 +37,13 @@ __all__ = [
 
 Array = np.ndarray
 IMAGE, TEXT = 0, 1
-FOLDS = 3
+STRENGTH_FOLDS = 3
 JUDGES, PER_CLASS = 2000, 20  # samples that choose a strength: so many, or so many of each class where that is more
 SWEPT = 20_000_000  # logits that these may have: 160 MB for each strength
-WEIGHTS = np.linspace(0, 1, 41)  # of the image in late fusion
+IMAGE_WEIGHTS = np.linspace(0, 1, 41)  # of the image in late fusion
 
 
-class Samples(NamedTuple):
+class PairedEmbeddings(NamedTuple):
     """Embeddings of both sides, row by row of one sample."""
 
     image: Float[Array, "n image_dim"]
@@ -51,13 +51,13 @@ class Samples(NamedTuple):
     there: Bool[Array, "n 2"]
     """Whether a sample has an image, and a text; anything may stand in the row of what it lacks."""
 
-    def only(self, side: int) -> "Samples":
+    def only(self, side: int) -> "PairedEmbeddings":
         """The same with the other side missing everywhere."""
         return self._replace(there=self.there & (np.arange(2) == side))
 
-    def take(self, rows: Array) -> "Samples":
+    def take(self, rows: Array) -> "PairedEmbeddings":
         """Some of them, by their places."""
-        return Samples(self.image[rows], self.text[rows], self.there[rows])
+        return PairedEmbeddings(self.image[rows], self.text[rows], self.there[rows])
 
     def side(self, number: int) -> Array:
         """The embeddings of the images (0) or the texts (1)."""
@@ -89,7 +89,7 @@ class Head(NamedTuple):
         return self.log_shares(self.linear.logits(features))
 
 
-class Heads(NamedTuple):
+class FusionHeads(NamedTuple):
     """What early and late fusion need."""
 
     image: Head
@@ -145,7 +145,7 @@ def fit_head(
     strength, judged, logits = 1.0, some[:0], np.zeros((0, classes))
     try:
         of = None if groups is None else groups[some]
-        sweep = SweepOptions(folds=FOLDS, seed=seed)
+        sweep = SweepOptions(folds=STRENGTH_FOLDS, seed=seed)
         best = choose_strength(features[some], labels[some], classes, sweep, groups=of)
         strength, judged, logits = best.strength, some[best.judged], best.logits[best.judged]
     except ClipkitError:
@@ -155,13 +155,13 @@ def fit_head(
 
 
 def fit_heads(
-    samples: Samples,
+    samples: PairedEmbeddings,
     labels: Int[Array, " n"],
     classes: int,
     *,
     groups: Int[Array, " n"] | None = None,
     seed: int = 0,
-) -> Heads:
+) -> FusionHeads:
     """Fit a head to each side, of the samples that have it, and one to both, of those that have both.
 
     Args:
@@ -189,14 +189,14 @@ def fit_heads(
         text.log_shares(text.logits[of_text]),
         labels[image.judged[of_image]],
     )
-    return Heads(image, text, joint, weight, prior_of(labels, classes))
+    return FusionHeads(image, text, joint, weight, prior_of(labels, classes))
 
 
-def _joined(samples: Samples) -> Float[Array, "n dim"]:
+def _joined(samples: PairedEmbeddings) -> Float[Array, "n dim"]:
     return np.concatenate([samples.image, samples.text], axis=1)
 
 
-def side_alone(heads: Heads, samples: Samples, side: int) -> Float[Array, "n classes"]:
+def side_alone(heads: FusionHeads, samples: PairedEmbeddings, side: int) -> Float[Array, "n classes"]:
     """What one side says, whatever else there is: logarithms of probabilities, the prior where the side is missing."""
     found = np.tile(heads.prior, (len(samples.there), 1))
     has = samples.there[:, side]
@@ -204,7 +204,7 @@ def side_alone(heads: Heads, samples: Samples, side: int) -> Float[Array, "n cla
     return found
 
 
-def early_fusion(heads: Heads, samples: Samples) -> Float[Array, "n classes"]:
+def early_fusion(heads: FusionHeads, samples: PairedEmbeddings) -> Float[Array, "n classes"]:
     """What the head on both embeddings says where both are there, else what the side says that is left."""
     found = np.where(samples.there[:, [IMAGE]], side_alone(heads, samples, IMAGE), side_alone(heads, samples, TEXT))
     both = np.flatnonzero(samples.there.all(axis=1))
@@ -212,7 +212,7 @@ def early_fusion(heads: Heads, samples: Samples) -> Float[Array, "n classes"]:
     return found
 
 
-def late_fusion(heads: Heads, samples: Samples, weight: float = 0.5) -> Float[Array, "n classes"]:
+def late_fusion(heads: FusionHeads, samples: PairedEmbeddings, weight: float = 0.5) -> Float[Array, "n classes"]:
     """The weighted mean of the logarithms of both sides' probabilities, else what the side says that is left.
 
     A logarithmic opinion pool (Genest & Zidek 1986, section 3); with equal weights it decides as the product rule for
@@ -252,8 +252,8 @@ def choose_weight(image: Float[Array, "n classes"], text: Float[Array, "n classe
     if not len(labels):
         return 0.5
     losses = []
-    for weight in WEIGHTS:
+    for weight in IMAGE_WEIGHTS:
         shares = pooled(image, text, weight)
         losses.append(log_loss(shares, labels, fit_temperature(shares, labels)))
     best = np.flatnonzero(np.isclose(losses, min(losses), rtol=0, atol=1e-9))
-    return float(WEIGHTS[best[np.argmin(np.abs(WEIGHTS[best] - 0.5))]])  # of equal ones the evenest
+    return float(IMAGE_WEIGHTS[best[np.argmin(np.abs(IMAGE_WEIGHTS[best] - 0.5))]])  # of equal ones the evenest

@@ -14,7 +14,7 @@ from clipkit.evaluation.probe.data import ProbeSplit, ProbeTask
 from clipkit.evaluation.probe.fusion import (
     IMAGE,
     TEXT,
-    Samples,
+    PairedEmbeddings,
     early_fusion,
     fit_head,
     fit_heads,
@@ -24,6 +24,7 @@ from clipkit.evaluation.probe.fusion import (
 )
 from clipkit.metrics import (
     Interval,
+    PerSample,
     bootstrap,
     class_mean_of,
     mean,
@@ -33,7 +34,6 @@ from clipkit.metrics import (
     recall_at_k,
     wilson_interval,
 )
-from clipkit.metrics import Samples as Kept
 from clipkit.storage import hash_of
 
 __all__ = ["PROBE_KS", "evaluate_probe", "probe_rows", "readable_rows"]
@@ -107,7 +107,9 @@ def evaluate_probe(
     return replace(found, counts=counts | {"shared": task.shared}, left_out=left_out)
 
 
-def _embedded(part: ProbeSplit, fused: bool, work: SharedWork) -> tuple[Samples, ProbeSplit, list[dict[str, Any]]]:
+def _embedded(
+    part: ProbeSplit, fused: bool, work: SharedWork
+) -> tuple[PairedEmbeddings, ProbeSplit, list[dict[str, Any]]]:
     """Embeddings, the part without the images that cannot be used, and ledger lines of these."""
     images = work.images(part.source)
     kept = images.rows
@@ -122,10 +124,12 @@ def _embedded(part: ProbeSplit, fused: bool, work: SharedWork) -> tuple[Samples,
     else:
         side = np.zeros((len(kept), 0), np.float32)
     left = ProbeSplit(part.source, part.labels[kept], texts, part.groups[kept])
-    return Samples(images.vectors, side, np.stack([np.ones_like(has), has], axis=1)), left, images.left_out
+    return PairedEmbeddings(images.vectors, side, np.stack([np.ones_like(has), has], axis=1)), left, images.left_out
 
 
-def _answers(task: ProbeTask, train: Samples, learned: ProbeSplit, test: Samples, seed: int) -> Iterator[Answer]:
+def _answers(
+    task: ProbeTask, train: PairedEmbeddings, learned: ProbeSplit, test: PairedEmbeddings, seed: int
+) -> Iterator[Answer]:
     classes, groups = len(task.classes), learned.groups if task.grouped else None
     if not task.fused:
         head = fit_head(train.image, learned.labels, classes, groups=groups, seed=seed)
@@ -137,7 +141,7 @@ def _answers(task: ProbeTask, train: Samples, learned: ProbeSplit, test: Samples
     heads = fit_heads(train, learned.labels, classes, groups=groups, seed=seed)
     attention = fit_attention(train, learned.labels, heads, groups=groups, how=Training(seed=seed))
     given = {BOTH: test, "image": test.only(IMAGE), "text": test.only(TEXT)}
-    probes: dict[str, Callable[[Samples], np.ndarray]] = {
+    probes: dict[str, Callable[[PairedEmbeddings], np.ndarray]] = {
         "early fusion": lambda samples: early_fusion(heads, samples),
         "late mean fusion": lambda samples: late_fusion(heads, samples),
         "late weighted fusion": lambda samples: late_fusion(heads, samples, heads.weight),
@@ -152,9 +156,9 @@ def _answers(task: ProbeTask, train: Samples, learned: ProbeSplit, test: Samples
 
 def _judged(
     task: ProbeTask,
-    train: Samples,
+    train: PairedEmbeddings,
     learned: ProbeSplit,
-    test: Samples,
+    test: PairedEmbeddings,
     judged: ProbeSplit,
     ks: Sequence[int],
     seed: int,
@@ -188,12 +192,12 @@ def _judged(
             tell(f"{answer.name}_gain", mean(right[1]) - mean(alone), 0.0, gain)
     if intervals and groups is None:
         of = hash_of(judged.source.identity(), labels.tolist()).hex()
-        found.samples = packed(Kept.of_values(each, of))
+        found.samples = packed(PerSample.of_values(each, of))
     return found
 
 
 def _interval(values: np.ndarray, groups: np.ndarray | None) -> Interval:
-    # Samples of one group are right or wrong together, and Wilson's interval is of single ones.
+    # PairedEmbeddings of one group are right or wrong together, and Wilson's interval is of single ones.
     return wilson_interval(float(values.sum()), len(values)) if groups is None else _drawn(mean_of(values), groups)
 
 

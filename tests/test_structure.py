@@ -36,7 +36,7 @@ HOMES = {
     "transformers": {"models"},
     "huggingface_hub": {"models.loading"},
     "accelerate": {"training.distributed"},
-    "scipy": {"classification.logistic"},
+    "scipy": {"classification.logistic", "metrics.selective"},
     "simplejpeg": {"images.decoding"},
     "pillow_heif": {"images.decoding"},
     "torchvision": {"images.gpu_decode"},

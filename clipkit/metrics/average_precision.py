@@ -5,7 +5,7 @@ CLIP_benchmark's and torchnet's definition and, without ties, scikit-learn's ``a
 thresholds of (recall gained) × (precision). With ties scikit-learn lets equal scores pass together, which gives a model
 that tells nothing apart the share of the positives, and guessing gives more; CLIP_benchmark takes them as its sort
 leaves them. Here it is the expected value over all orders of the tied, in closed form, so such a model scores exactly
-what guessing would. `clipkit.metrics.clip_benchmark` has the other two.
+what guessing would. `clipkit.metrics.clip_benchmark` has the latter.
 """
 
 from collections.abc import Callable

@@ -19,7 +19,6 @@ __all__ = [
     "clip_benchmark_classification",
     "clip_benchmark_mean_average_precision",
     "clip_benchmark_retrieval",
-    "sklearn_mean_average_precision",
 ]
 
 Array = np.ndarray
@@ -115,25 +114,6 @@ def clip_benchmark_mean_average_precision(scores: Float[Array, "n classes"], lab
     precision = positive.cumsum(axis=0) / np.arange(1, len(scores) + 1)[:, None]
     found = (precision * positive).sum(axis=0) / np.maximum(positive.sum(axis=0), 1)
     return float(found.mean()) if len(found) else float("nan")
-
-
-def sklearn_mean_average_precision(scores: Float[Array, "n classes"], labels: Bool[Array, "n classes"]) -> float:
-    """scikit-learn's ``average_precision_score(labels, scores)``: a step for each different score.
-
-    Equal scores pass a threshold together, so that a model that tells nothing apart scores the share of the positives.
-    A class without a positive counts as 0.
-
-    Returns:
-        A fraction; NaN where there are no classes or no samples.
-    """
-    found = []
-    for column, positive in zip(scores.T, labels.T, strict=True):
-        order = np.argsort(-column, kind="stable")
-        ends = np.flatnonzero(np.append(np.diff(column[order]) != 0, True)[: len(column)])
-        hits = np.cumsum(positive[order])[ends]
-        gained = np.diff(hits, prepend=0) / max(positive.sum(), 1)
-        found.append((gained * hits / (ends + 1)).sum())
-    return float(np.mean(found)) if len(found) and len(scores) else float("nan")
 
 
 def clip_benchmark_choice(image: Float[Array, "n images dim"], text: Float[Array, "n texts dim"]) -> dict[str, float]:

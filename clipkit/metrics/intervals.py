@@ -17,11 +17,9 @@ from clipkit.core import ClipkitError
 __all__ = [
     "Interval",
     "Statistic",
-    "binomial_tail",
     "bootstrap",
     "bootstrap_all",
     "class_mean_of",
-    "clopper_pearson_interval",
     "mean_of",
     "paired_bootstrap",
     "unit_mean_of",
@@ -35,7 +33,6 @@ Statistic = Callable[[Int[Array, "draws n"]], Float[Array, " draws"]]
 `mean_of`, `class_mean_of`, `clipkit.metrics.ranking.median_rank_of`,
 `clipkit.metrics.average_precision.mean_average_precision_of`."""
 AT_ONCE = 1 << 21  # samples drawn at a time: 32 bytes each
-HALVINGS = 60  # of the interval from 0 to 1: float64 has no more digits
 
 
 class Interval(NamedTuple):
@@ -68,48 +65,6 @@ def wilson_interval(right: int | float, count: int, level: float = 0.95) -> Inte
     middle = (share + more / 2) / (1 + more)
     half = z / (1 + more) * (share * (1 - share) / count + more / (4 * count)) ** 0.5
     return Interval(share, max(0.0, middle - half) if right else 0.0, min(1.0, middle + half) if right < count else 1.0)
-
-
-def clopper_pearson_interval(right: int, count: int, level: float = 0.95) -> Interval:
-    """The exact interval of a share (Clopper & Pearson 1934): it holds the truth at least as often as `level` says.
-
-    It is wider than Wilson's, which holds it so often only on average.
-
-    Args:
-        right: how many.
-        count: of how many; none gives NaN, which may lie anywhere.
-        level: how often such intervals hold the truth at least.
-
-    Raises:
-        ClipkitError: for more right ones than there are, or a level that is no share.
-    """
-    _refuse(right, count, level)
-    if not count:
-        return Interval(float("nan"), 0.0, 1.0)
-
-    def edge(hits: int) -> float:
-        low, high = 0.0, 1.0
-        for _ in range(HALVINGS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if binomial_tail(hits, count, middle) < (1 - level) / 2 else (low, middle)
-        return low
-
-    return Interval(right / count, edge(right) if right else 0.0, 1 - edge(count - right) if right < count else 1.0)
-
-
-def binomial_tail(right: int, count: int, share: float) -> float:
-    """The chance that at least so many of so many are right, where each is with the chance `share`."""
-    if right <= 0:
-        return 1.0
-    if right > count or share <= 0:
-        return 0.0
-    if share >= 1:
-        return 1.0
-    # Each term from the one before: ln C(n, k + 1) - ln C(n, k) = ln (n - k) - ln (k + 1).
-    k = np.arange(count)
-    steps = np.log((count - k) / (k + 1)) + np.log(share) - np.log1p(-share)
-    terms = np.append(0.0, np.cumsum(steps)) + count * np.log1p(-share)
-    return float(min(1.0, np.exp(terms[right:]).sum()))
 
 
 def _refuse(right: int | float, count: int, level: float) -> None:

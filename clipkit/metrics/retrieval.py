@@ -28,7 +28,6 @@ __all__ = [
     "RetrievalRanks",
     "clamped",
     "guessed_retrieval",
-    "retrieval_chance",
     "retrieval_figures",
     "retrieval_per_sample",
     "retrieval_ranks",
@@ -153,13 +152,6 @@ def retrieval_recall(
         ClipkitError: see `retrieval_ranks`.
     """
     return _recalls(retrieval_ranks(image, text, image_of_text), ks)
-
-
-def retrieval_chance(
-    images: int, image_of_text: Int[Array, " texts"], ks: Sequence[int] = (1, 5, 10)
-) -> dict[str, float]:
-    """What guessing scores under the names of `retrieval_recall`."""
-    return _recalls(guessed_retrieval(images, image_of_text), ks)
 
 
 def _recalls(ranks: RetrievalRanks, ks: Sequence[int]) -> dict[str, float]:

@@ -7,7 +7,6 @@ from jaxtyping import Bool, Float, Int
 
 from clipkit.core import ClipkitError
 from clipkit.metrics.calibration import Array
-from clipkit.metrics.intervals import binomial_tail
 from clipkit.metrics.ranking import refuse_bad_scores
 
 __all__ = ["Acceptance", "precision_threshold", "risk_coverage"]
@@ -80,11 +79,13 @@ def precision_threshold(
     if level is None:
         enough = np.flatnonzero(hits >= (wanted - SHARE_TOLERANCE) * accepted)
         return _acceptance(scores, right, float(values[enough[-1]]) if len(enough) else np.inf)
+    from scipy.special import bdtrc  # the chance of more than so many; only here, as it takes a while to import
+
     tried = _tried(len(scores), wanted, level)
     for count in reversed(tried):
         # What scores above the next sample, so that this one is none of those counted.
         at = int(np.searchsorted(accepted, count, side="right")) - 1
-        if at >= 0 and binomial_tail(int(hits[at]), int(accepted[at]), wanted) <= (1 - level) / len(tried):
+        if at >= 0 and bdtrc(hits[at] - 1, accepted[at], wanted) <= (1 - level) / len(tried):
             if at == len(values) - 1:
                 return _acceptance(scores, right, -np.inf)
             return _acceptance(scores, right, float(np.nextafter(values[at + 1], values.dtype.type(np.inf))))

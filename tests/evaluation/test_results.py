@@ -1,6 +1,7 @@
 """Results of evaluations: taken from the last time only where nothing changed, and told in the field's forms."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from clipkit.models import DualEncoder, LazyModel
 from clipkit.storage import Cache
 from tests.conftest import make_pictures, tiny_model
 from tests.evaluation.test_benchmark_data import CLASSES, PROMPTS, write
+from tests.paths import ROOT
 from tests.samples import distinct
 
 
@@ -71,6 +73,27 @@ def test_another_version_of_the_code_computes_anew(run, classes, model_dir, monk
     assert json.loads(run(*call).out) == wanted
     monkeypatch.setattr(room, "code_version", lambda: "another")
     assert json.loads(run(*call).out)["zeroshot_acc@1"] == 7.0
+
+
+def test_a_changed_byte_anywhere_in_the_package_is_another_version(tmp_path, monkeypatch):
+    package = tmp_path / "clipkit"
+    shutil.copytree(ROOT / "clipkit", package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(room, "__file__", str(package / "evaluation" / "results.py"))
+
+    def version():
+        room.code_version.cache_clear()
+        return room.code_version()
+
+    try:
+        versions = [version()]
+        for name in ("metrics/roc.py", "evaluation/probe/data.py", "training/loss/__init__.py", "cli.py"):
+            (package / name).write_bytes((package / name).read_bytes() + b"#")
+            versions.append(version())
+        assert len(set(versions)) == 5
+        monkeypatch.undo()
+        assert version() == versions[0]
+    finally:
+        room.code_version.cache_clear()
 
 
 def test_models_side_by_side(run, captioned, model_dir, tmp_path):

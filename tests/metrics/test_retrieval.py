@@ -23,7 +23,7 @@ from clipkit.metrics import (
     zeroshot_chance,
 )
 from clipkit.metrics.accuracy import zeroshot_accuracy, zeroshot_per_sample
-from clipkit.metrics.retrieval import retrieval_chance, retrieval_recall
+from clipkit.metrics.retrieval import retrieval_recall
 
 
 def unit(rng, n, dim=6):
@@ -79,6 +79,12 @@ def test_recall_is_clip_benchmarks():
         figures = retrieval_recall(image, text, image_of_text, [k])
         assert figures[f"text_retrieval_recall@{k}"] == pytest.approx(text_recall.mean())
         assert figures[f"image_retrieval_recall@{k}"] == pytest.approx(image_recall.mean())
+
+
+def retrieval_chance(images, image_of_text, ks=(1, 5, 10)):
+    """What guessing scores under the names of `retrieval_recall`."""
+    figures = retrieval_figures(guessed_retrieval(images, image_of_text), ks)
+    return {name: value for name, value in figures.items() if "recall@" in name}
 
 
 @pytest.mark.parametrize(("images", "captions"), [(7, 1), (10, 3), (33, 5), (49, 2)])

@@ -171,12 +171,12 @@ def train(config: "TrainConfig", out: Path, *, resume: bool, overwrite: bool, pl
         folder = distributed.from_main(lambda: saver.wait() or newest_usable(out))
         if folder is None:
             raise ClipkitError(f"not finite at step {to_step}, and no checkpoint to go back to; lower optim.lr")
-        found = learner.restore(folder)
-        found |= {"jumped": to_step + state["jumped"] - found["step"]}
+        restored = learner.restore(folder)
+        restored |= {"jumped": to_step + state["jumped"] - restored["step"]}
         warn(f"not finite at step {to_step}: back to {folder.name}, and on with other samples")
         if distributed.is_main:
-            run.rewind(found["step"], (found["step"] + found["jumped"]) * size)
-        return found | {"skipped": guard.skipped, "rollbacks": guard.rollbacks}
+            run.rewind(restored["step"], (restored["step"] + restored["jumped"]) * size)
+        return restored | {"skipped": guard.skipped, "rollbacks": guard.rollbacks}
 
     loss, bad, stopping, saved_at = math.nan, 0, False, time.monotonic()
     with StopRequest() as stop, saver, meter("train", steps, "steps", done=first) as advance:

@@ -25,9 +25,9 @@ def gather_objects(value: Any) -> list[Any]:
     dist = sys.modules.get("torch.distributed")  # who has no group need not import it
     if dist is None or not (dist.is_available() and dist.is_initialized()):
         return [value]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def gathering(world_size: int, gather: Gather | None = None) -> Gather:
@@ -42,11 +42,11 @@ def together(work: Callable[[], Value], gather: Gather) -> list[Value]:
         value = work()
     except ClipkitError as error:
         failure = error
-    found = gather((value, failure and str(failure)))
-    for _, reason in found:
+    gathered = gather((value, failure and str(failure)))
+    for _, reason in gathered:
         if reason is not None:
             raise ClipkitError(reason) from failure
-    return [value for value, _ in found]
+    return [value for value, _ in gathered]
 
 
 def on_each(work: Callable[[], Value], gather: Gather) -> Value:

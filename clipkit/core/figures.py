@@ -143,10 +143,10 @@ def whisker_figure(
     figure, axes = _axes(7.5, 0.9 + len(groups) * (0.16 + 0.2 * len(names)))
     colours = ["#2f6fde", "#e08a1e", "#2a9d5c", "#a14fc1", "#c8433d", "#5b6577"]
     for number, name in enumerate(names):
-        told = [(at, each) for at, each in enumerate(series[name]) if each is not None]
-        places = [at - 0.4 + thick * (number + 0.5) for at, _ in told]
-        values = [value for _, (value, _, _) in told]
-        ends = [[max(v - low, 0) for _, (v, low, _) in told], [max(high - v, 0) for _, (v, _, high) in told]]
+        known = [(at, each) for at, each in enumerate(series[name]) if each is not None]
+        places = [at - 0.4 + thick * (number + 0.5) for at, _ in known]
+        values = [value for _, (value, _, _) in known]
+        ends = [[max(v - low, 0) for _, (v, low, _) in known], [max(high - v, 0) for _, (v, _, high) in known]]
         style: dict[str, Any] = {"color": colours[number % len(colours)], "ecolor": "#333", "capsize": 2.5}
         axes.barh(places, values, thick * 0.9, xerr=ends, label=name, error_kw={"linewidth": 1}, **style)
     for at, level in enumerate(levels):

@@ -133,13 +133,13 @@ def _thumbnail(picture: Image.Image | Path, side: int) -> str:
     image = Image.open(picture) if isinstance(picture, Path) else picture
     image = image.convert("RGB")
     image.thumbnail((side, side))
-    found = {}
+    encoded = {}
     for kind in ("png", "jpeg"):  # the one is smaller for drawings, the other for photos
         buffer = io.BytesIO()
         image.save(buffer, kind, quality=85)
-        found[kind] = buffer.getvalue()
-    kind = min(found, key=lambda name: len(found[name]))
-    return _data_url(found[kind], kind)
+        encoded[kind] = buffer.getvalue()
+    kind = min(encoded, key=lambda name: len(encoded[name]))
+    return _data_url(encoded[kind], kind)
 
 
 def _data_url(data: bytes, kind: str) -> str:

@@ -99,11 +99,11 @@ def in_processes(work: Callable[[Callable[[Any], None]], None], count: int) -> I
         while running:
             for reader in wait(list(running)):
                 try:
-                    told, value = reader.recv()  # type: ignore[union-attr]
+                    succeeded, value = reader.recv()  # type: ignore[union-attr]
                 except EOFError:
                     _check(running.pop(reader))  # type: ignore[arg-type]
                     continue
-                if not told:
+                if not succeeded:
                     raise ClipkitError(value[0]) from RuntimeError(value[1])
                 yield value
     finally:
@@ -117,9 +117,9 @@ def in_processes(work: Callable[[Callable[[Any], None]], None], count: int) -> I
 def _check(process: Any) -> None:
     process.join()
     if process.exitcode:
-        how = signal.Signals(-process.exitcode).name if process.exitcode < 0 else f"status {process.exitcode}"
+        ending = signal.Signals(-process.exitcode).name if process.exitcode < 0 else f"status {process.exitcode}"
         raise ClipkitError(
-            f"a worker process ended with {how}; the same command goes on, with --workers 1 it needs less"
+            f"a worker process ended with {ending}; the same command goes on, with --workers 1 it needs less"
         )
 
 

@@ -43,14 +43,14 @@ def launched() -> bool:
 
 def local_rank() -> int | None:
     """This process's number among those that were started together on this machine (torchrun, accelerate, Slurm)."""
-    told = (os.environ.get(name, "") for name in ("LOCAL_RANK", "SLURM_LOCALID"))
-    return next((int(number) for number in told if number.isdigit()), None)
+    values = (os.environ.get(name, "") for name in ("LOCAL_RANK", "SLURM_LOCALID"))
+    return next((int(number) for number in values if number.isdigit()), None)
 
 
 def processes_here() -> int:
     """How many torchrun or accelerate started on this machine. Slurm gives each of its own cores of its own."""
-    told = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(1, int(told)) if told.isdigit() else 1
+    count = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(count)) if count.isdigit() else 1
 
 
 def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:

@@ -104,26 +104,26 @@ def try_kind(kind: Kind, trial: Trial, folder: Path, *, least: int = 1) -> Tried
         least: see `tune`.
     """
     vectors, memory = trial.vectors, trial.goal.memory
-    held, dim = vectors.rows.shape
-    each = kind.bytes_per_vector(dim)
+    count, dim = vectors.rows.shape
+    bytes_each = kind.bytes_per_vector(dim)
     began = time.perf_counter()
     on_disk = lies_on_disk(kind, trial.rows, dim, memory)  # where all of them will; so are the codes then
     coding_path, codes_path = folder / "coding.faiss", folder / "codes.faiss"
-    train_coding(vectors, kind, coding_path, rows=held, memory=memory, on_disk=on_disk, lists=trial.lists)
+    train_coding(vectors, kind, coding_path, rows=count, memory=memory, on_disk=on_disk, lists=trial.lists)
     encode(Coding(coding_path), kind, vectors, codes_path, memory=memory)
     seconds = time.perf_counter() - began
-    codes = read_codes(codes_path, held)
+    codes = read_codes(codes_path, count)
     effort, recall, speed = tune_and_measure(codes, vectors, trial.truth, trial.goal.recall, least)
-    factory = kind.filled(held, dim, on_disk=on_disk)
-    return Tried(kind.name, factory, held, each, each * trial.rows, effort, recall, speed, seconds)
+    factory = kind.filled(count, dim, on_disk=on_disk)
+    return Tried(kind.name, factory, count, bytes_each, bytes_each * trial.rows, effort, recall, speed, seconds)
 
 
 def try_flat(vectors: Vectors, queries: Queries, rows: int) -> Tried:
     """What the exact search costs; its recall is 1 by definition."""
-    held, dim = vectors.rows.shape
-    speed = held / rows / seconds_per_query(lambda query: vectors.search(query, min(TUNED_FOR, held)), queries)
-    each = INDEX_TYPES["Flat"].bytes_per_vector(dim)
-    return Tried("Flat", "", held, each, each * rows, Effort(), 1.0, speed, 0.0)
+    count, dim = vectors.rows.shape
+    speed = count / rows / seconds_per_query(lambda query: vectors.search(query, min(TUNED_FOR, count)), queries)
+    bytes_each = INDEX_TYPES["Flat"].bytes_per_vector(dim)
+    return Tried("Flat", "", count, bytes_each, bytes_each * rows, Effort(), 1.0, speed, 0.0)
 
 
 def choose(vectors: Vectors, queries: Queries, goal: Goal, kinds: Sequence[Kind], scratch: Path) -> IndexChoice:
@@ -212,5 +212,5 @@ def _sample(vectors: Vectors, queries: Queries, path: Path) -> tuple[Vectors, Qu
         chosen = np.union1d(chosen[: PILOT - len(own)], own)
         own = np.searchsorted(chosen, own)
     blocks = (vectors.rows[part] for part in np.array_split(chosen, max(1, len(chosen) // BLOCK)))
-    held = write_vectors(path, blocks, dim)
-    return Vectors(path, held, dim), Queries(queries.vectors, queries.told, own)
+    count = write_vectors(path, blocks, dim)
+    return Vectors(path, count, dim), Queries(queries.vectors, queries.told, own)

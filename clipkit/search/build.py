@@ -164,8 +164,8 @@ def _build_side(
 def _check_models(sets: Sequence[Embeddings]) -> None:
     fingerprints = {s.fingerprint: s.folder for s in sets}
     if len(fingerprints) > 1:
-        told = ", ".join(f"{folder}: {print_[:12]}" for print_, folder in fingerprints.items())
-        raise ClipkitError(f"these embeddings come from different models ({told}); embed them with one")
+        models = ", ".join(f"{folder}: {print_[:12]}" for print_, folder in fingerprints.items())
+        raise ClipkitError(f"these embeddings come from different models ({models}); embed them with one")
 
 
 def _write_first(out: Path, side: Side, sets: Sequence[Embeddings]) -> int:
@@ -242,13 +242,13 @@ def _queries(sets: Sequence[Embeddings], side: Side, given: np.ndarray | None, v
     sizes = [s.manifest["counts"][name] for s in holders]
     if sum(sizes) >= FEWEST_CAPTIONS:
         chosen = sample_rows(sum(sizes), SAMPLED_QUERIES, seed=1)
-        found = np.concatenate(
+        vectors_of_others = np.concatenate(
             [_rows_of(s, other, chosen - start) for s, start in zip(holders, np.cumsum([0, *sizes]), strict=False)]
         )
-        return Queries(found, f"{len(found):,} {name}")
+        return Queries(vectors_of_others, f"{len(vectors_of_others):,} {name}")
     chosen = sample_rows(len(vectors.rows), SAMPLED_QUERIES, seed=1)
-    told = f"{len(chosen):,} of its own {'images' if side == 'image' else 'captions'}, each without itself"
-    return Queries(vectors.rows[chosen].astype(np.float32), told, chosen)
+    description = f"{len(chosen):,} of its own {'images' if side == 'image' else 'captions'}, each without itself"
+    return Queries(vectors.rows[chosen].astype(np.float32), description, chosen)
 
 
 def _keep_queries(out: Path, side: Side, queries: Queries) -> None:
@@ -272,12 +272,12 @@ def kept_queries(folder: Path, side: Side) -> np.ndarray | None:
 
 
 def _rows_of(embeddings: Embeddings, side: Side, rows: np.ndarray) -> np.ndarray:
-    found, start = [np.zeros((0, embeddings.manifest["dim"]), np.float32)], 0
+    parts, start = [np.zeros((0, embeddings.manifest["dim"]), np.float32)], 0
     for block in embeddings.blocks(side):
         inside = rows[(rows >= start) & (rows < start + len(block))] - start
-        found.append(block[inside].astype(np.float32))
+        parts.append(block[inside].astype(np.float32))
         start += len(block)
-    return np.concatenate(found)
+    return np.concatenate(parts)
 
 
 def _chosen(vectors: Vectors, queries: Queries, kind: str | None, goal: Goal, scratch: Path) -> IndexChoice:

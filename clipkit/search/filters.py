@@ -71,7 +71,7 @@ class Filter:
             ClipkitError: for a column that is not there, or kinds that cannot be compared.
         """
         try:
-            found = self._value(self._tree, table)
+            mask = self._value(self._tree, table)
         except (pa.ArrowNotImplementedError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
             used = self.columns(table.column_names)
             kinds = ", ".join(f"{name}: {_kind(table.schema.field(name).type)}" for name in used)
@@ -79,11 +79,11 @@ class Filter:
             raise ClipkitError(f"the filter {self.text!r} does not fit the columns ({kinds}): {reason}") from error
         except RecursionError as error:
             raise ClipkitError(f"the filter {self.text!r} is nested too deeply") from error
-        if isinstance(found, pa.Scalar) and pa.types.is_boolean(found.type):
-            return np.full(table.num_rows, found.as_py() is True)
-        if not isinstance(found, pa.ChunkedArray | pa.Array) or not pa.types.is_boolean(found.type):
+        if isinstance(mask, pa.Scalar) and pa.types.is_boolean(mask.type):
+            return np.full(table.num_rows, mask.as_py() is True)
+        if not isinstance(mask, pa.ChunkedArray | pa.Array) or not pa.types.is_boolean(mask.type):
             raise ClipkitError(f"the filter {self.text!r} is no condition; {TOLD}")
-        return pc.fill_null(found, False).to_numpy(zero_copy_only=False)
+        return pc.fill_null(mask, False).to_numpy(zero_copy_only=False)
 
     def columns(self, known: Sequence[str]) -> list[str]:
         """Those of these columns that it looks at."""
@@ -138,11 +138,11 @@ class Filter:
 
     def _compared(self, left: ast.expr, op: ast.cmpop, right: ast.expr, table: pa.Table) -> Any:
         if isinstance(op, ast.Is | ast.IsNot) and isinstance(right, ast.Constant) and right.value is None:
-            found = pc.is_null(self._value(left, table), nan_is_null=True)
-            return pc.invert(found) if isinstance(op, ast.IsNot) else found
+            mask = pc.is_null(self._value(left, table), nan_is_null=True)
+            return pc.invert(mask) if isinstance(op, ast.IsNot) else mask
         if isinstance(op, ast.In | ast.NotIn):
-            found = self._contained(left, right, table)
-            return pc.invert(found) if isinstance(op, ast.NotIn) else found
+            mask = self._contained(left, right, table)
+            return pc.invert(mask) if isinstance(op, ast.NotIn) else mask
         if type(op) not in COMPARED:
             raise ClipkitError(f"the filter {self.text!r}: `is` goes with None; write ==")
         return COMPARED[type(op)](*_alike(self._value(left, table), self._value(right, table)))
@@ -153,11 +153,11 @@ class Filter:
             values = [self._value(item, table) for item in right.elts]
             if not all(isinstance(value, pa.Scalar) for value in values):
                 raise ClipkitError(f"the filter {self.text!r}: what `in` looks through is a list of values")
-            found: Any = pa.scalar(False)
+            mask: Any = pa.scalar(False)
             for value in values:
-                found = pc.or_kleene(found, pc.equal(*_alike(column, value)))
+                mask = pc.or_kleene(mask, pc.equal(*_alike(column, value)))
             # A missing value is in no list, and it is not known to be in none either.
-            return pc.if_else(pc.is_null(column), pa.scalar(None, pa.bool_()), found)
+            return pc.if_else(pc.is_null(column), pa.scalar(None, pa.bool_()), mask)
         return pc.match_substring(self._value(right, table), self._text(left))
 
     def _text(self, node: ast.expr) -> str:

@@ -99,10 +99,10 @@ def current_number(folder: Path) -> int:
     Raises:
         ClipkitError: where the file is missing or altered.
     """
-    told = read_json(folder / POINTER)
-    if not isinstance(told, dict) or not isinstance(told.get("generation"), int):
+    pointer = read_json(folder / POINTER)
+    if not isinstance(pointer, dict) or not isinstance(pointer.get("generation"), int):
         raise ClipkitError(f"{folder / POINTER} was altered; build the index again")
-    return told["generation"]
+    return pointer["generation"]
 
 
 def read(folder: Path, number: int) -> Generation:

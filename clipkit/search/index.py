@@ -180,22 +180,22 @@ class Index:
     def positions(self, side: Side = "image", where: str | None = None) -> np.ndarray:
         """Of all rows that can be found, or of those that a condition holds for, int64, rising."""
         self._check_side(side)
-        found = [
+        parts = [
             start + (np.arange(segment.rows) if passing is None else passing.numbers)
             for (segment, passing), start in zip(self.passing(side, where), self._starts[side], strict=False)
         ]
-        return np.concatenate(found) if found else np.zeros(0, np.int64)
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
     def column(self, name: str, positions: np.ndarray, side: Side = "image") -> list[Any]:
         """One column of the metadata of rows; None where a row has none."""
-        found: list[Any] = [None] * len(positions)
+        values_in_order: list[Any] = [None] * len(positions)
         for number, at in self._by_segment(positions, side):
             table = self._segments[side][number].table
             if name in table.column_names:
                 values = table[name].take(pa.array(positions[at] - self._starts[side][number])).to_pylist()
                 for place, value in zip(at.tolist(), values, strict=True):
-                    found[place] = value
-        return found
+                    values_in_order[place] = value
+        return values_in_order
 
     def rows(self, positions: Sequence[int] | np.ndarray, side: Side = "image") -> list[dict[str, Any]]:
         """The metadata of rows, in the order given; of -1 (nothing found) there is none."""
@@ -215,10 +215,10 @@ class Index:
     def vectors(self, positions: Sequence[int] | np.ndarray, side: Side = "image") -> np.ndarray:
         """The stored vectors of rows, float16 ``[n, dim]``."""
         wanted = np.asarray(positions, np.int64)
-        found = np.empty((len(wanted), self.dim), np.float16)
+        vectors = np.empty((len(wanted), self.dim), np.float16)
         for number, at in self._by_segment(wanted, side):
-            found[at] = self._segments[side][number].vectors.rows[wanted[at] - self._starts[side][number]]
-        return found
+            vectors[at] = self._segments[side][number].vectors.rows[wanted[at] - self._starts[side][number]]
+        return vectors
 
     def _by_segment(self, positions: np.ndarray, side: Side) -> list[tuple[int, np.ndarray]]:
         self._check_side(side)
@@ -229,13 +229,13 @@ class Index:
         return [(int(number), np.flatnonzero(numbers == number)) for number in np.unique(numbers)]
 
     def _scores(self, queries: np.ndarray, positions: np.ndarray, side: Side) -> np.ndarray:
-        found = np.full(positions.shape, -np.inf, np.float32)
+        all_scores = np.full(positions.shape, -np.inf, np.float32)
         for segment, start in zip(self._segments[side], self._starts[side], strict=False):
             inside = (positions >= start) & (positions < start + segment.rows)
             if inside.any():
                 scores = segment.vectors.scores(queries, np.where(inside, positions - start, -1))
-                found = np.where(inside, scores, found)
-        return found
+                all_scores = np.where(inside, scores, all_scores)
+        return all_scores
 
     def segments(self, side: Side) -> list[Segment]:
         """What a side is made of, in the order of the positions."""

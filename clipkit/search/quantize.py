@@ -128,8 +128,8 @@ def learn_lists(vectors: Vectors, count: int, memory: int) -> np.ndarray:
 def _sample(vectors: Vectors, wanted: int, memory: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows to learn from less their mean, float32, within an eighth of the memory, as training turns and
     copies it; and the mean."""
-    held, dim = vectors.rows.shape
-    chosen = sample_rows(held, min(max(wanted, 2**16), max(1024, memory // 8 // (4 * dim))))
+    count, dim = vectors.rows.shape
+    chosen = sample_rows(count, min(max(wanted, 2**16), max(1024, memory // 8 // (4 * dim))))
     sample = vectors.rows[chosen].astype(np.float32)
     mean = sample.mean(axis=0)
     sample -= mean

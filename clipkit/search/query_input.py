@@ -60,25 +60,25 @@ class Question:
         Raises:
             ClipkitError: where an image or a vector cannot be read.
         """
-        found = [*self._embedded(model, self.texts, self.images), *(_vector(given) for given in self.vectors)]
-        signs = [1.0] * len(found)
-        found += self._embedded(model, self.minus, self.minus_image)
-        signs += [-1.0] * (len(found) - len(signs))
-        weights = self.weights or (1.0,) * len(found)
-        return [QueryPart(vector, sign * weight) for vector, sign, weight in zip(found, signs, weights, strict=True)]
+        vectors = [*self._embedded(model, self.texts, self.images), *(_vector(given) for given in self.vectors)]
+        signs = [1.0] * len(vectors)
+        vectors += self._embedded(model, self.minus, self.minus_image)
+        signs += [-1.0] * (len(vectors) - len(signs))
+        weights = self.weights or (1.0,) * len(vectors)
+        return [QueryPart(vector, sign * weight) for vector, sign, weight in zip(vectors, signs, weights, strict=True)]
 
     def _embedded(self, model: DualEncoder | None, texts: Sequence[str], images: Sequence[Path]) -> list[np.ndarray]:
         if model is None or not (texts or images):
             return []
-        found = list(model.embed_texts(texts))
+        vectors = list(model.embed_texts(texts))
         for path in images:
             if not path.is_file():
                 raise ClipkitError(f"no such image: {path}")
             try:
-                found.append(model.embed_images([path])[0])
+                vectors.append(model.embed_images([path])[0])
             except ClipkitError as error:
                 raise ClipkitError(f"{path}: {error}") from error
-        return found
+        return vectors
 
 
 def _vector(given: Path | tuple[float, ...]) -> np.ndarray:
@@ -107,11 +107,11 @@ def open_questions(path: Path) -> list[Question]:
         lines = path.read_text(encoding="utf-8").split("\n")  # a text may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise ClipkitError(f"cannot read {path}: {error}") from error
-    found = []
+    questions = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                found.append(_question(json.loads(line)) if path.suffix == ".jsonl" else Question((line,)))
+                questions.append(_question(json.loads(line)) if path.suffix == ".jsonl" else Question((line,)))
             except (ValueError, ClipkitError) as error:
                 raise ClipkitError(f"{path}, line {number}: {error}") from error
             except (TypeError, KeyError, OverflowError) as error:
@@ -119,9 +119,9 @@ def open_questions(path: Path) -> list[Question]:
                     f"{path}, line {number}: a question has texts, paths of images, and vectors and weights of numbers "
                     f"({error})"
                 ) from error
-    if not found:
+    if not questions:
         raise ClipkitError(f"{path} holds no question")
-    return found
+    return questions
 
 
 def _question(given: Any) -> Question:

@@ -201,8 +201,8 @@ def seconds_per_query(search: Callable[[np.ndarray], object], queries: Queries) 
 def measure_recall(codes: Any, vectors: Vectors, truth: Truth, effort: Effort) -> tuple[float, float]:
     """Recall at 10 against the exact search, and queries per second on one thread."""
     refined = vectors.refining(codes)
-    found = _searched(refined, truth.queries, effort)
-    return truth.recall(found), 1 / seconds_per_query(
+    scores = _searched(refined, truth.queries, effort)
+    return truth.recall(scores), 1 / seconds_per_query(
         lambda q: _searched(refined, Queries(q, ""), effort), truth.queries
     )
 

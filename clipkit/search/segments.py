@@ -138,9 +138,9 @@ class Segment:
             schema: of the whole index: a column that this segment has not is missing in all its rows.
         """
         used, own = where.columns(schema.names), self.table.schema
-        seen = [own.field(f.name) if f.name in own.names and f.name not in used else f for f in schema]
-        found = where.rows(in_schema(self.table, pa.schema(seen)))
-        return Passing(found if self.alive is None else found & self.alive.rows)
+        fields = [own.field(f.name) if f.name in own.names and f.name not in used else f for f in schema]
+        mask = where.rows(in_schema(self.table, pa.schema(fields)))
+        return Passing(mask if self.alive is None else mask & self.alive.rows)
 
     def effort_among(self, passing: Passing | None, effort: Effort) -> Effort | None:
         """How hard the codes are to be searched among the rows that pass: wider in proportion, where these are few.
@@ -192,8 +192,8 @@ class Segment:
         """As `by_code`, of the best `effort.rerank` by code the best k by their vectors, with exact scores."""
         refined: Any = self._refined
         deep = max(k, effort.rerank)
-        how = reranking(refined, effort, deep, passing and passing.selector)
-        scores, rows = refined.search(queries, deep, params=how)
+        search_parameters = reranking(refined, effort, deep, passing and passing.selector)
+        scores, rows = refined.search(queries, deep, params=search_parameters)
         return self._settled(queries, scores, rows, k)[:2]
 
     def in_full(self, queries: np.ndarray, k: int, passing: Passing | None) -> tuple[np.ndarray, np.ndarray]:
@@ -204,8 +204,10 @@ class Segment:
         open_ = np.flatnonzero(undecided)
         while len(open_):
             deep *= 4
-            some = queries[open_]
-            scores[open_], rows[open_], undecided = self._settled(some, *self._compared(some, deep, passing), k)
+            open_queries = queries[open_]
+            scores[open_], rows[open_], undecided = self._settled(
+                open_queries, *self._compared(open_queries, deep, passing), k
+            )
             open_ = open_[undecided]
         return scores, rows
 

@@ -105,8 +105,8 @@ class _Change:
 
     def commit(self, *, floor: float) -> int:
         """Measure what has come of it, look harder where that is needed, and make it what counts."""
-        held = [segment for segment in self.segments.values() if any(_left(segment))]
-        state = replace(self.state, number=self.number, segments=held, before=self.state.number)
+        segments = [segment for segment in self.segments.values() if any(_left(segment))]
+        state = replace(self.state, number=self.number, segments=segments, before=self.state.number)
         state = _measured(self.folder, self.manifest, state, floor)
         commit(self.folder, state)
         return state.number
@@ -149,14 +149,14 @@ def update_index(folder: Path, sets: Sequence[Embeddings], *, gone: bool = False
             raise ClipkitError(
                 "the embedding folders hold a sample of one name more than once; embed a folder above both"
             )
-        there = _alive_ids(change)
-        new = ~np.isin(ids, there)
+        alive_ids = _alive_ids(change)
+        new = ~np.isin(ids, alive_ids)
         changed = np.zeros(len(ids), bool)
         common = ids[~new]
         if len(common):
             before, after = _digests(change, sets, common)
             changed[~new] = [before[i] != after[i] for i in common.tolist()]
-        missing = np.setdiff1d(there, ids) if gone else np.zeros(0, np.int64)
+        missing = np.setdiff1d(alive_ids, ids) if gone else np.zeros(0, np.int64)
         counts = Changed(change.number, int(new.sum()), int(changed.sum()), len(missing), int((~new & ~changed).sum()))
         if counts.nothing:
             return replace(counts, generation=change.state.number)
@@ -179,12 +179,12 @@ def delete_rows(folder: Path, ids: Sequence[int] = (), *, where: str | None = No
         ClipkitError: for an id that the index does not hold, or a condition that does not fit.
     """
     with _Change(folder) as change:
-        there = _alive_ids(change)
+        alive_ids = _alive_ids(change)
         try:
             wanted = np.asarray(ids, np.int64)
         except OverflowError as error:
             raise ClipkitError(f"{folder} holds no image of id {max(ids, key=abs)}: ids have 63 bits") from error
-        unknown = np.setdiff1d(wanted, there)
+        unknown = np.setdiff1d(wanted, alive_ids)
         if len(unknown):
             raise ClipkitError(
                 f"{folder} holds no image of id {unknown[0]} ({len(unknown):,} of {len(wanted):,} unknown)"
@@ -192,8 +192,10 @@ def delete_rows(folder: Path, ids: Sequence[int] = (), *, where: str | None = No
         if where is not None:
             side = change.state.sides[0]
             column = image_id_column(side)
-            found = [s.table[column].to_numpy()[p.rows] for s, p in change.index.passing(side, where) if p is not None]
-            wanted = np.union1d(wanted, np.concatenate([np.zeros(0, np.int64), *found]))
+            passing_ids = [
+                s.table[column].to_numpy()[p.rows] for s, p in change.index.passing(side, where) if p is not None
+            ]
+            wanted = np.union1d(wanted, np.concatenate([np.zeros(0, np.int64), *passing_ids]))
         wanted = np.unique(wanted)
         if not len(wanted):
             return Changed(change.state.number)
@@ -319,22 +321,22 @@ def _digest(
 def _measured(folder: Path, manifest: dict[str, Any], state: Generation, floor: float) -> Generation:
     """The state with its recall measured again, and more effort where it had fallen below the floor."""
     index = Index(folder, manifest, state)
-    for side, told in state.efforts.items():
-        asked, own = _questions(index, side)
+    for side, effort_before in state.efforts.items():
+        queries, own = _questions(index, side)
         k = min(TUNED_FOR, state.count(side) - (own is not None))
-        if k < 1 or not len(asked):
+        if k < 1 or not len(queries):
             continue
-        exact = _scores(index, asked, own, k, side, exact=True)
-        effort = Effort(**told)
+        exact = _scores(index, queries, own, k, side, exact=True)
+        effort = Effort(**effort_before)
         while True:
-            recall = share_found(_scores(index, asked, own, k, side, effort=effort), exact[:, -1:], k)
+            recall = share_found(_scores(index, queries, own, k, side, effort=effort), exact[:, -1:], k)
             harder = effort.doubled()
             if recall >= floor or harder == effort:
                 break
             effort = harder
         if recall < floor:
             warn(f"{side}: recall@10 is {recall:.3f} where {floor:g} was wanted, and more does not help; build anew")
-        if effort.as_json() != told:
+        if effort.as_json() != effort_before:
             note(f"{side}: looks harder now, to keep a recall@10 of {floor:g}")
         state = replace(
             state,
@@ -349,12 +351,14 @@ def _questions(index: Index, side: Side) -> tuple[np.ndarray, np.ndarray | None]
     kept = kept_queries(index.folder, side)
     if kept is not None:
         return kept[sample_rows(len(kept), RECHECKED_QUERIES)], None
-    there = index.positions(side)
-    own = there[sample_rows(len(there), RECHECKED_QUERIES)]
+    positions = index.positions(side)
+    own = positions[sample_rows(len(positions), RECHECKED_QUERIES)]
     return index.vectors(own, side).astype(np.float32), own
 
 
-def _scores(index: Index, asked: np.ndarray, own: np.ndarray | None, k: int, side: Side, **how: Any) -> np.ndarray:
+def _scores(
+    index: Index, queries: np.ndarray, own: np.ndarray | None, k: int, side: Side, **options: Any
+) -> np.ndarray:
     """The k best scores, best first; a vector of the index is no answer to itself."""
-    found = index.search(asked, k + (own is not None), side, **how)
+    found = index.search(queries, k + (own is not None), side, **options)
     return -np.sort(-without_self(found.scores, found.positions, own), axis=1)[:, :k]

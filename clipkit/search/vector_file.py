@@ -144,13 +144,13 @@ class Vectors:
             float32 ``[queries, candidates]``, -inf where the row is -1. Exact on the grid of `clipkit.metrics.products`
             before that, where FAISS's products differ in the last digits with the number of questions and of threads.
         """
-        found = np.empty(rows.shape, np.float32)
+        products = np.empty(rows.shape, np.float32)
         at_once = max(1, AT_ONCE // max(1, rows.shape[1]))
         for start in range(0, len(queries), at_once):
-            some = slice(start, start + at_once)
-            found[some] = paired_products(self.rows[np.maximum(rows[some], 0)], queries[some, None])[..., 0]
-        found[rows < 0] = -np.inf
-        return found
+            chunk = slice(start, start + at_once)
+            products[chunk] = paired_products(self.rows[np.maximum(rows[chunk], 0)], queries[chunk, None])[..., 0]
+        products[rows < 0] = -np.inf
+        return products
 
 
 def _none(dim: int) -> np.ndarray:

@@ -58,10 +58,10 @@ class Cache:
 
         def ask(base: sqlite3.Connection) -> None:
             old = []
-            for some in _in_turn(keys):
-                marks = ",".join("?" * len(some))
-                asked = base.execute(f"SELECT key, vector, reason, used FROM entries WHERE key IN ({marks})", some)
-                for key, vector, reason, used in asked:
+            for chunk in _in_turn(keys):
+                marks = ",".join("?" * len(chunk))
+                rows = base.execute(f"SELECT key, vector, reason, used FROM entries WHERE key IN ({marks})", chunk)
+                for key, vector, reason, used in rows:
                     found[key] = Entry(None if vector is None else np.frombuffer(vector, np.float32), reason)
                     if used < self._today:
                         old.append((self._today, key))

@@ -54,12 +54,12 @@ def size_flaw(path: Path, written: Checksum) -> str | None:
 
 def file_flaw(path: Path, written: Checksum) -> str | None:
     """As `size_flaw`, and all of the file is read."""
-    found = size_flaw(path, written)
-    if found is None:
+    problem = size_flaw(path, written)
+    if problem is None:
         try:
             with path.open("rb") as handle:
                 if hashlib.file_digest(handle, "blake2b").hexdigest() != written["blake2b"]:
-                    found = f"{path} was altered after it was written, or its disk has lost something"
+                    problem = f"{path} was altered after it was written, or its disk has lost something"
         except OSError as error:
-            found = f"cannot read {path}: {error.strerror or error}"
-    return found
+            problem = f"cannot read {path}: {error.strerror or error}"
+    return problem

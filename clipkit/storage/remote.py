@@ -118,10 +118,10 @@ def sizes_and_stamps(
 
     def one(url: str) -> tuple[int, str] | None:
         try:
-            found = _info(url, timeout, retries)
+            info = _info(url, timeout, retries)
         except ClipkitError:
             return None
-        return int(found.get("size") or 0), _stamp(found)
+        return int(info.get("size") or 0), _stamp(info)
 
     # A ThreadPool, whose threads are daemons, and not an executor, which waits for its threads at exit.
     with ThreadPool(max(1, min(AT_ONCE, len(urls)))) as pool:
@@ -289,8 +289,8 @@ MARKS = ("ETag", "etag", "md5Hash", "Content-MD5", "version_id", "LastModified",
 
 
 def _stamp(info: dict[str, Any]) -> str:
-    told = [info.get("size"), next((info[name] for name in MARKS if info.get(name)), None)]
-    return " ".join(str(value) for value in told if value is not None)
+    parts = [info.get("size"), next((info[name] for name in MARKS if info.get(name)), None)]
+    return " ".join(str(value) for value in parts if value is not None)
 
 
 def _again(work: Callable[[], Value], retries: int) -> Value:

@@ -72,9 +72,9 @@ def prune(run: Path, keep: int, newest: int) -> None:
     Those of later steps than `newest`, which was written just now, go too: the run went back behind them, and left
     standing they would be taken for its latest state.
     """
-    found = [folder for folder in checkpoints(run) if step_of(folder) <= newest]
+    present = [folder for folder in checkpoints(run) if step_of(folder) <= newest]
     best = best_checkpoint(run, until=newest)
-    kept = {*found[-keep:], *([best[0]] if best else [])}
+    kept = {*present[-keep:], *([best[0]] if best else [])}
     for folder in checkpoints(run):
         if folder not in kept:
             remove_folder(folder)
@@ -113,13 +113,13 @@ def checkpoint_flaw(folder: Path) -> str | None:
 
 def newest_usable(run: Path) -> Path | None:
     """The newest checkpoint that is whole, or None. Each one that is not is named in a warning, and none is removed."""
-    found = checkpoints(run)
-    while found:
-        folder = found.pop()
+    present = checkpoints(run)
+    while present:
+        folder = present.pop()
         problem = checkpoint_flaw(folder)
         if problem is None:
             return folder
-        warn(f"{problem}; {f'trying {found[-1].name} instead' if found else f'{run} has no other checkpoint'}")
+        warn(f"{problem}; {f'trying {present[-1].name} instead' if present else f'{run} has no other checkpoint'}")
     return None
 
 

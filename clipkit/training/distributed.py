@@ -125,14 +125,14 @@ class Distributed:
         """For each flag whether it is set on any rank. One small message, and the device is waited for."""
         if self.world_size == 1:
             return list(flags)
-        told = torch.tensor(flags, dtype=torch.int32, device=self.device)
-        dist.all_reduce(told, dist.ReduceOp.MAX)
-        return [bool(flag) for flag in told.tolist()]
+        flags_anywhere = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        dist.all_reduce(flags_anywhere, dist.ReduceOp.MAX)
+        return [bool(flag) for flag in flags_anywhere.tolist()]
 
     def mean(self, figures: Sequence[float]) -> list[float]:
         """The average over the ranks of each figure."""
-        told = torch.tensor(figures, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
-        return self._accelerator.reduce(told.to(self.device), "mean").tolist()  # type: ignore[union-attr]
+        values = torch.tensor(figures, dtype=torch.float64 if self.device.type == "cpu" else torch.float32)
+        return self._accelerator.reduce(values.to(self.device), "mean").tolist()  # type: ignore[union-attr]
 
     def from_main(self, work: Callable[[], Value]) -> Value:
         """What the work gives on the main rank, told to all, who wait for it: what one does, or only one can answer.
@@ -140,25 +140,25 @@ class Distributed:
         Raises:
             ClipkitError: on all ranks, where the work raises it.
         """
-        told: list[Any] = [None, None]
+        result_and_error: list[Any] = [None, None]
         if self.is_main:
             try:
-                told[0] = work()
+                result_and_error[0] = work()
             except ClipkitError as error:
-                told[1] = str(error)
+                result_and_error[1] = str(error)
         if self.world_size > 1:
-            dist.broadcast_object_list(told)
-        if told[1] is not None:
-            raise ClipkitError(told[1])
-        return told[0]
+            dist.broadcast_object_list(result_and_error)
+        if result_and_error[1] is not None:
+            raise ClipkitError(result_and_error[1])
+        return result_and_error[0]
 
     def of_main(self, tensor: Tensor) -> Tensor:
         """The main rank's, on all of them; a copy where there are several."""
         if self.world_size == 1:
             return tensor
-        told = tensor.clone()
-        dist.broadcast(told, 0)
-        return told
+        copy = tensor.clone()
+        dist.broadcast(copy, 0)
+        return copy
 
     def wait(self) -> None:
         """Until every rank is here."""
@@ -196,4 +196,4 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     # Transformer blocks stand in module lists in every library that towers come from (timm: in `blocks`). Each is
     # gathered as it is needed and let go after; what is left over belongs to the whole model.
     lists = [m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) or name.endswith(".blocks")]
-    return [block for found in lists for block in found.children() if any(True for _ in block.parameters())]
+    return [block for modules in lists for block in modules.children() if any(True for _ in block.parameters())]

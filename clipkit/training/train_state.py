@@ -74,7 +74,7 @@ class Learner:
         """The gradient of a batch's loss, averaged over the ranks and clipped, and its norm before."""
         self.weights.zero_grad()
         self._statistics_before = [tensor.clone() for tensor in self._statistics]
-        found = compute_gradient(
+        gradient = compute_gradient(
             self._forward,
             pixels,
             tokens,
@@ -83,7 +83,7 @@ class Learner:
             collect=self.weights.collect_gradients,
         )
         self.distributed.average_gradients(self.distributed.unsharded(self.model))
-        return found, clip_gradients(self._parameters.values(), self.config.optim.clip_grad_norm)
+        return gradient, clip_gradients(self._parameters.values(), self.config.optim.clip_grad_norm)
 
     @torch.no_grad()
     def skip(self) -> None:

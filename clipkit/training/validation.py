@@ -64,15 +64,15 @@ class Validation:
             The figures, named as `clipkit evaluate` does, and ledger lines of what could not be used.
         """
         work = SharedWork(model, rank=rank, world_size=world_size, gather=gather)
-        found: list[Evaluation] = []
+        evaluations: list[Evaluation] = []
         with _generators_kept(model.device), evaluating(model):
             cast_for_inference(model, self.config.precision)
             if self.retrieval is not None:
-                found.append(evaluate_retrieval(work, self.retrieval))
+                evaluations.append(evaluate_retrieval(work, self.retrieval))
             if self.zeroshot is not None:
-                found.append(evaluate_zeroshot(work, self.zeroshot, templates=self.config.templates))
-        figures = {name: value for each in found for name, value in each.figures.items()}
-        return figures, [line for each in found for line in each.left_out]
+                evaluations.append(evaluate_zeroshot(work, self.zeroshot, templates=self.config.templates))
+        figures = {name: value for each in evaluations for name, value in each.figures.items()}
+        return figures, [line for each in evaluations for line in each.left_out]
 
 
 def open_validation(config: ValidationConfig) -> Validation | None:

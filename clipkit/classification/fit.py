@@ -117,16 +117,18 @@ class Fit:
             if self.judged is None:
                 yield f"{said}; no class has two of them, so nothing is known of how well it does"
             else:
-                held = "" if self.method == "zero-shot" else f" held out, {self.judged.accuracy(self.judged.names):.1%}"
+                by_names = (
+                    "" if self.method == "zero-shot" else f" held out, {self.judged.accuracy(self.judged.names):.1%}"
+                )
                 right = f"{self.judged.accuracy(self.judged.shares):.1%} of {len(self.judged.truth):,} are right"
-                yield f"{said}; {right}{held and held + ' by the names alone'}"
+                yield f"{said}; {right}{by_names and by_names + ' by the names alone'}"
         if any(temperature != 1 for temperature in self.temperatures) or self.calibrated:
-            told = ", ".join(f"{temperature:.4g}" for temperature in self.temperatures)
+            each_model = ", ".join(f"{temperature:.4g}" for temperature in self.temperatures)
             errors = ""
             if self.calibrated and self.judged is not None:
                 before, after = self.judged.error(self.judged.before), self.judged.error(self.judged.after)
                 errors = f"; expected calibration error {before:.3f} before, {after:.3f} after, held out"
-            yield f"temperature {told} (1: the model's own){errors}"
+            yield f"temperature {each_model} (1: the model's own){errors}"
 
 
 def fit_classifiers(
@@ -252,8 +254,8 @@ def held_out_temperature(logits: Float[Array, "n classes"], labels: Int[Array, "
     Raises:
         ClipkitError: where a logit is not finite.
     """
-    found = fit_temperature(logits, labels) if len(labels) else 1.0
-    return found if 1.01 * COLDEST < found < 0.99 * HOTTEST else 1.0
+    temperature = fit_temperature(logits, labels) if len(labels) else 1.0
+    return temperature if 1.01 * COLDEST < temperature < 0.99 * HOTTEST else 1.0
 
 
 def _judged(
@@ -337,18 +339,18 @@ def wanted_threshold(fit: Fit, background: Sequence[int], wanted: float, level: 
     named = ~np.isin(first, list(background))
     scores, right = fit.judged.top(fit.judged.shares)
     scores, right = scores[named].astype(np.float32), right[named]  # what rows tell is what is compared
-    found = precision_threshold(scores, right, wanted, level)
-    if not found.threshold <= 1:
-        told = f"{int(right.sum()):,} of {len(right):,} examples are right"
+    chosen = precision_threshold(scores, right, wanted, level)
+    if not chosen.threshold <= 1:
+        counts = f"{int(right.sum()):,} of {len(right):,} examples are right"
         if wanted == 1:
-            raise ClipkitError(f"{told}, and no number of them shows that all others are; want less than 1")
+            raise ClipkitError(f"{counts}, and no number of them shows that all others are; want less than 1")
         least = int(np.ceil(np.log(1 - level) / np.log(wanted)))
         raise ClipkitError(
-            f"{told}, which shows a precision of {wanted:g} from no threshold on, at the {100 * level:g} % level: of "
+            f"{counts}, which shows a precision of {wanted:g} from no threshold on, at the {100 * level:g} % level: of "
             f"the surest at least {least} must be right, and more where any is wrong; give more examples, or want less"
         )
-    accepted = found.accepted * len(scores) / len(first)
-    return Threshold(max(0.0, found.threshold), wanted, found.precision, accepted, level)
+    accepted = chosen.accepted * len(scores) / len(first)
+    return Threshold(max(0.0, chosen.threshold), wanted, chosen.precision, accepted, level)
 
 
 def ranked(judged: Judged) -> float:

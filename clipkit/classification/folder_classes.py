@@ -90,6 +90,6 @@ def classes_of(spec: str, keys: Sequence[str], classes: Sequence[str] | None = N
         if name not in names:
             raise ClipkitError(f"{spec}: folder {name!r} is none of the classes{did_you_mean(name, names)}")
     if len(names) < 2:
-        held = f"one sub-folder of images, {names[0]!r}" if names else "no sub-folders of images"
-        raise ClipkitError(f"{spec} has {held}; name the folder that holds one per class, and two or more")
+        content = f"one sub-folder of images, {names[0]!r}" if names else "no sub-folders of images"
+        raise ClipkitError(f"{spec} has {content}; name the folder that holds one per class, and two or more")
     return names, _named([f"{folder}/" for folder in folders], [(name, ()) for name in names])

@@ -73,13 +73,13 @@ class LabelSet:
     @property
     def groups(self) -> dict[str, list[int]]:
         """For each group the places of its classes, wide groups before the narrow ones in them."""
-        found: dict[str, list[int]] = {}
+        places_of: dict[str, list[int]] = {}
         deep = max(len(label.groups) for label in self.labels)
         for level in range(deep):
             for at, label in enumerate(self.labels):
                 if level < len(label.groups):
-                    found.setdefault(label.groups[level], []).append(at)
-        return found
+                    places_of.setdefault(label.groups[level], []).append(at)
+        return places_of
 
     def with_background(self, given: str | None) -> "LabelSet":
         """The same and further names for "none of these", with commas between them; None for no more."""
@@ -131,16 +131,16 @@ class _Reader:
     where: str
     groups_of: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def label_set(self, found: Any) -> LabelSet:
-        if isinstance(found, list):
-            found = {"labels": found}
-        about = self._mapping(found, "", OF_FILE)
-        given = about.get("labels")
-        if isinstance(given, Mapping):
-            labels = [self._label(str(name), of_label) for name, of_label in given.items()]
+    def label_set(self, content: Any) -> LabelSet:
+        if isinstance(content, list):
+            content = {"labels": content}
+        fields = self._mapping(content, "", OF_FILE)
+        entries = fields.get("labels")
+        if isinstance(entries, Mapping):
+            labels = [self._label(str(name), of_label) for name, of_label in entries.items()]
         else:
-            labels = [Label(name) for name in self._names(given, "labels")]
-        self._hierarchy(about.get("hierarchy") or {}, ())
+            labels = [Label(name) for name in self._names(entries, "labels")]
+        self._hierarchy(fields.get("hierarchy") or {}, ())
         known = {label.name for label in labels}
         for name in self.groups_of:
             if name not in known:
@@ -151,17 +151,17 @@ class _Reader:
         taken = known & {group for label in labels for group in label.groups}
         if taken:
             raise ClipkitError(f"{self.where}: {min(taken)!r} is both a label and a group; call one of them otherwise")
-        names = self._names(about.get("background", []), "background")
+        names = self._names(fields.get("background", []), "background")
         background = [Label(name, background=True) for name in names]
-        prompts = about.get("prompts")
+        prompts = fields.get("prompts")
         if prompts is not None and not isinstance(prompts, str):
             prompts = tuple(self._templates(prompts, "prompts"))
         return LabelSet((*labels, *background), prompts)
 
-    def _label(self, name: str, about: Any) -> Label:
-        if about is None or isinstance(about, list):
-            return Label(name, descriptions=tuple(self._names(about or [], name)))
-        of_label = self._mapping(about, name, OF_LABEL)
+    def _label(self, name: str, entry: Any) -> Label:
+        if entry is None or isinstance(entry, list):
+            return Label(name, descriptions=tuple(self._names(entry or [], name)))
+        of_label = self._mapping(entry, name, OF_LABEL)
         prompts = of_label.get("prompts")
         group = of_label.get("group")
         return Label(

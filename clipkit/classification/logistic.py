@@ -129,8 +129,8 @@ def _least(features: Array, labels: Array, given: Array, strength: float, moved:
         return float(total / count), (slope / count).ravel()
 
     # The default bound on how little a step gains would end weak fits of few samples early.
-    how = {"maxiter": STEPS, "maxfun": 2 * STEPS, "gtol": gradient, "ftol": 1e-15, "maxcor": 20}
-    return minimize(loss, moved.ravel(), jac=True, method="L-BFGS-B", options=how).x.reshape(moved.shape)
+    limits = {"maxiter": STEPS, "maxfun": 2 * STEPS, "gtol": gradient, "ftol": 1e-15, "maxcor": 20}
+    return minimize(loss, moved.ravel(), jac=True, method="L-BFGS-B", options=limits).x.reshape(moved.shape)
 
 
 class Sweep(NamedTuple):
@@ -211,11 +211,11 @@ def _held_out(
     features: Array, labels: Array, classes: int, strengths: Sequence[float], start: Linear | None, fold: Array
 ) -> Iterator[Array]:
     """For each strength, when it is asked for, the logits of all samples, each by a fit to the other folds."""
-    held = [fold == number for number in np.unique(fold)]
-    fits = [_fit(features[~out], labels[~out], classes, strengths, start, ROUGHLY) for out in held]
+    folds = [fold == number for number in np.unique(fold)]
+    fits = [_fit(features[~out], labels[~out], classes, strengths, start, ROUGHLY) for out in folds]
     for _ in strengths:
         logits = np.empty((len(labels), classes))
-        for out, fit in zip(held, fits, strict=True):
+        for out, fit in zip(folds, fits, strict=True):
             logits[out] = next(fit).logits(features[out])
         yield logits
 

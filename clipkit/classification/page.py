@@ -85,14 +85,14 @@ def _cards(classified: Classified) -> list[tuple[str, str, str]]:
 
 
 def _examples(page: Report, fit: Fit, threshold: Threshold | None) -> None:
-    said = [*fit.notes(), *([threshold.note()] if threshold is not None else [])]
-    if not said:
+    notes = [*fit.notes(), *([threshold.note()] if threshold is not None else [])]
+    if not notes:
         return
     page.heading("How it was told" if fit.examples is None else "What the examples tell")
     judged, cards = fit.judged, []
     if judged is not None:
-        held = "by the names" if fit.method == "zero-shot" else "each by the others"
-        cards.append(("examples right", f"{judged.accuracy(judged.shares):.1%}", f"{len(judged.truth):,}, {held}"))
+        judged_by = "by the names" if fit.method == "zero-shot" else "each by the others"
+        cards.append(("examples right", f"{judged.accuracy(judged.shares):.1%}", f"{len(judged.truth):,}, {judged_by}"))
         if fit.method != "zero-shot":
             cards.append(("by the names alone", f"{judged.accuracy(judged.names):.1%}", "the same examples"))
         if fit.calibrated:
@@ -106,13 +106,13 @@ def _examples(page: Report, fit: Fit, threshold: Threshold | None) -> None:
         cards.append(("precision", f"{threshold.precision:.1%}", f"of the {threshold.coverage:.1%} that are accepted"))
     if cards:
         page.figures(cards)
-    for line in said:
+    for line in notes:
         page.text(line)
     if judged is not None:
         curves = [("before", judged.before), ("after", judged.after)] if fit.calibrated else [("", judged.shares)]
         page.subheading("Reliability")
-        told = [(name, reliability(*judged.top(shares))) for name, shares in curves]
-        figure = reliability_figure([(name, each.counts, each.probability, each.right) for name, each in told])
+        diagrams = [(name, reliability(*judged.top(shares))) for name, shares in curves]
+        figure = reliability_figure([(name, each.counts, each.probability, each.right) for name, each in diagrams])
         page.plot(figure, "reliability diagram")
 
 

@@ -53,11 +53,11 @@ def ablate(
         vectors = class_vectors(known, some, lambda wanted: vector_of[[row[text] for text in wanted]])
         return float((inner_products(images, vectors).argmax(axis=1) == truth).mean())
 
-    found = []
+    ablations = []
     for at, prompt in enumerate(prompts):
         others = [*prompts[:at], *prompts[at + 1 :]]
-        found.append(Ablation(prompt, accuracy([prompt]), accuracy(others) if others else float("nan")))
-    return found
+        ablations.append(Ablation(prompt, accuracy([prompt]), accuracy(others) if others else float("nan")))
+    return ablations
 
 
 def ablate_prompts(

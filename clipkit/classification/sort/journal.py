@@ -149,26 +149,26 @@ class Journal:
 
     def _read(self) -> None:
         raw = (self.root / JOURNAL).read_bytes()
-        whole = raw.rpartition(b"\n")[0].split(b"\n")
+        lines = raw.rpartition(b"\n")[0].split(b"\n")
         self._end = len(raw) - len(raw.rpartition(b"\n")[2])
-        for number, line in enumerate(whole, 1):
+        for number, line in enumerate(lines, 1):
             try:
-                said = json.loads(line)
+                entry = json.loads(line)
                 if number == 1:
-                    if said["sort"] > JOURNAL_VERSION:
+                    if entry["sort"] > JOURNAL_VERSION:
                         raise ClipkitError(f"{self.root / JOURNAL} was written by a newer clipkit; update")
-                    self.token, self.made_root = said["token"], said["made"]
-                elif "label" in said:
-                    self.labels[said["label"]] = said["folder"]
-                elif "made" in said:
-                    self.made.append(said["made"])
+                    self.token, self.made_root = entry["token"], entry["made"]
+                elif "label" in entry:
+                    self.labels[entry["label"]] = entry["folder"]
+                elif "made" in entry:
+                    self.made.append(entry["made"])
                 else:
-                    record = Record(**said)
+                    record = Record(**entry)
                     self.records.pop(record.target, None)
                     self.records[record.target] = record
             except (ValueError, KeyError, TypeError) as error:
-                told = f"{self.root / JOURNAL}, line {number} is damaged ({error}); nothing was touched"
-                raise ClipkitError(told) from error
+                message = f"{self.root / JOURNAL}, line {number} is damaged ({error}); nothing was touched"
+                raise ClipkitError(message) from error
 
 
 def _line_of(record: Record) -> dict[str, Any]:

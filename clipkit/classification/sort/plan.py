@@ -89,18 +89,18 @@ def folders_of(labels: Sequence[str], known: Mapping[str, str], is_file: Callabl
         known: folders that labels have from before.
         is_file: whether a name in the sorted folder is taken by something that is no folder.
     """
-    found = dict(known)
+    folder_of = dict(known)
     taken = {plain_form(name) for name in (UNSURE_FOLDER, BACKGROUND_FOLDER, *known.values())}
     for label in labels:
-        if label not in found:
+        if label not in folder_of:
             name = safe_name(label)
             for number in itertools.count(2):
                 if plain_form(name) not in taken and not is_file(name):
                     break
                 name = f"{safe_name(label)}-{number}"
-            found[label] = name
+            folder_of[label] = name
             taken.add(plain_form(name))
-    return found
+    return folder_of
 
 
 def plan(items: Iterable[Item], taken: Iterable[str], done: Mapping[tuple[str, str], str]) -> list[Step]:

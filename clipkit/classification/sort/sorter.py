@@ -152,22 +152,22 @@ class Sorter:
         else:
             items, steps = self._planned(places, labels, decisions)
             self._tell_plan(steps)
-        why = {each.target: each.reason for each in self._refused}
+        reason_of = {each.target: each.reason for each in self._refused}
         targets = {(step.path, step.folder): step.target for step in steps} | self._done
-        found = []
+        placed = []
         for item in items:
-            own = [targets[item.path, folder] for folder in item.folders if (item.path, folder) in targets]
-            own = [self._moved[item.path]] if item.path in self._moved else own
-            reason = next((why[target] for target in own if target in why), None)
-            found.append(Sorted([target for target in own if target not in why], reason))
-        return found
+            names = [targets[item.path, folder] for folder in item.folders if (item.path, folder) in targets]
+            names = [self._moved[item.path]] if item.path in self._moved else names
+            reason = next((reason_of[target] for target in names if target in reason_of), None)
+            placed.append(Sorted([target for target in names if target not in reason_of], reason))
+        return placed
 
-    def rows(self, rows: Iterable[dict[str, Any]], found: Sequence[Sorted]) -> Iterator[dict[str, Any]]:
+    def rows(self, rows: Iterable[dict[str, Any]], placed: Sequence[Sorted]) -> Iterator[dict[str, Any]]:
         """The rows of `clipkit.classification.rows_of` with ``to``: the name in the folder; of several labels, names.
 
         An image that could not be sorted has the reason in ``reason``.
         """
-        each = iter(found)
+        each = iter(placed)
         for row in rows:
             names, reason = ([], row["reason"]) if row["status"] == "unreadable" else next(each)
             to = [utf8_name(name) for name in names]
@@ -176,8 +176,8 @@ class Sorter:
     def _look(self, journal: Journal) -> None:
         self._done = settle(journal, act=self.yes)
         self._folders, self._written = dict(journal.labels), list(journal.records)
-        moved = (record for record in journal.records.values() if record.how == "move")
-        self._moved = {r.path: r.target for r in moved if self._done.get((r.path, r.folder)) == r.target}
+        moves = (record for record in journal.records.values() if record.how == "move")
+        self._moved = {r.path: r.target for r in moves if self._done.get((r.path, r.folder)) == r.target}
 
     def _planned(self, places: Sequence[str], labels: LabelSet, decisions: Decisions) -> tuple[list[Item], list[Step]]:
         names = [label.name for label in labels.labels if not label.background]
@@ -242,14 +242,14 @@ def undo_sort(into: Path) -> list[dict[str, Any]]:
     if refused:
         first = refused[0]
         warn(f"{len(refused):,} files were not touched; the first: {first.path}: {first.reason}")
-    told = ({"path": each.path, "target": each.target, "reason": each.reason} for each in refused)
-    return [{key: utf8_name(value) for key, value in row.items()} for row in told]
+    rows = ({"path": each.path, "target": each.target, "reason": each.reason} for each in refused)
+    return [{key: utf8_name(value) for key, value in row.items()} for row in rows]
 
 
 def _counted(steps: Sequence[Step]) -> str:
     counts = Counter(step.folder for step in steps)
-    told = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
-    return f"{len(steps):,} files ({told})" if told else "no files"
+    of_each = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
+    return f"{len(steps):,} files ({of_each})" if of_each else "no files"
 
 
 def _own(decisions: Decisions, at: int, names: Sequence[str], folders: dict[str, str]) -> tuple[str, ...]:
@@ -264,5 +264,5 @@ def _own(decisions: Decisions, at: int, names: Sequence[str], folders: dict[str,
 def _refuse_without_files(spec: str, root: str | None) -> None:
     """Refuse vectors of which it is not said where the images are."""
     if root is None or is_remote(root):
-        told = "say where the files are: --image-root DIR" if root is None else f"{root} is a URL"
-        raise ClipkitError(f"{spec} holds vectors and no images, and only files on the disk can be sorted; {told}")
+        hint = "say where the files are: --image-root DIR" if root is None else f"{root} is a URL"
+        raise ClipkitError(f"{spec} holds vectors and no images, and only files on the disk can be sorted; {hint}")

@@ -236,10 +236,10 @@ def _points(path: Path, to: str | None) -> bool:
 
 def _has_stamp(path: Path, record: Record) -> bool:
     try:
-        about = path.stat() if record.how == "copy" else path.lstat()
+        status = path.stat() if record.how == "copy" else path.lstat()
     except OSError:
         return False
-    return stat.S_ISREG(about.st_mode) and (about.st_size, about.st_mtime_ns) == (record.size, record.time)
+    return stat.S_ISREG(status.st_mode) and (status.st_size, status.st_mtime_ns) == (record.size, record.time)
 
 
 def _has_content(path: Path, record: Record) -> bool:
@@ -275,28 +275,28 @@ def _is_alone(path: Path, target: Path) -> bool:
     Links to a file are told from ways to one link by their number, and by the folder that they stand in.
     """
     try:
-        about = target.lstat()
-        if os.path.samestat(path.lstat(), about):
+        status = target.lstat()
+        if os.path.samestat(path.lstat(), status):
             one_name = plain_form(path.name) == plain_form(target.name)
-            return about.st_nlink < 2 or (one_name and path.parent.samefile(target.parent))
-        one_file = os.path.samestat(path.stat(), about)
-        return one_file and (about.st_nlink < 2 or os.path.realpath(path) == os.path.realpath(target))
+            return status.st_nlink < 2 or (one_name and path.parent.samefile(target.parent))
+        one_file = os.path.samestat(path.stat(), status)
+        return one_file and (status.st_nlink < 2 or os.path.realpath(path) == os.path.realpath(target))
     except OSError:
         return False
 
 
 def _described(step: Step, how: How, root: Path) -> Record:
     path = Path(step.path)
-    about = path.lstat() if how == "move" else path.stat()
-    record = Record(how, step.path, step.target, about.st_size, about.st_mtime_ns)
+    status = path.lstat() if how == "move" else path.stat()
+    record = Record(how, step.path, step.target, status.st_size, status.st_mtime_ns)
     if how == "link":
         return replace(record, points=step.path)
-    if stat.S_ISLNK(about.st_mode):
+    if stat.S_ISLNK(status.st_mode):
         link = os.readlink(path)  # noqa: PTH115
         return replace(record, link=link, points=str(path.parent / link))
-    if not stat.S_ISREG(about.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "it is no file")
-    if how == "copy" or about.st_dev != root.stat().st_dev:
+    if how == "copy" or status.st_dev != root.stat().st_dev:
         return replace(record, hash=_hash(path))
     return record
 

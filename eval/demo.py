@@ -156,14 +156,10 @@ def write_report(
     """The page and report.json beside it; returns the figures."""
     import numpy as np
 
-    from clipkit.core import Report, confusion_figure, curve_figure, write_json
+    from clipkit.core import Report, curve_figure, write_json
     from clipkit.data import COLOURS, SHAPES
-    from clipkit.metrics import confusion_matrix
 
-    def names_in(row: dict[str, Any]) -> list[str]:
-        return Path(row["path"]).stem.split("_")[:2]
-
-    said = [(names_in(row), row["label"].split()) for row in rows]
+    said = _shown_and_said(rows)
     summary = {
         "zeroshot_accuracy": float(np.mean([shown == told for shown, told in said])),
         "zeroshot_accuracy_chance": 1 / len(names),
@@ -191,6 +187,24 @@ def write_report(
     curve = ([line["samples"] for line in lines], [line["loss"] for line in lines])
     page.plot(curve_figure(*curve, "samples seen", "loss", level), "loss")
 
+    _show_searches(page, out, searches)
+    _show_names(page, out / "pictures" / "unseen", rows, len(names))
+    page.heading("Figures beside chance")
+    kept = [name for name in figures if f"chance_{name}" in figures]
+    page.table([{"figure": n, "value": f"{figures[n]:.4f}", "chance": f"{figures[f'chance_{n}']:.4f}"} for n in kept])
+    page.heading("On your own data")
+    page.code("clipkit pack captions.tsv --out shards/\nclipkit train tiny --set data.train=shards/ --out run/")
+    page.write(path)
+    write_json(path.with_name("report.json"), {**summary, "held_out_pairs": [" ".join(pair) for pair in unseen]})
+    return summary
+
+
+def _shown_and_said(rows: list[dict[str, Any]]) -> list[tuple[list[str], list[str]]]:
+    """Colour and shape that each picture shows, as its file is called, and those that it was given."""
+    return [(Path(row["path"]).stem.split("_")[:2], row["label"].split()) for row in rows]
+
+
+def _show_searches(page: Any, out: Path, searches: list[tuple[str, str, Any, list[dict[str, Any]]]]) -> None:
     page.heading("Search", "The nearest of all test pictures, best first; framed where colour and shape are as asked.")
     for colour, shape, asked, hits in searches:
         by_text = asked == "text"
@@ -203,29 +217,26 @@ def write_report(
                 sheet.append((out / "pictures" / hit["image_path"], label, found))
         page.sheet(sheet)
 
-    about = f"Every picture shows a pair that training left out, and takes the nearest of all {len(names)} names."
+
+def _show_names(page: Any, folder: Path, rows: list[dict[str, Any]], count: int) -> None:
+    import numpy as np
+
+    from clipkit.core import confusion_figure
+    from clipkit.data import COLOURS, SHAPES
+    from clipkit.metrics import confusion_matrix
+
+    said = _shown_and_said(rows)
+    about = f"Every picture shows a pair that training left out, and takes the nearest of all {count} names."
     page.heading("Zero-shot classification", about)
     for part, what, known in ((0, "colour", list(COLOURS)), (1, "shape", list(SHAPES))):
         true, told = (np.array([known.index(pair[which][part]) for pair in said]) for which in (0, 1))
         matrix = confusion_matrix(true, told, len(known))
         page.plot(confusion_figure(matrix, known, f"The {what} in its name"), f"confusion of {what}")
     page.subheading("Least certain first")
-    folder = out / "pictures" / "unseen"
     least = sorted(rows, key=lambda row: row["margin"])[:12]
-    page.sheet(
-        [
-            (folder / row["path"], f"{row['label']} {row['probability']:.0%}", row["label"].split() == names_in(row))
-            for row in least
-        ]
-    )
-    page.heading("Figures beside chance")
-    kept = [name for name in figures if f"chance_{name}" in figures]
-    page.table([{"figure": n, "value": f"{figures[n]:.4f}", "chance": f"{figures[f'chance_{n}']:.4f}"} for n in kept])
-    page.heading("On your own data")
-    page.code("clipkit pack captions.tsv --out shards/\nclipkit train tiny --set data.train=shards/ --out run/")
-    page.write(path)
-    write_json(path.with_name("report.json"), {**summary, "held_out_pairs": [" ".join(pair) for pair in unseen]})
-    return summary
+    labels = [f"{row['label']} {row['probability']:.0%}" for row in least]
+    right = [shown == told for shown, told in _shown_and_said(least)]
+    page.sheet([(folder / row["path"], *each) for row, *each in zip(least, labels, right, strict=True)])
 
 
 if __name__ == "__main__":

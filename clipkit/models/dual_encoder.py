@@ -25,7 +25,8 @@ __all__ = ["BACKBONE", "MODEL_FILE", "DualEncoder", "Tokenizer", "in_blocks"]
 MODEL_FILE = "clipkit.json"
 BACKBONE = "backbone."  # what the names of a `DualEncoder`'s weights begin with, and its library's own do not
 GRAIN = 2  # tokens; with 1 batches get so small that nothing is gained, with 8 a fifth is lost
-CPU_IMAGES, CPU_TOKENS, GPU_TOKENS = 8, 128, 8192  # of a block; see `DualEncoder.image_block`
+CPU_IMAGES, CPU_TOKENS, GPU_TOKENS = 16, 128, 8192  # of a block; see `DualEncoder.image_block`
+CPU_ASKED = 4  # images of a block where few are asked for, which one alone takes as long as
 TEXTS = 4096  # that are put in order of their lengths together
 TOKENIZER_PROBES = ("a photo of a cat.", "Ünïcode 漢字 42!", "two  spaces, UPPER case", "")
 
@@ -176,9 +177,9 @@ class DualEncoder(nn.Module, ABC):
         """How many images are encoded at once where each embedding is to be the same whichever others are beside it.
 
         A matrix product rounds by its height: an image alone would get another embedding than the same image in a
-        batch. In blocks of one height, the last one filled up (see `in_blocks`), it gets one. On a CPU 8 images are as
-        fast each as 64 are (a ViT-B/32: 107 and 112 ms in fp32, 50 and 53 in bf16, on one core), and one image takes
-        no longer than 8; a GPU is kept busy by whole batches only.
+        batch. In blocks of one height, the last one filled up (see `in_blocks`), it gets one. On a CPU 16 images are
+        about as fast each as any number is (a ViT-B/32 on two cores: 25.4 ms in bf16 and 51.7 in fp32; at best 25.1 and
+        51.5, and 8 at once 26.3 and 57.7); a GPU is kept busy by whole batches only.
 
         Args:
             batch_size: at most so many.
@@ -294,7 +295,8 @@ class DualEncoder(nn.Module, ABC):
 
         For a large set use `clipkit.embedding.embed`, which decodes in parallel and keeps what it has done.
         """
-        rows, block = [np.zeros((0, self.embed_dim), np.float32)], self.image_block(batch_size)
+        rows = [np.zeros((0, self.embed_dim), np.float32)]
+        block = min(batch_size, CPU_ASKED) if self.device.type == "cpu" else batch_size
         for start in range(0, len(images), block):
             pixels = np.stack([self.load_image(image) for image in images[start : start + block]])
             vectors = in_blocks(self.encode_image, torch.from_numpy(pixels).to(self.device), block)
